@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,7 +106,7 @@ class ModelConfig(_Section):
     @field_validator("strides")
     @classmethod
     def _strides_double(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value and (value[0] not in (2, 4, 8, 16, 32) or any(b != 2 * a for a, b in zip(value, value[1:]))):
+        if value and (value[0] not in (2, 4, 8, 16, 32) or any(b != 2 * a for a, b in pairwise(value))):
             raise ValueError(f"strides must double from level to level, as 8, 16, 32; got {list(value)}")
         return value
 
