@@ -7,23 +7,36 @@ Nothing here imports torch, so that a wrong recipe is refused at once.
 from __future__ import annotations
 
 import difflib
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from detdistill.recipe_file import UserError, expand_method, expand_short_forms, read_recipe_file
 
-class UserError(Exception):
-    """Something that the user can mend; the message is one line that says what and how."""
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "ScheduleConfig",
+    "TrainingConfig",
+    "UserError",
+    "dump_recipe",
+    "expand_method",
+    "load_recipe",
+    "nearest",
+    "parse_recipe",
+]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
 
 
 class DataConfig(_Section):
@@ -33,15 +46,25 @@ class DataConfig(_Section):
     format: Literal["auto", "coco", "voc", "yolo", "digits"] = Field(
         "auto", description="told by looking at the folder unless given"
     )
-    train: str | None = Field(
-        None, description="COCO: json file; VOC: image set; YOLO: images folder or list"
-    )
+    train: str | None = Field(None, description="COCO: json file; VOC: image set; YOLO: images folder or list")
     val: str | None = Field(None, description="as `train`, for evaluation")
     images: str | None = Field(None, description="COCO: image folder, where it is not beside the json")
     classes: tuple[str, ...] | None = Field(None, description="keep these classes, in this order")
     train_size: int = Field(600, gt=0, description="digits only: images to generate for training")
     val_size: int = Field(200, gt=0, description="digits only: images to generate for evaluation")
     image_size: int = Field(160, ge=64, description="digits only: side in pixels")
+
+    @field_validator("root")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value else value
+
+    @field_validator("classes")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"name at least one class, and each once; got {list(value)}")
+        return value
 
     @model_validator(mode="after")
     def _root_is_given(self) -> DataConfig:
@@ -56,14 +79,19 @@ class AugmentConfig(_Section):
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
     photometric: bool = Field(False, description="brightness, contrast, saturation, hue")
-    crop: float = Field(
-        0.0, ge=0, le=1, description="probability of a random crop that keeps boxes (IoU crop)"
-    )
+    crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps boxes (IoU crop)")
     zoom_out: float = Field(0.0, ge=0, le=1, description="probability of pasting on a larger canvas")
     multi_scale: tuple[float, float] | None = Field(
         None,
         description="factors on the model's input size, drawn once a batch for teacher and student alike",
     )
+
+    @field_validator("multi_scale")
+    @classmethod
+    def _low_high(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"give (smallest, largest) factor above 0, as [0.8, 1.2]; got {list(value)}")
+        return value
 
 
 class ModelConfig(_Section):
@@ -78,9 +106,7 @@ class ModelConfig(_Section):
         None, description="the whole detector: a run folder, a .safetensors or .pt file, or `torchvision`"
     )
     channels: int = Field(256, gt=0, description="width of pyramid and head")
-    head_depth: int | None = Field(
-        None, ge=0, description="convolutions in each head tower; family's default"
-    )
+    head_depth: int | None = Field(None, ge=0, description="convolutions in each head tower; family's default")
     strides: tuple[int, ...] | None = Field(None, description="pyramid levels; the family's own by default")
     anchor_scale: float | None = Field(
         None, gt=0, description="smallest anchor side over its stride; 4 (RetinaNet) or 8 (RPN) by default"
@@ -88,12 +114,8 @@ class ModelConfig(_Section):
     norm: Literal["batch", "frozen"] = Field(
         "batch", description="backbone normalisation; frozen for batches < 8"
     )
-    freeze_stages: int = Field(
-        0, ge=0, le=5, description="backbone stages, from the input, that do not learn"
-    )
-    size: tuple[int, int] | None = Field(
-        None, description="(short, long) side of the input; none: as it comes"
-    )
+    freeze_stages: int = Field(0, ge=0, le=5, description="backbone stages, from the input, that do not learn")
+    size: tuple[int, int] | None = Field(None, description="(short, long) side of the input; none: as it comes")
     score_threshold: float = Field(0.05, ge=0, le=1)
     nms_threshold: float = Field(0.5, gt=0, le=1)
     max_detections: int = Field(100, gt=0)
@@ -103,10 +125,19 @@ class ModelConfig(_Section):
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
 
+    @field_validator("size")
+    @classmethod
+    def _short_long(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 < value[0] <= value[1]:
+            raise ValueError(f"give (short, long) side in pixels, as [480, 800]; got {list(value)}")
+        return value
+
     @field_validator("strides")
     @classmethod
     def _strides_double(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value and (value[0] not in (2, 4, 8, 16, 32) or any(b != 2 * a for a, b in pairwise(value))):
+        if value is None:
+            return value
+        if value[:1] not in ((2,), (4,), (8,), (16,), (32,)) or any(b != 2 * a for a, b in pairwise(value)):
             raise ValueError(f"strides must double from level to level, as 8, 16, 32; got {list(value)}")
         return value
 
@@ -117,7 +148,9 @@ class OptimizerConfig(_Section):
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = Field(False, description="SGD only")
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW only")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW only"
+    )
     backbone_lr_factor: float = Field(
         1.0, ge=0, description="learning rate of the backbone over that of the rest"
     )
@@ -133,6 +166,13 @@ class ScheduleConfig(_Section):
     warmup: int = Field(500, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
     warmup_factor: float = Field(0.001, ge=0, le=1)
     final_factor: float = Field(0.0, ge=0, le=1, description="cosine: the last rate over the first")
+
+    @field_validator("milestones")
+    @classmethod
+    def _fractions_rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < a < 1 for a in value) or any(b <= a for a, b in pairwise(value)):
+            raise ValueError(f"milestones are rising fractions of the run, as [0.67, 0.92]; got {list(value)}")
+        return value
 
 
 class TrainingConfig(_Section):
@@ -154,11 +194,9 @@ class TrainingConfig(_Section):
     channels_last: bool = False
     sync_batchnorm: bool = False
     workers: int = Field(2, ge=0, description="processes that decode and augment")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     evaluate_every: float = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
-    checkpoint_every: int = Field(
-        500, gt=0, description="steps between checkpoints; also at each epoch's end"
-    )
+    checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints; also at each epoch's end")
     patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better AP")
     device: Literal["auto", "cpu"] = "auto"
 
@@ -168,9 +206,7 @@ class MethodConfig(_Section):
 
     name: str
     weight: float = Field(1.0, ge=0, description="outer weight; 0 trains the plain student, bit for bit")
-    warmup: float = Field(
-        0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0"
-    )
+    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(
         None, ge=0, lt=1, description="fraction of the run from which the weight falls to 0 at the end"
     )
@@ -187,24 +223,10 @@ class Recipe(_Section):
     methods: tuple[MethodConfig, ...] = ()
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
 
-    @field_validator("data", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _data_short(cls, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            return {"format": "digits"} if str(value) == "digits" else {"root": value}
-        return value
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _teacher_short(cls, value: Any) -> Any:
-        return {"weights": str(value)} if isinstance(value, str | Path) else value
-
-    @field_validator("methods", mode="before")
-    @classmethod
-    def _methods_short(cls, value: Any) -> Any:
-        return [
-            _expand_method(item) for item in ([value] if isinstance(value, str | Mapping) else value or ())
-        ]
+    def _short_forms(cls, value: Any) -> Any:
+        return expand_short_forms(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _methods_need_teacher(self) -> Recipe:
@@ -221,18 +243,6 @@ class Recipe(_Section):
         return self
 
 
-def _expand_method(item: Any) -> Any:
-    """``ima`` or ``{ima: {weight: 1, alpha: 5}}`` to the full form."""
-    if isinstance(item, str):
-        return {"name": item}
-    if isinstance(item, Mapping) and len(item) == 1 and "name" not in item:
-        ((name, options),) = item.items()
-        options = dict(options or {})
-        own = {key: options.pop(key) for key in ("weight", "warmup", "decay_from") if key in options}
-        return {"name": name, **own, "options": options}
-    return item
-
-
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file.
 
@@ -242,13 +252,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         UserError: with every error of the recipe, one a line, each with file and line.
     """
-    path = Path(path)
-    tree, lines = _read_layers(path, ())
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override!r} is no override: write key.sub=value, as training.epochs=12")
-        _set(tree, key.split("."), yaml.safe_load(value), override)
+    tree, lines = read_recipe_file(Path(path), overrides)
     return parse_recipe(tree, source=str(path), lines=lines)
 
 
@@ -260,6 +264,8 @@ def parse_recipe(
         return Recipe.model_validate(tree)
     except ValidationError as error:
         found = [_describe(item, lines or {}, source) for item in error.errors()]
+        if len(found) == 1:
+            raise UserError(found[0]) from None
         head = f"Found {len(found)} error{'s' * (len(found) > 1)} in {source}"
         raise UserError("\n  ".join([head, *found])) from None
 
@@ -270,94 +276,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` where one of the known words is near, else what is known."""
+    """``did you mean 'x'?`` where one of the known words is near, else what is known."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-# --- reading YAML with its lines -------------------------------------------------------------------------
-
-
-def _read_layers(path: Path, above: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
-    if path.resolve() in above:
-        raise UserError(f"{path}: `base` goes in a circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-    text = _expand_environment(text, path)
-    try:
-        tree = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise UserError(f"{path}: a recipe is a mapping with keys such as data, student, training")
-    lines: dict[tuple[str, ...], str] = {}
-    _collect_lines(root, (), path, lines)
-    base = tree.pop("base", None)
-    if base is None:
-        return tree, lines
-    base_tree, base_lines = _read_layers(path.parent / str(base), (*above, path.resolve()))
-    return _merge(base_tree, tree), {**base_lines, **lines}
-
-
-def _expand_environment(text: str, path: Path) -> str:
-    def value(match: re.Match[str]) -> str:
-        name, default = match[1], match[2]
-        if name not in os.environ and default is None:
-            raise UserError(f"{path}: the environment variable {name} is not set")
-        return os.environ.get(name, default or "")
-
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, text)
-
-
-def _collect_lines(
-    node: yaml.Node | None, at: tuple[str, ...], path: Path, lines: dict[tuple[str, ...], str]
-) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*at, str(key.value))
-            lines[here] = f"{path}:{key.start_mark.line + 1}"
-            _collect_lines(value, here, path, lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            lines[(*at, str(i))] = f"{path}:{value.start_mark.line + 1}"
-            _collect_lines(value, (*at, str(i)), path, lines)
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _set(tree: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
-    node: Any = tree
-    for key in keys[:-1]:
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
-            node = node[int(key)]
-            continue
-        if not isinstance(node, dict):
-            raise UserError(f"{override!r}: nothing below {key!r} can be set; write it in the recipe file")
-        if not isinstance(node.get(key), dict | list):
-            node[key] = {}
-        node = node[key]
-    if isinstance(node, list) and keys[-1].isdigit() and int(keys[-1]) < len(node):
-        node[int(keys[-1])] = value
-    elif isinstance(node, dict):
-        node[keys[-1]] = value
-    else:
-        raise UserError(
-            f"{override!r}: {'.'.join(keys[:-1])!r} is not a mapping; write it in the recipe file"
-        )
 
 
 def _describe(error: Any, lines: Mapping[tuple[str, ...], str], source: str) -> str:
@@ -367,8 +289,13 @@ def _describe(error: Any, lines: Mapping[tuple[str, ...], str], source: str) -> 
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}; {nearest(at[-1], _known_keys(at[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f" (got {error['input']!r})"
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {_short(error['input'])})"
     return f"{where}: {key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _known_keys(at: Sequence[str]) -> Iterable[str]:

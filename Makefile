@@ -1,0 +1,50 @@
+# Each target does its own set-up in $(VENV); a machine needs Python >= 3.10 and make, nothing else.
+#   make demo     a teacher teaches a student on drawn digits, side by side with the plain student
+#   make test     the whole test suite        make lint   style, types and the order of imports
+#   make bench    the benchmarks, small       make docs   links, commands and keys in the documentation
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?= dev
+WORKERS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-$(EXTRAS)
+
+.PHONY: setup demo test lint format bench docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "detdistill needs Python 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+demo: setup
+	$(BIN)/detdistill demo
+
+# Tests run in $(WORKERS) processes of one thread each, which is quicker than many threads on small tensors.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@for script in benchmarks/*.py; do \
+	  echo "== $$script"; $(BIN)/python $$script --small || exit 1; \
+	done
+
+docs: setup
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,68 @@
+"""Teach a small object detector with a big one.
+
+The public names, each loaded when it is first used: ``import detdistill`` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detdistill.config import Recipe, UserError, load_recipe
+    from detdistill.distillation.methods.ima import IMALoss
+    from detdistill.distillation.methods.mimic import MimicLoss
+    from detdistill.distillation.pair import Pair
+    from detdistill.experiments.check import check
+    from detdistill.experiments.evaluate import evaluate
+    from detdistill.experiments.predict import predict
+    from detdistill.experiments.train import distill, train
+    from detdistill.models import build_model
+    from detdistill.models.checkpoints import load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IMALoss",
+    "MimicLoss",
+    "Pair",
+    "Recipe",
+    "UserError",
+    "__version__",
+    "build_model",
+    "check",
+    "distill",
+    "evaluate",
+    "load_model",
+    "load_recipe",
+    "predict",
+    "train",
+]
+
+_HOMES = {
+    "IMALoss": "distillation.methods.ima",
+    "MimicLoss": "distillation.methods.mimic",
+    "Pair": "distillation.pair",
+    "Recipe": "config",
+    "UserError": "config",
+    "build_model": "models",
+    "check": "experiments.check",
+    "distill": "experiments.train",
+    "evaluate": "experiments.evaluate",
+    "load_model": "models.checkpoints",
+    "load_recipe": "config",
+    "predict": "experiments.predict",
+    "train": "experiments.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,94 @@
+"""Image files: their size from the header, their pixels as an RGB tensor."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from detdistill.config import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"})
+_EXIF_ORIENTATION, _EXIF_TURNED = 0x0112, (5, 6, 7, 8)
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is that of an image (and not of a Mac's shadow file, ``._name.jpg``)."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
+
+
+def image_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) as people see the image, and as the pixels are stored, from the file's header alone.
+
+    They differ where the EXIF orientation lays the image on its side, as telephones do.
+
+    Raises:
+        UserError: the file is missing or its header is no image's.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            exif = Image.Exif()
+            # Not image.getexif(): for a PNG it would decode the pixels.
+            exif.load(image.info.get("exif") or b"")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image; restore it or drop it from the annotations") from None
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); restore it or drop it") from None
+    stored = (height, width)
+    turned = exif.get(_EXIF_ORIENTATION) in _EXIF_TURNED
+    return (width, height) if turned else stored, stored
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
+    """Decode an image to (3, H, W) uint8 RGB: grey, palette, alpha and 16-bit images are converted.
+
+    The EXIF orientation is applied, unless only the stored orientation has the ``size`` (height, width) that
+    the annotations declare: then they were drawn on the stored pixels.
+
+    Raises:
+        UserError: the file is missing or cannot be decoded.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or drop it") from None
+    if not data:
+        raise UserError(f"{path}: an empty file; restore the image or drop it from the annotations")
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    image = _decode(encoded, path, apply_orientation=True)
+    if size is not None and tuple(image.shape[1:]) != size and tuple(image.shape[:0:-1]) == size:
+        stored = _decode(encoded, path, apply_orientation=False)
+        image = stored if tuple(stored.shape[1:]) == size else image
+    return image
+
+
+def _decode(encoded: Tensor, path: Path, apply_orientation: bool) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torchvision points to TorchCodec
+            image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=apply_orientation)
+    except RuntimeError:  # a format that torchvision does not read: BMP, TIFF, …; or a broken file
+        return _decode_with_pillow(path, apply_orientation)
+    if image.dtype == torch.uint16:
+        return (image.to(torch.int32) >> 8).to(torch.uint8)
+    # An animated GIF comes as (frames, 3, H, W).
+    return image[0] if image.ndim == 4 else image
+
+
+def _decode_with_pillow(path: Path, apply_orientation: bool) -> Tensor:
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened) if apply_orientation else opened
+            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                image = Image.fromarray(grey)
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be decoded ({error}); restore the image or drop it") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,183 @@
+"""From a recipe's ``data`` to splits, samples and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
+from detdistill.data.cleaning import relabel
+from detdistill.data.coco import find_coco, open_coco
+from detdistill.data.digits import digits_root
+from detdistill.data.images import read_image
+from detdistill.data.masks import decode_mask
+from detdistill.data.records import Finding, Record, Split
+from detdistill.data.transforms import augment_seeded, build_augment
+
+Sample = tuple[Tensor, dict[str, Tensor]]
+"""(3, H, W) uint8 image and its target: ``boxes`` (K, 4) float32 xyxy pixels, ``labels`` (K,) int64, ``index``
+() int64, the place in ``split.records``, and ``masks`` (K, H, W) bool where they were asked for."""
+
+
+def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
+    """Read a dataset: ``{"train": …, "val": …}``, either absent only where the folder lacks it.
+
+    The format is told by looking at the folder, unless ``data.format`` says it. A dataset without a val part
+    is evaluated on its test part. Both splits have the same classes in the same order.
+
+    Args:
+        with_masks: keep segmentations, where there are any (full COCO takes gigabytes with them).
+
+    Raises:
+        UserError: nothing is recognised, several things could be meant, or a file cannot be read. Bad single
+            annotations raise nothing: they are in the splits' ``findings``.
+    """
+    splits = _open(config, with_masks)
+    if not splits:
+        raise UserError(f"{config.root}: no train or val part was found; set data.train and data.val")
+    if "train" in splits and "val" in splits:
+        splits["val"] = _agree(splits["train"], splits["val"], chosen=config.classes is not None)
+    return splits
+
+
+def _open(config: DataConfig, with_masks: bool) -> dict[str, Split]:
+    if config.format == "digits":
+        root = digits_root(config)
+        return open_coco(DataConfig(format="coco", root=root, classes=config.classes), with_masks)
+    return open_coco(config, with_masks)
+
+
+def _agree(train: Split, val: Split, chosen: bool) -> Split:
+    """Val with train's list of classes; a class that only val has is an error, unless classes were chosen."""
+    if val.classes == train.classes:
+        return val
+    findings = list(val.findings)
+    counts = np.bincount(
+        np.concatenate([record.labels_K for record in val.records] or [np.zeros(0, np.int64)]),
+        minlength=len(val.classes),
+    )
+    for name, count in zip(val.classes, counts, strict=True):
+        if name not in train.classes and count and not chosen:
+            message = f"class {name!r} has {int(count)} objects in {val.name} and is unknown to {train.name}"
+            fix = f"{nearest(name, train.classes)} add it to {train.source} or set data.classes"
+            findings.append(Finding("error", "unknown class", val.source, message, fix))
+    own = dict(zip(val.classes, val.category_ids, strict=True))
+    others = dict(zip(train.classes, train.category_ids, strict=True))
+    return replace(relabel(val, train.classes, lambda name: own.get(name, others[name])), findings=findings)
+
+
+class DetectionDataset(Dataset[Sample]):
+    """The images of a split, decoded, augmented and with their targets; see :data:`Sample`.
+
+    Indexed by ``i`` or ``(epoch, i)``. What augmentation draws depends on (seed, epoch, i) alone: not on the
+    worker, not on what was read before. Ignored objects (crowd, difficult) are not in the target.
+
+    Args:
+        split: the records.
+        augment: None for evaluation.
+        seed: of the augmentation.
+        with_masks: add the masks to the target; the split must have them.
+
+    Raises:
+        UserError: on construction, masks are asked for and the split has none; on indexing, an image cannot
+            be decoded or has not the declared size.
+    """
+
+    def __init__(
+        self, split: Split, augment: AugmentConfig | None, seed: int = 0, with_masks: bool = False
+    ) -> None:
+        if with_masks and any(record.masks is None for record in split.records):
+            raise UserError(f"{split.source}: has no masks; train without them")
+        self.split = split
+        self.seed = seed
+        self.with_masks = with_masks
+        self._augment = None if augment is None else build_augment(augment)
+
+    def __len__(self) -> int:
+        return len(self.split.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        record = self.split.records[index]
+        image = read_image(record.path, (record.height, record.width))
+        if tuple(image.shape[1:]) != (record.height, record.width):
+            raise UserError(
+                f"{record.path}: is {image.shape[2]}×{image.shape[1]}, but {self.split.source} says "
+                f"{record.width}×{record.height}; correct the size there or restore the image"
+            )
+        target = self._target(record)
+        if self._augment is not None:
+            image, target = augment_seeded(self._augment, image, target, self._draw_seed(epoch, index))
+        target["index"] = torch.tensor(index)
+        return image, target
+
+    def _target(self, record: Record) -> dict[str, Tensor]:
+        kept_K = ~record.ignore_K
+        target = {
+            "boxes": torch.from_numpy(record.boxes_K4[kept_K]),
+            "labels": torch.from_numpy(record.labels_K[kept_K]),
+        }
+        if self.with_masks:
+            size = (record.height, record.width)
+            masks = [
+                decode_mask(mask, *size)
+                for mask, kept in zip(record.masks or (), kept_K, strict=True)
+                if kept
+            ]
+            target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
+        return target
+
+    def _draw_seed(self, epoch: int, index: int) -> int:
+        # SeedSequence mixes well: neighbouring (epoch, index) give unrelated generators.
+        state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2, np.uint32)
+        return int(state[0]) << 31 | int(state[1]) >> 1
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Lists of images and targets: images differ in size, and the model pads them."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+class _Loader(DataLoader[Any]):
+    """A DataLoader whose workers' user errors arrive as the one line that they are."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            line = str(error).strip().splitlines()[-1]
+            raise UserError(line.split("UserError: ", 1)[-1]) from None
+
+
+def make_loader(
+    dataset: Dataset[Sample], batches: int | Sampler[Any] | Sequence[Any], workers: int = 0
+) -> DataLoader[Any]:
+    """Batches of a dataset, as :func:`collate` makes them.
+
+    Args:
+        batches: a batch size (every image once, in order), or a batch sampler that yields lists of indices or
+            of ``(epoch, index)``.
+        workers: processes that decode and augment; 0 does it in this one.
+    """
+    sequential = isinstance(batches, int)
+    return _Loader(
+        dataset,
+        batch_size=cast(int, batches) if sequential else 1,
+        batch_sampler=None if sequential else cast(Any, batches),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # as many workers as cores, each with as many threads, would stand in their own way

@@ -1,0 +1,355 @@
+"""Instance Mask Alignment (IMA): the paper's Eq. 2-10 as a loss on two feature maps, and its method.
+
+A step of the cascade after the other (Algorithm 1): a random mask removes frequencies of the student's map
+(Eq. 2-3), instance standardisation gives every channel of every instance zero mean and unit variance
+(Eq. 5-7), adaptive scale deflation multiplies an instance by its similarity to the teacher's (Eq. 8-10), and
+the mean squared error to the teacher's map is taken (Eq. 4). An instance is an item of the batch: Eq. 1 writes
+maps as N×C×H×W with "N the number of instances".
+
+Where the equations leave a choice, :class:`IMALoss` has an option; docs/ima.md says what each does, and how
+the defaults were measured.
+
+Shape legend: N instances, C channels, H W rows and columns, G regions, P pooled side.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from detdistill.distillation.matching import Adapt, LevelAligner, Matching
+from detdistill.distillation.signals import Method, Signals
+
+POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
+IGNORED_LABEL = 255
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "literal": {
+        "hermitian": False,
+        "standardize_teacher": False,
+        "importance_source": "raw",
+        "gamma_min": None,
+        "detach_importance": False,
+    },
+}
+"""Named sets of options: "recommended" is the defaults; "literal" is Eq. 2-10 to the letter."""
+
+LADDER: dict[str, dict[str, Any]] = {
+    "plain imitation": {
+        "domain": "none",
+        "standardize_student": False,
+        "standardize_teacher": False,
+        "importance": "none",
+    },
+    "+ mask": {
+        "standardize_student": False,
+        "standardize_teacher": False,
+        "importance": "none",
+        "keep_dc": True,
+    },
+    "+ standardisation": {"importance": "none"},
+    "+ scale deflation": {},
+}
+"""The paper's Table 5, each row as options of :class:`IMALoss`."""
+
+
+class IMALoss(nn.Module):
+    """alpha · mean over N, C, H, W of (γ_n · standardise(mask(student)) - standardise(teacher))².
+
+    Reduction: "mean". Computed in float32 whatever the autocast (half-precision Fourier transforms exist for
+    powers of two only, and variances round badly).
+
+    Args:
+        domain: where the mask of Eq. 2-3 acts: "fft" (the equations), "dct", "spatial" (the prose), "none".
+        mask_ratio: ζ, the share of frequencies (or cells) removed. The paper gives no value.
+        mask_sharing: one mask for each instance ("sample"), for the whole batch ("batch"), or for each channel
+            of each instance ("element").
+        hermitian: the Fourier mask is symmetric, so that the filtered map is real. Without it Eq. 3 is complex
+            and its real part is taken, whose best student is 2/(2-ζ) times the teacher.
+        keep_dc: never remove the zero frequency; worth it only without standardisation.
+        mask_teacher: filter the teacher's map with the same mask.
+        standardize_student, standardize_teacher: Eq. 5-7. The teacher's is not in Eq. 5-7 but in Eq. 14-15;
+            without it a teacher of small variance drives the student away from itself.
+        stats: statistics over H·W of an instance ("instance", Eq. 5-6) or over N·H·W ("batch", as PKD).
+        eps: added to the variance.
+        importance: γ of Eq. 8-9: the cosine, "shifted" = (1 + cosine)/2, or "none" = 1.
+        importance_source: the maps of Eq. 8: "raw", "masked", or "standardized" (those of the distance).
+        gamma_min: γ is clamped to [gamma_min, 1]; None leaves it as it is (it may be negative).
+        detach_importance: γ is a weight, not a way to lower the loss.
+        scale_target: γ scales the "student" (Eq. 10) or "both".
+        distance: "mse" (the paper's L2) or "l1".
+        alpha, loss_weight: factors on the loss; the paper's α = 10 and its Table 8's 1.0.
+        instance: "image" (Eq. 1), "box" (each box pooled from both maps), or "class_region" (γ for each
+            class's region; the paper's segmentation).
+        region_stats: with "class_region", standardise within each region too; this deletes the class mean.
+        min_pixels: maps smaller than this carry no signal and count 0.
+        min_region: with "class_region", regions of fewer pixels do not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        domain: Literal["fft", "dct", "spatial", "none"] = "fft",
+        mask_ratio: float = 0.5,
+        mask_sharing: Literal["sample", "batch", "element"] = "sample",
+        hermitian: bool = True,
+        keep_dc: bool = False,
+        mask_teacher: bool = False,
+        standardize_student: bool = True,
+        standardize_teacher: bool = True,
+        stats: Literal["instance", "batch"] = "instance",
+        eps: float = 1e-5,
+        importance: Literal["cosine", "shifted", "none"] = "cosine",
+        importance_source: Literal["raw", "masked", "standardized"] = "standardized",
+        gamma_min: float | None = 0.1,
+        detach_importance: bool = True,
+        scale_target: Literal["student", "both"] = "student",
+        distance: Literal["mse", "l1"] = "mse",
+        alpha: float = 10.0,
+        loss_weight: float = 1.0,
+        instance: Literal["image", "box", "class_region"] = "image",
+        region_stats: bool = False,
+        min_pixels: int = 4,
+        min_region: int = 16,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+        if not detach_importance and importance != "none" and not standardize_teacher:
+            warnings.warn(
+                "this IMA lets the student lower the loss by growing less similar to the teacher (γ carries "
+                "gradient and the teacher is not standardised); the 'recommended' preset does not",
+                stacklevel=2,
+            )
+        self.domain, self.mask_ratio, self.mask_sharing = domain, mask_ratio, mask_sharing
+        self.hermitian, self.keep_dc, self.mask_teacher = hermitian, keep_dc, mask_teacher
+        self.standardize_student, self.standardize_teacher = standardize_student, standardize_teacher
+        self.stats, self.eps = stats, eps
+        self.importance, self.importance_source = importance, importance_source
+        self.gamma_min, self.detach_importance = gamma_min, detach_importance
+        self.scale_target, self.distance = scale_target, distance
+        self.alpha, self.loss_weight = alpha, loss_weight
+        self.instance, self.region_stats = instance, region_stats
+        self.min_pixels, self.min_region = min_pixels, min_region
+
+    def forward(
+        self,
+        student_NCHW: Tensor,
+        teacher_NCHW: Tensor,
+        *,
+        boxes: list[Tensor] | None = None,
+        labels_NHW: Tensor | None = None,
+        valid_NHW: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
+            boxes: for instance="box", per image (K, 4) xyxy in cells of the map.
+            labels_NHW: for instance="class_region", class indices at any resolution; 255 is ignored.
+            valid_NHW: bool, False on padding: left out of statistics, importance and mean.
+            generator: of the mask's random numbers, on the maps' device; None: the global one.
+
+        Raises:
+            ValueError: unequal shapes, or no boxes or labels where the instance needs them.
+        """
+        if student_NCHW.shape != teacher_NCHW.shape:
+            raise ValueError(
+                f"student {tuple(student_NCHW.shape)} and teacher {tuple(teacher_NCHW.shape)} differ in shape: "
+                "put an adapter and a resize between them (LevelAligner does)"
+            )
+        with torch.autocast(student_NCHW.device.type, enabled=False):
+            student, teacher = student_NCHW.float(), teacher_NCHW.detach().float()
+            weight = None if valid_NHW is None else valid_NHW[:, None].to(student.dtype)
+            if self.instance == "box":
+                if boxes is None:
+                    raise ValueError("instance='box' needs boxes")
+                student, teacher = (_pool(maps, boxes) for maps in (student, teacher))
+                weight = None
+            if student.shape[0] == 0 or student.shape[-2] * student.shape[-1] < self.min_pixels:
+                return student_NCHW.float().sum() * 0.0
+            regions_NGHW = None
+            if self.instance == "class_region":
+                if labels_NHW is None:
+                    raise ValueError("instance='class_region' needs labels_NHW")
+                regions_NGHW = self._regions(labels_NHW, student.shape[-2:])
+                if weight is not None:
+                    regions_NGHW = regions_NGHW * weight
+                weight = regions_NGHW.sum(dim=1, keepdim=True)
+            return (
+                self.alpha * self.loss_weight * self._loss(student, teacher, weight, regions_NGHW, generator)
+            )
+
+    def extra_repr(self) -> str:
+        return f"domain={self.domain}, mask_ratio={self.mask_ratio}, importance={self.importance}"
+
+    def _loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        regions: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        masked_student, masked_teacher = self._mask(student, teacher, generator)
+        stat_regions = regions if self.region_stats else None
+        s, t = masked_student, masked_teacher
+        if self.standardize_student:
+            s = self._standardize(s, weight, stat_regions)
+        if self.standardize_teacher:
+            t = self._standardize(t, weight, stat_regions)
+        if self.importance != "none":
+            if self.importance_source == "raw":
+                sources = (student, teacher)
+            elif self.importance_source == "masked":
+                sources = (masked_student, masked_teacher)
+            else:
+                sources = (
+                    s if self.standardize_student else self._standardize(s, weight, stat_regions),
+                    t if self.standardize_teacher else self._standardize(t, weight, stat_regions),
+                )
+            gamma = self._importance(*sources, weight, regions)
+            s = gamma * s
+            if self.scale_target == "both":
+                t = gamma * t
+        difference = (s - t).abs() if self.distance == "l1" else (s - t).square()
+        if weight is None:
+            return difference.mean()
+        return (difference * weight).sum() / (weight.sum() * s.shape[1]).clamp(min=1)
+
+    def _mask(
+        self, student: Tensor, teacher: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 2-3."""
+        if self.domain == "none" or self.mask_ratio == 0:
+            return student, teacher
+        n, c, height, width = student.shape
+        shape = {"sample": (n, 1), "batch": (1, 1), "element": (n, c)}[self.mask_sharing]
+        random = torch.rand(*shape, height, width, generator=generator, device=student.device)
+        symmetric = self.domain == "fft" and self.hermitian
+        keep = (hermitian(random) if symmetric else random) >= self.mask_ratio
+        if self.keep_dc and self.domain != "spatial":
+            keep[..., 0, 0] = True
+        masked = self._filter(student, keep)
+        return masked, self._filter(teacher, keep) if self.mask_teacher else teacher
+
+    def _filter(self, x: Tensor, keep: Tensor) -> Tensor:
+        """F⁻¹(M ⊙ F(x))."""
+        size = x.shape[-2:]
+        if self.domain == "spatial":
+            return x * keep
+        if self.domain == "dct":
+            rows, columns = (dct_basis(side, x.device) for side in size)
+            return rows.T @ (keep * (rows @ x @ columns.T)) @ columns
+        if self.hermitian:
+            half = size[1] // 2 + 1
+            return torch.fft.irfft2(torch.fft.rfft2(x) * keep[..., :half], s=size)
+        return torch.fft.ifft2(torch.fft.fft2(x) * keep).real
+
+    def _standardize(self, x: Tensor, weight: Tensor | None, regions: Tensor | None) -> Tensor:
+        """Eq. 5-7 with the biased variance; √(var + eps) has a finite gradient on constant maps."""
+        if regions is not None:
+            return _standardize_regions(x, regions, self.eps)
+        dims = (-2, -1) if self.stats == "instance" else (0, -2, -1)
+        if weight is None:
+            variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
+        else:
+            total = weight.sum(dims, keepdim=True).clamp(min=1)
+            mean = (x * weight).sum(dims, keepdim=True) / total
+            variance = ((x - mean).square() * weight).sum(dims, keepdim=True) / total
+        return (x - mean) * torch.rsqrt(variance + self.eps)
+
+    def _importance(self, s: Tensor, t: Tensor, weight: Tensor | None, regions: Tensor | None) -> Tensor:
+        """Eq. 8-9: γ as (N, 1, 1, 1), or (N, 1, H, W) where each region has its own."""
+        if self.detach_importance:
+            s, t = s.detach(), t.detach()
+        products = torch.stack([(s * t).sum(1), s.square().sum(1), t.square().sum(1)], dim=1)  # (N, 3, H, W)
+        if regions is None:
+            sums = (products if weight is None else products * weight).sum((-2, -1))[..., None]  # (N, 3, 1)
+        else:
+            sums = torch.einsum("nkhw,nghw->nkg", products, regions)
+        cosine = sums[:, 0] * torch.rsqrt((sums[:, 1] * sums[:, 2]).clamp(min=1e-16))  # (N, G)
+        gamma = (1 + cosine) / 2 if self.importance == "shifted" else cosine
+        if self.gamma_min is not None:
+            gamma = gamma.clamp(self.gamma_min, 1.0)
+        if regions is None:
+            return gamma[:, :, None, None]
+        return torch.einsum("ng,nghw->nhw", gamma, regions)[:, None]
+
+    def _regions(self, labels_NHW: Tensor, size: torch.Size) -> Tensor:
+        """Class regions at the map's resolution as (N, G, H, W) of 0 and 1; small ones are empty."""
+        labels = F.interpolate(labels_NHW[:, None].float(), size=size, mode="nearest")[:, 0].long()
+        known = labels != IGNORED_LABEL
+        groups = int(labels[known].max()) + 1 if bool(known.any()) else 1
+        one_hot = F.one_hot(labels.where(known, labels.new_tensor(groups)), groups + 1)[..., :groups]
+        regions = one_hot.permute(0, 3, 1, 2).float()
+        return regions * (regions.sum((-2, -1), keepdim=True) >= self.min_region)
+
+
+class IMA(Method):
+    """Sum of :class:`IMALoss` over the matched levels."""
+
+    def __init__(self, matching: Matching, loss: IMALoss, adapt: Adapt = "auto") -> None:
+        super().__init__()
+        self.align = LevelAligner(matching, adapt)
+        self.loss = loss
+
+    def forward(self, signals: Signals) -> Tensor:
+        batch = signals.teacher_batch
+        terms = []
+        for _, student, teacher in self.align(signals.student, signals.teacher):
+            boxes = None
+            if self.loss.instance == "box":
+                # Feature maps cover the padded input, so boxes are mapped by the padded size.
+                ratio_y, ratio_x = (
+                    cells / pixels
+                    for cells, pixels in zip(teacher.shape[-2:], batch.padded_size, strict=True)
+                )
+                ratios = teacher.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=torch.float32)
+                boxes = [target["boxes"] * ratios for target in batch.targets or []]
+            terms.append(self.loss(student, teacher, boxes=boxes, generator=signals.generator))
+        return torch.stack(terms).sum()
+
+
+def hermitian(random: Tensor) -> Tensor:
+    """Give frequencies k and -k one random number, so that a mask cut from it is conjugate-symmetric.
+
+    Each frequency keeps a uniform number: of a pair, the one that comes first in memory is copied.
+    """
+    height, width = random.shape[-2:]
+    mirrored = random.flip(-2, -1).roll((1, 1), (-2, -1))
+    index = torch.arange(height * width, device=random.device).view(height, width)
+    return torch.where(index <= index.flip(-2, -1).roll((1, 1), (-2, -1)), random, mirrored)
+
+
+@lru_cache(maxsize=64)
+def dct_basis(size: int, device: torch.device) -> Tensor:
+    """The orthonormal DCT-II as a (size, size) matrix: rows are frequencies."""
+    k = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(math.pi / size * torch.outer(k, k + 0.5)) * math.sqrt(2 / size)
+    basis[0] /= math.sqrt(2)
+    return basis.to(device, torch.float32)
+
+
+def _pool(maps: Tensor, boxes: list[Tensor]) -> Tensor:
+    """Every box of the batch as an instance: (sum of K, C, P, P)."""
+    rois = [box.to(maps.dtype) for box in boxes]
+    return roi_align(maps, rois, output_size=POOLED, sampling_ratio=2, aligned=True)
+
+
+def _standardize_regions(x: Tensor, regions: Tensor, eps: float) -> Tensor:
+    """Zero mean and unit variance for each channel within each region; 0 outside them."""
+    total = regions.sum((-2, -1)).clamp(min=1)[:, None]  # (N, 1, G)
+    mean = torch.einsum("nchw,nghw->ncg", x, regions) / total
+    centred = x * regions.sum(1, keepdim=True) - torch.einsum("ncg,nghw->nchw", mean, regions)
+    variance = torch.einsum("nchw,nghw->ncg", centred.square(), regions) / total
+    return centred * torch.einsum("ncg,nghw->nchw", torch.rsqrt(variance + eps), regions)

@@ -1,0 +1,45 @@
+"""Plain feature imitation: the paper's Eq. 1, the baseline that every feature method must beat.
+
+FitNets (Romero et al., ICLR 2015) with a mean squared error on every pyramid level.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detdistill.distillation.matching import Adapt, LevelAligner, Matching
+from detdistill.distillation.signals import Method, Signals
+
+
+class MimicLoss(nn.Module):
+    """mean over N, C, H, W of (student - teacher)² (paper Eq. 1 with D_f the squared error).
+
+    Reduction: "mean". Computed in float32 whatever the autocast.
+
+    Args:
+        alpha: factor on the loss.
+    """
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor) -> Tensor:
+        """Both (N, C, H, W); the teacher is detached. Returns a scalar."""
+        with torch.autocast(student_NCHW.device.type, enabled=False):
+            return self.alpha * F.mse_loss(student_NCHW.float(), teacher_NCHW.detach().float())
+
+
+class Mimic(Method):
+    """Sum of :class:`MimicLoss` over the matched levels."""
+
+    def __init__(self, matching: Matching, loss: MimicLoss, adapt: Adapt = "auto") -> None:
+        super().__init__()
+        self.align = LevelAligner(matching, adapt)
+        self.loss = loss
+
+    def forward(self, signals: Signals) -> Tensor:
+        terms = [self.loss(s, t) for _, s, t in self.align(signals.student, signals.teacher)]
+        return torch.stack(terms).sum()

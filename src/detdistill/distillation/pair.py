@@ -1,0 +1,166 @@
+"""A student with its teacher: everything that a training step needs, as one module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.config import MethodConfig, expand_method
+from detdistill.distillation.matching import Matching, match_levels
+from detdistill.distillation.methods import build_method
+from detdistill.distillation.signals import Method, Signals
+from detdistill.distillation.weighting import Weight
+from detdistill.models.base import Batch, Detector, Target
+
+MethodLike = str | Mapping[str, Any] | MethodConfig | Method
+
+
+class Pair(nn.Module):
+    """Computes a student's own losses and, beside them, what it should learn from the teacher.
+
+    The teacher is frozen and in evaluation mode, whatever mode the pair is put in; it follows the pair from
+    device to device, but is no submodule: it is in no state dict, optimiser, average or export, and
+    DistributedDataParallel does not see it. Methods of weight 0 are not built.
+
+    Args:
+        student: trained in place; it is also what is exported.
+        teacher: a trained detector, or None for plain training.
+        methods: names (``"ima"``), ``{name: {weight: …, option: …}}`` as in a recipe, or Method objects.
+        seed: of the methods' randomness.
+
+    Example:
+        >>> pair = Pair(student, teacher, ["ima"])
+        >>> optimizer = torch.optim.SGD(pair.parameters(), lr=0.01)  # student and adapters
+        >>> sum(pair(images, targets).values()).backward()
+    """
+
+    def __init__(
+        self,
+        student: Detector,
+        teacher: Detector | None = None,
+        methods: MethodLike | Sequence[MethodLike] = (),
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # a tuple hides it from nn.Module
+        self.methods = nn.ModuleDict()
+        self.weights: dict[str, Weight] = {}
+        self.matching: Matching | None = None
+        self.step, self.total_steps = 0, None
+        self.seed = seed
+        if teacher is None:
+            if methods:
+                raise ValueError("methods need a teacher")
+            return
+        if teacher.preprocessor.size != student.preprocessor.size:
+            raise ValueError(
+                f"the teacher takes images of size {teacher.preprocessor.size}, the student of "
+                f"{student.preprocessor.size}: give both the same `size`"
+            )
+        teacher.eval().requires_grad_(False)
+        self.matching = match_levels(student.pyramid_channels, teacher.pyramid_channels)
+        for item in [methods] if isinstance(methods, str | Mapping | MethodConfig | Method) else methods:
+            self._add(item)
+
+    step: int
+    total_steps: int | None
+
+    @property
+    def teacher(self) -> Detector | None:
+        return self._teacher[0]
+
+    def at_step(self, step: int, total_steps: int) -> None:
+        """Say where in the run the next forward is: sets the methods' weights and seeds their randomness.
+
+        A loop that never calls this gets full weights and a new seed at each training forward.
+        """
+        self.step, self.total_steps = step, total_steps
+
+    def current_weights(self) -> dict[str, float]:
+        """Each method's weight at this step; during a warm-up already above 0 at the first."""
+        if self.total_steps is None:
+            return {name: weight.value for name, weight in self.weights.items()}
+        progress = (self.step + 1) / (self.total_steps + 1)
+        return {name: weight.at(progress) for name, weight in self.weights.items()}
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[Target], zoom: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Every loss term by name, weighted: sum them.
+
+        Args:
+            images: (3, H, W) each, uint8 or float in [0, 1].
+            targets: ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,) for each image.
+            zoom: factor on the input size of both models.
+        """
+        batch = self.student.preprocess(images, targets, zoom)
+        pyramid = self.student.pyramid(batch)
+        raw = self.student.predict(pyramid, batch)
+        losses = self.student.losses(raw, batch)
+        active = {name: weight for name, weight in self.current_weights().items() if weight > 0}
+        if not active or self.teacher is None:
+            return losses
+
+        needs = {need for name in active for need in self._method(name).needs}
+        with torch.no_grad():
+            teacher_batch = self._teacher_batch(batch, images, targets, zoom)
+            teacher_pyramid = self.teacher.pyramid(teacher_batch)
+            teacher_raw = self.teacher.predict(teacher_pyramid, teacher_batch) if "raw" in needs else None
+        signals = Signals(
+            student=pyramid,
+            teacher=teacher_pyramid,
+            student_batch=batch,
+            teacher_batch=teacher_batch,
+            student_raw=raw,
+            teacher_raw=teacher_raw,
+            generator=self._generator(batch.images_N3HW.device),
+        )
+        for name, weight in active.items():
+            losses[name] = weight * self._method(name)(signals)
+        if self.training and self.total_steps is None:
+            self.step += 1
+        return losses
+
+    def _add(self, item: MethodLike) -> None:
+        assert self.matching is not None
+        if isinstance(item, Method):
+            name, weight, method = type(item).__name__.lower(), Weight(), item
+        else:
+            config = item if isinstance(item, MethodConfig) else MethodConfig(**expand_method(item))
+            method = build_method(config.name, self.matching, config.options)
+            name, weight = config.name, Weight(config.weight, config.warmup, config.decay_from)
+        if name in self.methods:
+            raise ValueError(f"method {name!r} is given twice")
+        if weight.value > 0:
+            self.methods[name], self.weights[name] = method, weight
+
+    def _method(self, name: str) -> Method:
+        method = self.methods[name]
+        assert isinstance(method, Method)
+        return method
+
+    def _teacher_batch(
+        self, batch: Batch, images: Sequence[Tensor], targets: Iterable[Target], zoom: float
+    ) -> Batch:
+        assert self.teacher is not None
+        if self.teacher.preprocessor == self.student.preprocessor:
+            return batch  # the same pixels: nothing to do twice
+        return self.teacher.preprocess(images, list(targets), zoom)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        generator = torch.Generator(device)
+        generator.manual_seed(hash((self.seed, rank, self.step)) % 2**63)  # ints hash alike in every process
+        return generator
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pair:
+        """What ``.to`` and its kin call: the teacher follows."""
+        if self.teacher is not None:
+            self.teacher._apply(fn)
+        super()._apply(fn, recurse)
+        return self

@@ -1,0 +1,145 @@
+"""The doctor: read a recipe, look at its data, build its models, and say what would go wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detdistill.config import Recipe, UserError, load_recipe
+from detdistill.data.inspect import Inspection, inspect_data
+from detdistill.distillation.matching import Matching
+from detdistill.distillation.pair import Pair
+from detdistill.models import build_model, load_teacher
+from detdistill.models.base import Detector
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One model of a recipe.
+
+    Attributes:
+        role: "student" or "teacher".
+        what: family and backbone.
+        parameters: of the whole detector.
+        learning: of those that the run would change.
+        levels: ``{stride: channels}`` of its pyramid.
+    """
+
+    role: str
+    what: str
+    parameters: int
+    learning: int
+    levels: dict[int, int]
+
+
+@dataclass
+class Check:
+    """What the doctor found.
+
+    Attributes:
+        recipe: as it was read, defaults filled in.
+        inspection: of the data; None where it could not be opened.
+        models: the student and, if there is one, the teacher.
+        notes: what loading weights had to say.
+        matching: which levels of the pair meet; None without a teacher.
+        problems: what would stop the run, beside the data's findings.
+    """
+
+    recipe: Recipe
+    inspection: Inspection | None = None
+    models: list[ModelSummary] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    matching: Matching | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run would start."""
+        findings = self.inspection.findings if self.inspection is not None else []
+        return not self.problems and not any(finding.severity == "error" for finding in findings)
+
+
+def check(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Check:
+    """Look a recipe over before it is run; nothing is trained or written.
+
+    Args:
+        recipe: a recipe, or its file.
+        overrides: as ``training.epochs=12``; only for a file.
+
+    Raises:
+        UserError: the recipe itself cannot be read. What is wrong with its data and models is in the result.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    result = Check(recipe)
+    try:
+        result.inspection = inspect_data(recipe.data)
+    except UserError as error:
+        result.problems.append(str(error))
+        return result
+    splits = result.inspection.splits
+    result.problems += [
+        f"{recipe.data.root}: no {name} split found; name it with data.{name}"
+        for name in ("train", "val")
+        if name not in splits
+    ]
+    if "train" in splits and splits["train"].classes:
+        _check_models(result, splits["train"].classes)
+    return result
+
+
+def _check_models(result: Check, classes: Sequence[str]) -> None:
+    recipe = result.recipe
+    student = teacher = None
+    with _messages() as notes:
+        try:
+            student = build_model(recipe.student, classes)
+        except UserError as error:
+            result.problems.append(f"student: {error}")
+        try:
+            teacher = load_teacher(recipe.teacher, classes) if recipe.teacher is not None else None
+        except UserError as error:
+            result.problems.append(f"teacher: {error}")
+    result.notes += notes
+    if student is not None and teacher is not None:
+        try:
+            result.matching = Pair(student, teacher, recipe.methods).matching
+        except UserError as error:
+            result.problems.append(f"pair: {error}")
+    result.models += [
+        _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
+    ]
+
+
+def _summary(role: str, model: Detector) -> ModelSummary:
+    described = (model.spec or {}).get("model", {})
+    learns = (p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelSummary(
+        role=role,
+        what=f"{described.get('family', type(model).__name__)} {described.get('backbone', '')}".strip(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        learning=sum(learns) if role == "student" else 0,
+        levels=dict(model.pyramid_channels),
+    )
+
+
+@contextmanager
+def _messages() -> Iterator[list[str]]:
+    """Collects what the models' loading logs, instead of printing it."""
+    messages: list[str] = []
+    logger = logging.getLogger("detdistill")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

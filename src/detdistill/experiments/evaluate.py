@@ -1,0 +1,105 @@
+"""Evaluate a saved detector on a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from detdistill.config import DataConfig, Recipe, UserError, load_recipe, nearest, parse_recipe
+from detdistill.data.loading import open_data
+from detdistill.data.records import Split
+from detdistill.evaluation.detector import Evaluation, evaluate_detector
+from detdistill.models.base import Detector
+from detdistill.models.checkpoints import load_model
+
+Data = Recipe | DataConfig | str | Path
+
+
+def evaluate(
+    model: Detector | str | Path,
+    data: Data,
+    *,
+    split: str = "val",
+    batch_size: int = 8,
+    workers: int = 2,
+    device: str = "auto",
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """What a detector finds on a split of a dataset, and its COCO numbers.
+
+    Args:
+        model: a detector, a run folder, or a file that detdistill saved.
+        data: a dataset's folder, a recipe (object or file) whose data section is taken, or ``digits``.
+        split: ``val``, ``train``, or another that the dataset has.
+        batch_size: images in a batch.
+        workers: processes that read images.
+        device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda:1``, …
+        limit: evaluate only so many images, evenly spread over the split.
+        progress: called after each batch with (images done, images in all).
+
+    Raises:
+        UserError: no such model, data, split or device; the annotations have errors; no class in common.
+    """
+    chosen = open_split(data, split)
+    return evaluate_detector(
+        as_detector(model),
+        chosen,
+        batch_size=batch_size,
+        workers=workers,
+        device=choose_device(device),
+        limit=limit,
+        progress=progress,
+    )
+
+
+def as_detector(model: Detector | str | Path) -> Detector:
+    """A detector as it is, or loaded from a run folder or file."""
+    return model if isinstance(model, Detector) else load_model(model)
+
+
+def open_split(data: Data, name: str) -> Split:
+    """One part of a dataset; see :func:`evaluate` for the ways to name it.
+
+    Raises:
+        UserError: there is no such part, or its annotations have errors.
+    """
+    config = _data_config(data)
+    splits = open_data(config)
+    if name not in splits:
+        raise UserError(f"{config.root}: no split {name!r}; {nearest(name, splits)}")
+    split = splits[name]
+    if split.errors:
+        more = len(split.errors) - 1
+        raise UserError(f"{split.errors[0]}" + (f" (and {more} more errors of the data)" if more else ""))
+    return split
+
+
+def _data_config(data: Data) -> DataConfig:
+    if isinstance(data, DataConfig):
+        return data
+    if isinstance(data, Recipe):
+        return data.data
+    path = Path(data)
+    if path.suffix in (".yaml", ".yml"):
+        return load_recipe(path).data
+    if (path / "recipe.yaml").is_file():  # a run folder
+        return load_recipe(path / "recipe.yaml").data
+    return parse_recipe({"data": str(data), "student": {}}).data
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is an accelerator where there is one.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises one or another
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from None

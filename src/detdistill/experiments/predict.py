@@ -1,0 +1,176 @@
+"""Detect objects in images: what is found, as arrays, as pictures and as a file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detdistill.config import UserError
+from detdistill.data.images import is_image, read_image
+from detdistill.experiments.evaluate import as_detector, choose_device
+from detdistill.models.base import Detections, Detector
+from detdistill.report.gallery import draw_detections
+
+PREDICTIONS_FILE = "predictions.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one image.
+
+    Attributes:
+        path: the image file.
+        boxes_K4: float32 xyxy in pixels of the image.
+        labels_K: int64 indices into ``classes``.
+        scores_K: float32 in [0, 1], falling.
+        classes: the model's class names.
+    """
+
+    path: Path
+    boxes_K4: Tensor
+    labels_K: Tensor
+    scores_K: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.classes[label] for label in self.labels_K.tolist()]
+
+
+def predict(
+    model: Detector | str | Path,
+    images: str | Path,
+    *,
+    out: str | Path | None = None,
+    threshold: float = 0.3,
+    teacher: Detector | str | Path | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Prediction]:
+    """Detect objects in an image, or in all images of a folder and its subfolders.
+
+    Args:
+        model: a detector, a run folder, or a file that detdistill saved.
+        images: the image file or folder. Images of a folder that cannot be read are left out, with a warning.
+        out: a folder for the pictures with their boxes and for ``predictions.json``, a list of detections as
+            COCO's results have them: ``bbox`` is (x, y, width, height), ``category_id`` is the label plus 1,
+            ``image_id`` is the file's stem, as a number where it is one; and the names of both.
+        threshold: detections of a lower score are left out.
+        teacher: draw what this detector finds beside what the model finds.
+        device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda:1``, …
+        progress: called after each image with (images done, images in all).
+
+    Raises:
+        UserError: no such model, image or device, or the pictures would overwrite the images.
+    """
+    root, paths = _find_images(Path(images), Path(out) if out is not None else None)
+    chosen = choose_device(device)
+    models = [as_detector(each).to(chosen).eval() for each in (model, teacher) if each is not None]
+    predictions = []
+    for path, image in _read(paths):
+        with torch.inference_mode():
+            found = [_detect(each, image.to(chosen), threshold) for each in models]
+        student = found[0]
+        predictions.append(
+            Prediction(path, student["boxes"], student["labels"], student["scores"], models[0].classes)
+        )
+        if out is not None:
+            _save_picture(image, found, models, threshold, _picture(Path(out), path, root))
+        if progress is not None:
+            progress(len(predictions), len(paths))
+    if out is not None:
+        _write_json(predictions, root, Path(out))
+    return predictions
+
+
+def _find_images(images: Path, out: Path | None) -> tuple[Path, list[Path]]:
+    """The folder that the pictures' names are relative to, and the image files."""
+    if images.is_dir():
+        root = images
+        inside = [path for path in sorted(images.rglob("*")) if path.is_file() and is_image(path)]
+        # What an earlier call wrote is not to be read by this one, unless it is what was asked for.
+        earlier = out.resolve() if out is not None and out.resolve() != images.resolve() else None
+        paths = [path for path in inside if earlier is None or earlier not in path.resolve().parents]
+        if not paths:
+            raise UserError(f"{images}: no images in this folder; give a folder of JPEG, PNG or other images")
+    elif images.is_file():
+        root, paths = images.parent, [images]
+    else:
+        raise UserError(f"{images}: no such image or folder")
+    for path in paths if out is not None else ():
+        assert out is not None
+        target = _picture(out, path, root)
+        if target.exists() and target.samefile(path):
+            raise UserError(f"{out}: the picture would overwrite {path}; choose another folder for --out")
+    return root, paths
+
+
+def _picture(out: Path, path: Path, root: Path) -> Path:
+    """Where the picture of an image goes; formats other than JPEG and PNG get ``.png`` after their own."""
+    name = path.relative_to(root)
+    if name.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        name = name.with_name(f"{name.name}.png")
+    return out / name
+
+
+def _read(paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
+    for path in paths:
+        try:
+            image = read_image(path)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
+        yield path, image
+
+
+def _detect(model: Detector, image_3HW: Tensor, threshold: float) -> Detections:
+    detections = model([image_3HW])[0]
+    keep = detections["scores"] >= threshold
+    return {name: value[keep].cpu() for name, value in detections.items()}
+
+
+def _save_picture(
+    image_3HW: Tensor, found: list[Detections], models: list[Detector], threshold: float, path: Path
+) -> None:
+    drawn = [
+        draw_detections(image_3HW, detections, model.classes, threshold)
+        for detections, model in zip(found, models, strict=True)
+    ]
+    side_by_side = torch.cat(drawn, dim=2)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(side_by_side.permute(1, 2, 0).numpy()).save(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+
+def _write_json(predictions: list[Prediction], root: Path, out: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for prediction in predictions:
+        stem = prediction.path.stem
+        name = prediction.path.relative_to(root).as_posix()
+        values = (prediction.boxes_K4.tolist(), prediction.labels_K.tolist(), prediction.scores_K.tolist())
+        for (x1, y1, x2, y2), label, score in zip(*values, strict=True):
+            rows.append(
+                {
+                    "image_id": int(stem) if stem.isdecimal() else stem,
+                    "file_name": name,
+                    "category_id": label + 1,
+                    "category": prediction.classes[label],
+                    "bbox": [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
+                    "score": round(score, 5),
+                }
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PREDICTIONS_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,82 @@
+"""``train`` and ``distill``: from a recipe, or from four words of Python, to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detdistill.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    Recipe,
+    TrainingConfig,
+    load_recipe,
+    parse_recipe,
+)
+from detdistill.training import loop
+from detdistill.training.loop import TrainResult
+
+
+def train(
+    recipe: Recipe | str | Path,
+    overrides: Iterable[str] = (),
+    out: str | Path | None = None,
+    resume: bool = True,
+) -> TrainResult:
+    """Train what a recipe describes.
+
+    Args:
+        recipe: a recipe, or its file.
+        overrides: ``key.sub=value``, for a file.
+        out: the run folder; ``runs/NAME`` by default.
+        resume: go on where an earlier call stopped; else start anew.
+
+    Raises:
+        UserError: something in the recipe, its data or its weights cannot be used.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    return loop.train(recipe, Path(out) if out else Path("runs") / recipe.name, resume=resume)
+
+
+def distill(
+    teacher: ModelConfig | Mapping[str, Any] | str | Path,
+    student: ModelConfig | Mapping[str, Any],
+    data: DataConfig | Mapping[str, Any] | str | Path,
+    method: str | Mapping[str, Any] | MethodConfig | Sequence[str | Mapping[str, Any] | MethodConfig] = "ima",
+    *,
+    training: TrainingConfig | Mapping[str, Any] | None = None,
+    out: str | Path = "runs/distill",
+    resume: bool = True,
+) -> TrainResult:
+    """Teach a student with a teacher; every argument is a recipe's section of that name.
+
+    Args:
+        teacher: a run folder or weights file, or a section with ``weights``.
+        student: a section, as ``{"family": "fcos", "backbone": "mobilenetv3_small_050"}``.
+        data: the dataset's folder, ``"digits"``, or a section.
+        method: one method or several, as in a recipe's ``methods``.
+        training: the budget; the default is the paper's 24 epochs of SGD.
+        out: the run folder.
+        resume: go on where an earlier call stopped; else start anew.
+
+    Raises:
+        UserError: something in the arguments, the data or the weights cannot be used.
+
+    Example:
+        >>> distill("runs/teacher", {"family": "fcos", "backbone": "resnet18"}, "data/boards").metrics["AP"]
+    """
+    recipe = parse_recipe(
+        {
+            "name": Path(out).name,
+            "data": data,
+            "teacher": teacher,
+            "student": student,
+            "methods": method,
+            "training": training or {},
+        },
+        source="the arguments of distill",
+    )
+    return loop.train(recipe, Path(out), resume=resume)

@@ -1,0 +1,173 @@
+"""From a recipe's model section, or from a saved file, to a detector."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detdistill.config import ModelConfig, UserError
+from detdistill.models import torchvision_weights
+from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD, Detector, Preprocess
+from detdistill.models.faster_rcnn import faster_rcnn
+from detdistill.models.fcos import fcos
+from detdistill.models.retinanet import retinanet
+from detdistill.models.weights import (
+    PARTS,
+    LoadReport,
+    find_weights,
+    load_backbone,
+    load_weights,
+    read_spec,
+    read_state_dict,
+)
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURE = ("family", "backbone", "channels", "head_depth", "strides", "anchor_scale")
+
+
+def build_model(config: ModelConfig, classes: Sequence[str]) -> Detector:
+    """Build the detector that a recipe's ``student`` section describes.
+
+    ``backbone_weights`` are loaded first, ``weights`` over them. The backbone must load whole; where the head
+    does not, it stays as initialised and a warning holds the report. A file saved by detdistill knows its
+    architecture: what the section leaves at its default is then taken from the file, and class rows are chosen
+    by name. Files of torchvision's detectors are recognised by their names.
+
+    Args:
+        config: the section.
+        classes: the data's class names.
+
+    Returns:
+        A detector with ``spec`` set, on the CPU, in training mode.
+
+    Raises:
+        UserError: unknown backbone or stride, weights that cannot be had or read, or that do not fit.
+    """
+    return _build(config, classes, require=("backbone",))
+
+
+def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Detector:
+    """Build the detector that a recipe's ``teacher`` section describes; all of it must load.
+
+    Args:
+        config: the section; ``weights`` alone is enough for a run folder or a file saved by detdistill.
+        classes: the data's class names. A teacher whose file names its classes keeps those, since teacher and
+            student classes meet by name; of published weights the rows of these classes are taken.
+
+    Returns:
+        As :func:`build_model`, in evaluation mode.
+
+    Raises:
+        UserError: as :func:`build_model`, and where an entry of backbone, neck or head did not load, or a class
+            has no row.
+    """
+    if config.weights is None:
+        raise UserError("teacher.weights is missing: an untrained teacher teaches noise")
+    return _build(config, classes, require=PARTS).eval()
+
+
+def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) -> Detector:
+    if config.weights is None:
+        return construct(config, classes)
+    if config.weights == "torchvision":
+        model = construct(config, classes)
+        report = _load_published(model, config, require)
+    else:
+        path = find_weights(config.weights)
+        spec = read_spec(path)
+        if spec is not None:
+            config = _with_spec(config, spec, path)
+            classes = spec["classes"] if require == PARTS else classes
+        model = construct(config, classes, spec)
+        state, source = read_state_dict(path), str(path)
+        if torchvision_weights.is_torchvision(state):
+            categories, epsilon = torchvision_weights.conventions_of(state, classes)
+            report = torchvision_weights.load_torchvision(
+                model, state, categories, require=require, norm_epsilon=epsilon, source=source
+            )
+        else:
+            rows = spec["classes"] if spec is not None else None
+            report = load_weights(model, state, require=require, classes=rows, source=source)
+    _tell(report)
+    return model
+
+
+def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] | None = None) -> Detector:
+    """The model without detector weights; the input convention of ``spec`` if there is one."""
+    options: dict[str, Any] = {
+        "classes": tuple(classes),
+        "channels": config.channels,
+        "norm": config.norm,
+        "freeze_stages": config.freeze_stages,
+        "pretrained_backbone": config.backbone_weights == "imagenet",
+        "score_threshold": config.score_threshold,
+        "nms_threshold": config.nms_threshold,
+        "max_detections": config.max_detections,
+    }
+    for name in ("head_depth", "strides", "anchor_scale"):
+        if getattr(config, name) is not None:
+            options[name] = getattr(config, name)
+    if config.family == "fcos" and options.pop("anchor_scale", None) is not None:
+        raise UserError("anchor_scale is given, but fcos has no anchors: leave it out")
+    families: dict[str, Any] = {"retinanet": retinanet, "fcos": fcos, "faster_rcnn": faster_rcnn}
+    model = families[config.family](config.backbone, **options)
+    mean, std = _normalisation(config, model, spec)
+    model.preprocessor = Preprocess(size=config.size, mean=mean, std=std)
+    if config.backbone_weights not in (None, "imagenet"):
+        report = load_backbone(
+            model.backbone, read_state_dict(config.backbone_weights), source=str(config.backbone_weights)
+        )
+        _tell(report)
+    model.spec = {
+        # Where weights came from is the run's affair: a file carries no paths of the machine that made it.
+        "model": config.model_dump(mode="json") | {"weights": None, "backbone_weights": None},
+        "classes": list(classes),
+        "mean": list(mean),
+        "std": list(std),
+    }
+    return model
+
+
+def _normalisation(
+    config: ModelConfig, model: Any, spec: dict[str, Any] | None
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    if spec is not None:
+        return tuple(spec["mean"]), tuple(spec["std"])
+    if config.backbone_weights is not None:
+        return model.backbone.mean, model.backbone.std
+    return IMAGENET_MEAN, IMAGENET_STD
+
+
+def _with_spec(config: ModelConfig, spec: dict[str, Any], path: Path) -> ModelConfig:
+    """The section, completed from the file's spec wherever it is at its default."""
+    stored = ModelConfig.model_validate(spec["model"])
+    merged = {}
+    for name, info in ModelConfig.model_fields.items():
+        given, of_file = getattr(config, name), getattr(stored, name)
+        is_default = given == info.get_default()
+        if name in ARCHITECTURE and not is_default and given != of_file:
+            raise UserError(
+                f"{path}: was trained with {name}: {of_file}, the recipe says {given}; leave {name} out"
+            )
+        merged[name] = of_file if is_default else given
+    return ModelConfig.model_validate({**merged, "weights": config.weights, "backbone_weights": None})
+
+
+def _load_published(model: Detector, config: ModelConfig, require: Sequence[str]) -> LoadReport:
+    if config.size is None:
+        logger.warning(
+            "torchvision's weights were trained at size %s; without `size` images are taken as they come",
+            list(torchvision_weights.TRAINED_SIZE),
+        )
+    state, categories, epsilon = torchvision_weights.download(config.family)
+    source = f"torchvision's {config.family}"
+    return torchvision_weights.load_torchvision(
+        model, state, categories, require=require, norm_epsilon=epsilon, source=source
+    )
+
+
+def _tell(report: LoadReport) -> None:
+    logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)

@@ -1,0 +1,264 @@
+"""FCOS: one-stage, anchor-free (Tian et al., "FCOS: A Simple and Strong Anchor-Free Object Detector", 2020).
+
+The same losses and detections as torchvision's ``FCOS``; a test holds the proof.
+Shape legend: N images, P all cells of an image, Q classes, K objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxLinearCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
+
+from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
+from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
+from detdistill.models.heads import (
+    UNMATCHED,
+    best_detections,
+    flatten_maps,
+    init_head,
+    level_anchors,
+    one_hot_targets,
+    select_candidates,
+    take_objects,
+    tower,
+)
+
+CENTER_RADIUS = 1.5  # in strides: how far from an object's centre a cell may answer for it
+RANGE = (4.0, 8.0)  # in strides: a level's objects reach so far from the cell (64…128 at stride 16)
+
+
+class FCOSHead(nn.Module):
+    """Two towers with GroupNorm, shared by the levels; centerness beside the boxes.
+
+    The box output is left, top, right, bottom distance over the stride; it is cut at 0 (ReLU).
+    """
+
+    def __init__(self, channels: int, depth: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_tower = tower(channels, depth, group_norm=True)
+        self.box_tower = tower(channels, depth, group_norm=True)
+        self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.box = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        init_head(self, class_layer=self.cls)
+
+    def forward(self, pyramid: Pyramid) -> DenseRaw:
+        box_features = {stride: self.box_tower(x) for stride, x in pyramid.items()}
+        return DenseRaw(
+            cls={stride: self.cls(self.cls_tower(x)) for stride, x in pyramid.items()},
+            box={stride: F.relu(self.box(x)) for stride, x in box_features.items()},
+            centerness={stride: self.centerness(x) for stride, x in box_features.items()},
+        )
+
+
+class FCOS(Detector):
+    """The five steps of FCOS; build it with :func:`fcos`.
+
+    Losses: ``classification`` (focal, α 0.25, γ 2), ``bbox_regression`` (GIoU) and ``bbox_ctrness`` (binary
+    cross-entropy), each summed over the batch and divided by the batch's number of matched cells (at least 1).
+    Under torch.distributed that number is averaged over the processes, so that after the mean of gradients N
+    processes equal one process on the same images; every process must then call ``losses``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        neck: FeaturePyramid,
+        head: FCOSHead,
+        anchor_generator: AnchorGenerator,
+        classes: Sequence[str],
+        preprocess: Preprocess,
+        *,
+        score_threshold: float,
+        nms_threshold: float,
+        max_detections: int,
+        topk_candidates: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.anchor_generator = anchor_generator
+        self.classes = tuple(classes)
+        self.preprocessor = preprocess
+        self.pyramid_channels = neck.channels
+        self.box_coder = BoxLinearCoder(normalize_by_size=True)
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_detections = max_detections
+        self.topk_candidates = topk_candidates
+
+    def pyramid(self, batch: Batch) -> Pyramid:
+        return self.neck(self.backbone(batch.images_N3HW))
+
+    def predict(self, pyramid: Pyramid, batch: Batch) -> DenseRaw:
+        return self.head(pyramid)
+
+    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(raw, DenseRaw)
+        assert raw.centerness is not None
+        assert batch.targets is not None, "losses need a batch with targets"
+        with torch.autocast(batch.images_N3HW.device.type, enabled=False):
+            logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
+            distances_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
+            centerness_NP = torch.cat(flatten_maps(raw.centerness.values(), 1), dim=1).squeeze(2)
+            cells = level_anchors(self.anchor_generator, raw.cls, batch)
+            cells_P4 = torch.cat(cells)
+            wanted_NPQ, boxes_NP4, positive_NP = [], [], []
+            for target in batch.targets:
+                boxes_K4 = target["boxes"].float()
+                matched_P = match_cells(boxes_K4, cells)
+                wanted_NPQ.append(one_hot_targets(matched_P, target["labels"], len(self.classes)))
+                boxes_NP4.append(take_objects(matched_P, boxes_K4, cells_P4))
+                positive_NP.append(matched_P >= 0)
+            positive, boxes = torch.stack(positive_NP), torch.stack(boxes_NP4)
+            count = _positives_of_a_process(positive)
+            focal = sigmoid_focal_loss(logits_NPQ, torch.stack(wanted_NPQ), reduction="sum")
+            giou_NP = generalized_box_iou_loss(self.box_coder.decode(distances_NP4, cells_P4), boxes)
+            wanted_NP = torch.where(positive, centerness_of(self.box_coder.encode(cells_P4, boxes)), 0)
+            bce_NP = F.binary_cross_entropy_with_logits(centerness_NP, wanted_NP, reduction="none")
+            return {
+                "classification": focal / count,
+                "bbox_regression": torch.where(positive, giou_NP, 0).sum() / count,
+                "bbox_ctrness": torch.where(positive, bce_NP, 0).sum() / count,
+            }
+
+    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
+        assert isinstance(raw, DenseRaw)
+        assert raw.centerness is not None
+        logits = flatten_maps(raw.cls.values(), len(self.classes))
+        distances = flatten_maps(raw.box.values(), 4)
+        centerness = flatten_maps(raw.centerness.values(), 1)
+        cells = level_anchors(self.anchor_generator, raw.cls, batch)
+        detections = []
+        for i, size in enumerate(batch.sizes):
+            found = []
+            for logits_NPQ, distances_NP4, centerness_NP1, cells_P4 in zip(
+                logits, distances, centerness, cells, strict=True
+            ):
+                scores_PQ = torch.sqrt(logits_NPQ[i].sigmoid() * centerness_NP1[i].sigmoid())
+                scores, at, labels = select_candidates(scores_PQ, self.score_threshold, self.topk_candidates)
+                boxes = self.box_coder.decode(distances_NP4[i][at], cells_P4[at])
+                found.append((clip_boxes_to_image(boxes, size), scores, labels))
+            boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+            detections.append(
+                best_detections(
+                    boxes,
+                    scores,
+                    labels,
+                    self.nms_threshold,
+                    self.max_detections,
+                    size,
+                    batch.original_sizes[i],
+                )
+            )
+        return detections
+
+
+def match_cells(boxes_K4: Tensor, cells: Sequence[Tensor]) -> Tensor:
+    """Which object each cell answers for.
+
+    A cell answers for an object when it lies inside it, within CENTER_RADIUS strides of its centre, and the
+    farthest side is within the level's range; of several objects for the smallest (FCOS, section 3.1 and 3.2).
+
+    Args:
+        boxes_K4: objects; K may be 0.
+        cells: for each level squares (P_l, 4) whose centre is the cell and whose side is the stride.
+
+    Returns:
+        (P,) int64: index of the object or UNMATCHED.
+    """
+    cells_P4 = torch.cat(list(cells))
+    if len(boxes_K4) == 0:
+        return torch.full((len(cells_P4),), UNMATCHED, device=cells_P4.device)
+    stride_P1 = cells_P4[:, 2:3] - cells_P4[:, 0:1]
+    lower_P1, upper_P1 = stride_P1 * RANGE[0], stride_P1 * RANGE[1]
+    lower_P1[: len(cells[0])] = 0
+    upper_P1[len(cells_P4) - len(cells[-1]) :] = float("inf")
+    point_P12 = ((cells_P4[:, :2] + cells_P4[:, 2:]) / 2)[:, None]
+    center_K2 = (boxes_K4[:, :2] + boxes_K4[:, 2:]) / 2
+    off_center_PK = (point_P12 - center_K2).abs().amax(dim=2)
+    sides_PK4 = torch.cat([point_P12 - boxes_K4[:, :2], boxes_K4[:, 2:] - point_P12], dim=2)
+    reach_PK = sides_PK4.amax(dim=2)
+    fits_PK = (
+        (off_center_PK < CENTER_RADIUS * stride_P1)
+        & (sides_PK4.amin(dim=2) > 0)
+        & (reach_PK > lower_P1)
+        & (reach_PK < upper_P1)
+    )
+    area_K = (boxes_K4[:, 2:] - boxes_K4[:, :2]).prod(dim=1)
+    smallest_P, object_P = torch.where(fits_PK, area_K, float("inf")).min(dim=1)
+    return torch.where(smallest_P.isinf(), UNMATCHED, object_P)
+
+
+def centerness_of(distances: Tensor) -> Tensor:
+    """Centerness (FCOS, equation 3) of left, top, right, bottom distances (..., 4); NaN outside the box."""
+    across, along = distances[..., [0, 2]], distances[..., [1, 3]]
+    return torch.sqrt(across.amin(dim=-1) / across.amax(dim=-1) * (along.amin(dim=-1) / along.amax(dim=-1)))
+
+
+def _positives_of_a_process(positive_NP: Tensor) -> Tensor:
+    count = positive_NP.sum().float()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return count.clamp(min=1)
+    distributed.all_reduce(count)
+    return count.clamp(min=1) / distributed.get_world_size()
+
+
+def fcos(
+    backbone: str = "resnet50",
+    num_classes: int = 80,
+    *,
+    classes: Sequence[str] | None = None,
+    channels: int = 256,
+    strides: Sequence[int] = (8, 16, 32, 64, 128),
+    head_depth: int = 4,
+    norm: str = "batch",
+    freeze_stages: int = 0,
+    pretrained_backbone: bool = False,
+    preprocess: Preprocess | None = None,
+    score_threshold: float = 0.2,
+    nms_threshold: float = 0.6,
+    max_detections: int = 100,
+    topk_candidates: int = 1000,
+) -> FCOS:
+    """An FCOS over any timm backbone; the defaults are torchvision's ``fcos_resnet50_fpn``.
+
+    Args:
+        backbone: timm model with feature maps.
+        num_classes: number of classes; there is no background class.
+        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
+        channels: width of pyramid and head.
+        strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2.
+        head_depth: 3×3 convolutions in each tower.
+        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
+        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
+        score_threshold, nms_threshold, max_detections: of detections.
+        topk_candidates: candidates of one level before suppression.
+
+    Raises:
+        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
+    """
+    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    body = Backbone(
+        backbone, split_strides(backbone, strides),
+        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
+    )  # fmt: skip
+    return FCOS(
+        body,
+        FeaturePyramid(body.channels, channels, strides, extra="conv"),
+        FCOSHead(channels, head_depth, len(names)),
+        AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
+        names,
+        preprocess or Preprocess(mean=body.mean, std=body.std),
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        max_detections=max_detections,
+        topk_candidates=topk_candidates,
+    )

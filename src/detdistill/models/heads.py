@@ -1,0 +1,128 @@
+"""Parts that the families share: towers, anchors, matching, and the choice of detections.
+
+Shape legend: N images, A anchors a cell, P all anchors of an image (levels one after the other; within a level
+rows, columns, anchors), Q classes, K objects, M candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import batched_nms, box_iou
+
+from detdistill.models.base import Batch, Detections, Pyramid
+
+UNMATCHED, IGNORED = -1, -2
+
+
+def tower(channels: int, depth: int, group_norm: bool) -> nn.Sequential:
+    """``depth`` blocks of 3×3 convolution, perhaps GroupNorm, ReLU.
+
+    GroupNorm has 32 groups, as FCOS has, or the largest number up to 32 that divides 32 and ``channels``.
+    """
+    blocks = []
+    for _ in range(depth):
+        norm = [nn.GroupNorm(math.gcd(32, channels), channels)] if group_norm else []
+        blocks.append(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *norm, nn.ReLU()))
+    return nn.Sequential(*blocks)
+
+
+def init_head(head: nn.Module, class_layer: nn.Conv2d | None = None, prior: float = 0.01) -> None:
+    """Convolutions to N(0, 0.01) with bias 0; the class layer's bias to the prior probability of an object
+    (RetinaNet, Lin et al. 2017, section 4.1)."""
+    for layer in head.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    if class_layer is not None and class_layer.bias is not None:
+        nn.init.constant_(class_layer.bias, -math.log((1 - prior) / prior))
+
+
+def flatten_maps(maps: Iterable[Tensor], width: int) -> list[Tensor]:
+    """Maps (N, A·width, H, W) to (N, H·W·A, width) in float32, one for each level."""
+    return [
+        x.unflatten(1, (-1, width)).permute(0, 3, 4, 1, 2).reshape(x.shape[0], -1, width).float() for x in maps
+    ]
+
+
+def level_anchors(generator: AnchorGenerator, maps: Pyramid, batch: Batch) -> list[Tensor]:
+    """The anchors of each level, (H·W·A, 4) float32 xyxy in network input; the same for every image.
+
+    The step from cell to cell is the padded side over the number of cells, as in torchvision: equal to the
+    stride unless the padded side is no multiple of it.
+    """
+    height, width = batch.padded_size
+    sizes = [list(x.shape[-2:]) for x in maps.values()]
+    generator.set_cell_anchors(torch.float32, batch.images_N3HW.device)
+    return generator.grid_anchors(sizes, [[height // rows, width // columns] for rows, columns in sizes])
+
+
+def match_boxes(boxes_K4: Tensor, anchors_P4: Tensor, high: float, low: float, keep_best: bool) -> Tensor:
+    """Which object each anchor answers for, by IoU.
+
+    Args:
+        boxes_K4: objects; K may be 0.
+        anchors_P4: anchors or proposals.
+        high: an anchor is matched from this IoU on; from ``low`` to ``high`` it is IGNORED, below UNMATCHED.
+        keep_best: an object's best anchors (ties too) are matched whatever their IoU.
+
+    Returns:
+        (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronisation.
+    """
+    if len(boxes_K4) == 0 or len(anchors_P4) == 0:
+        return torch.full((len(anchors_P4),), UNMATCHED, device=anchors_P4.device)
+    iou_KP = box_iou(boxes_K4, anchors_P4)
+    best_P, object_P = iou_KP.max(dim=0)
+    matched_P = torch.where(best_P < low, UNMATCHED, torch.where(best_P < high, IGNORED, object_P))
+    if keep_best:
+        is_best_P = (iou_KP == iou_KP.amax(dim=1, keepdim=True)).any(dim=0)
+        matched_P = torch.where(is_best_P, object_P, matched_P)
+    return matched_P
+
+
+def take_objects(matched_P: Tensor, boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
+    """The matched objects' boxes (P, 4); an anchor without one gets some box of positive size."""
+    return boxes_K4[matched_P.clamp(min=0)] if len(boxes_K4) else anchors_P4
+
+
+def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Tensor:
+    """(P, Q) float32: 1 at a matched anchor's class, else 0."""
+    targets_PQ = torch.zeros(len(matched_P), num_classes, device=matched_P.device)
+    if len(labels_K):
+        labels_P = labels_K[matched_P.clamp(min=0)]
+        targets_PQ.scatter_(1, labels_P[:, None], (matched_P >= 0).float()[:, None])
+    return targets_PQ
+
+
+def select_candidates(scores_PQ: Tensor, threshold: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``limit`` scores of one level above the threshold.
+
+    Returns:
+        scores (M,) falling, index of the anchor (M,), label (M,).
+    """
+    scores = scores_PQ.flatten()
+    kept = torch.where(scores > threshold)[0]
+    scores_M, order = scores[kept].topk(min(limit, len(kept)))
+    kept = kept[order]
+    return scores_M, kept // scores_PQ.shape[1], kept % scores_PQ.shape[1]
+
+
+def best_detections(
+    boxes_M4: Tensor,
+    scores_M: Tensor,
+    labels_M: Tensor,
+    nms_threshold: float,
+    limit: int,
+    size: Sequence[int],
+    original_size: Sequence[int],
+) -> Detections:
+    """Suppression by class, the best ``limit``, boxes from network input to the original image's pixels."""
+    kept = batched_nms(boxes_M4, scores_M, labels_M, nms_threshold)[:limit]
+    ratio_y, ratio_x = original_size[0] / size[0], original_size[1] / size[1]
+    boxes = boxes_M4[kept] * boxes_M4.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    return {"boxes": boxes, "labels": labels_M[kept], "scores": scores_M[kept]}

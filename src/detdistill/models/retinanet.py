@@ -1,0 +1,208 @@
+"""RetinaNet: one-stage, anchor-based (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+
+The same losses and detections as torchvision's ``RetinaNet``; a test holds the proof.
+Shape legend: N images, A = 9 anchors a cell, P all anchors of an image, Q classes, K objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import clip_boxes_to_image, sigmoid_focal_loss
+
+from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
+from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
+from detdistill.models.heads import (
+    IGNORED,
+    best_detections,
+    flatten_maps,
+    init_head,
+    level_anchors,
+    match_boxes,
+    one_hot_targets,
+    select_candidates,
+    take_objects,
+    tower,
+)
+
+RATIOS = (0.5, 1.0, 2.0)
+
+
+class RetinaNetHead(nn.Module):
+    """Two towers of convolutions, shared by the levels."""
+
+    def __init__(self, channels: int, depth: int, num_anchors: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_tower = tower(channels, depth, group_norm=False)
+        self.box_tower = tower(channels, depth, group_norm=False)
+        self.cls = nn.Conv2d(channels, num_anchors * num_classes, 3, padding=1)
+        self.box = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
+        init_head(self, class_layer=self.cls)
+
+    def forward(self, pyramid: Pyramid) -> DenseRaw:
+        return DenseRaw(
+            cls={stride: self.cls(self.cls_tower(x)) for stride, x in pyramid.items()},
+            box={stride: self.box(self.box_tower(x)) for stride, x in pyramid.items()},
+        )
+
+
+class RetinaNet(Detector):
+    """The five steps of RetinaNet; build it with :func:`retinanet`.
+
+    Losses: ``classification`` (focal, α 0.25, γ 2) and ``bbox_regression`` (L1 of the encoded boxes), each
+    summed over an image's anchors, divided by its number of matched anchors (at least 1), and averaged over
+    the images. The mean over images makes N processes with equal local batches equal to one process.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        neck: FeaturePyramid,
+        head: RetinaNetHead,
+        anchor_generator: AnchorGenerator,
+        classes: Sequence[str],
+        preprocess: Preprocess,
+        *,
+        score_threshold: float,
+        nms_threshold: float,
+        max_detections: int,
+        topk_candidates: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = neck
+        self.head = head
+        self.anchor_generator = anchor_generator
+        self.classes = tuple(classes)
+        self.preprocessor = preprocess
+        self.pyramid_channels = neck.channels
+        self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.max_detections = max_detections
+        self.topk_candidates = topk_candidates
+
+    def pyramid(self, batch: Batch) -> Pyramid:
+        return self.neck(self.backbone(batch.images_N3HW))
+
+    def predict(self, pyramid: Pyramid, batch: Batch) -> DenseRaw:
+        return self.head(pyramid)
+
+    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(raw, DenseRaw)
+        assert batch.targets is not None, "losses need a batch with targets"
+        with torch.autocast(batch.images_N3HW.device.type, enabled=False):
+            logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
+            deltas_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
+            anchors_P4 = torch.cat(level_anchors(self.anchor_generator, raw.cls, batch))
+            classification, regression = [], []
+            for logits_PQ, deltas_P4, target in zip(logits_NPQ, deltas_NP4, batch.targets, strict=True):
+                boxes_K4 = target["boxes"].float()
+                matched_P = match_boxes(boxes_K4, anchors_P4, high=0.5, low=0.4, keep_best=True)
+                positive_P = matched_P >= 0
+                count = positive_P.sum().clamp(min=1)
+                wanted_PQ = one_hot_targets(matched_P, target["labels"], len(self.classes))
+                focal_PQ = sigmoid_focal_loss(logits_PQ, wanted_PQ)
+                classification.append((focal_PQ.sum(dim=1) * (matched_P != IGNORED)).sum() / count)
+                wanted_P4 = self.box_coder.encode_single(
+                    take_objects(matched_P, boxes_K4, anchors_P4), anchors_P4
+                )
+                l1_P4 = F.l1_loss(deltas_P4, wanted_P4, reduction="none")
+                regression.append(torch.where(positive_P[:, None], l1_P4, 0).sum() / count)
+        return {
+            "classification": torch.stack(classification).mean(),
+            "bbox_regression": torch.stack(regression).mean(),
+        }
+
+    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
+        assert isinstance(raw, DenseRaw)
+        logits = flatten_maps(raw.cls.values(), len(self.classes))
+        deltas = flatten_maps(raw.box.values(), 4)
+        anchors = level_anchors(self.anchor_generator, raw.cls, batch)
+        detections = []
+        for i, size in enumerate(batch.sizes):
+            found = []
+            for logits_NPQ, deltas_NP4, anchors_P4 in zip(logits, deltas, anchors, strict=True):
+                scores, at, labels = select_candidates(
+                    logits_NPQ[i].sigmoid(), self.score_threshold, self.topk_candidates
+                )
+                boxes = self.box_coder.decode_single(deltas_NP4[i][at], anchors_P4[at])
+                found.append((clip_boxes_to_image(boxes, size), scores, labels))
+            boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+            detections.append(
+                best_detections(
+                    boxes,
+                    scores,
+                    labels,
+                    self.nms_threshold,
+                    self.max_detections,
+                    size,
+                    batch.original_sizes[i],
+                )
+            )
+        return detections
+
+
+def retinanet(
+    backbone: str = "resnet50",
+    num_classes: int = 80,
+    *,
+    classes: Sequence[str] | None = None,
+    channels: int = 256,
+    strides: Sequence[int] = (8, 16, 32, 64, 128),
+    head_depth: int = 4,
+    anchor_scale: float = 4.0,
+    norm: str = "batch",
+    freeze_stages: int = 0,
+    pretrained_backbone: bool = False,
+    preprocess: Preprocess | None = None,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    max_detections: int = 300,
+    topk_candidates: int = 1000,
+) -> RetinaNet:
+    """A RetinaNet over any timm backbone; the defaults are torchvision's ``retinanet_resnet50_fpn``.
+
+    Args:
+        backbone: timm model with feature maps.
+        num_classes: number of classes; there is no background class.
+        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
+        channels: width of pyramid and head.
+        strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2.
+        head_depth: 3×3 convolutions in each tower.
+        anchor_scale: smallest anchor side over its level's stride; each cell has 3 sizes (a third of an octave
+            apart) and 3 ratios.
+        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
+        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
+        score_threshold, nms_threshold, max_detections: of detections.
+        topk_candidates: candidates of one level before suppression.
+
+    Raises:
+        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
+    """
+    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    body = Backbone(
+        backbone, split_strides(backbone, strides),
+        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
+    )  # fmt: skip
+    sides = [stride * anchor_scale for stride in strides]
+    # The two larger sides are cut to whole pixels, as torchvision's anchors are.
+    sizes = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in sides)
+    generator = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
+    return RetinaNet(
+        body,
+        FeaturePyramid(body.channels, channels, strides, extra="conv"),
+        RetinaNetHead(channels, head_depth, generator.num_anchors_per_location()[0], len(names)),
+        generator,
+        names,
+        preprocess or Preprocess(mean=body.mean, std=body.std),
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        max_detections=max_detections,
+        topk_candidates=topk_candidates,
+    )

@@ -1,0 +1,280 @@
+"""Weights: reading files, and loading them into a detector with a report.
+
+No pickle is ever executed: files that are not safetensors are read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from detdistill.config import UserError
+from detdistill.models.backbones import Backbone
+from detdistill.models.base import Detector
+
+STUDENT_FILE = "student.safetensors"
+PARTS = ("backbone", "neck", "head")
+
+State = dict[str, Tensor]
+
+
+@dataclass
+class LoadReport:
+    """What became of a file's entries; ``str()`` is a short table.
+
+    Attributes:
+        source: the file, or what the weights are called.
+        matched, missing, unexpected: entry names in the model's naming.
+        wrong_shape: ``name: file (shape), model (shape)``.
+        absent_classes: classes of the model that the file does not know; their rows stay as initialised.
+    """
+
+    source: str
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    absent_classes: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model is now exactly what the file describes."""
+        return not (self.missing or self.unexpected or self.wrong_shape or self.absent_classes)
+
+    def faults(self, require: Sequence[str] = PARTS) -> list[str]:
+        """Entries of the required parts that did not load or that the model has no place for."""
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("wrong shape", self.wrong_shape))
+        return [f"{kind} {name}" for kind, names in kinds for name in names if part_of(name) in require]
+
+    def check(self, require: Sequence[str] = PARTS) -> None:
+        """Refuse weights that would leave a required part untrained.
+
+        Raises:
+            UserError: one line with the first faults.
+        """
+        if not self.matched:
+            raise UserError(
+                f"{self.source}: no entry fits the model (the file has {_some(self.unexpected)}): "
+                f"is it of another family, backbone or layout?"
+            )
+        faults = self.faults(require)
+        if faults:
+            raise UserError(
+                f"{self.source}: {len(faults)} entries do not fit the model: {_some(faults)}; "
+                f"give the family, backbone and sizes that the file was trained with"
+            )
+
+    def __str__(self) -> str:
+        rows = [
+            ("matched", len(self.matched), []),
+            ("missing", len(self.missing), self.missing),
+            ("unexpected", len(self.unexpected), self.unexpected),
+            ("wrong shape", len(self.wrong_shape), self.wrong_shape),
+            ("classes without rows", len(self.absent_classes), self.absent_classes),
+        ]
+        lines = [
+            f"{name:<20} {count:>5}  {_some(names) if names else ''}".rstrip() for name, count, names in rows
+        ]
+        return "\n".join([f"weights from {self.source}", *lines])
+
+
+def part_of(name: str) -> str:
+    """``backbone``, ``neck`` or ``head`` (the region proposal network and the RoI head are heads)."""
+    first = name.partition(".")[0]
+    return "head" if first in ("rpn", "roi_head") else first
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# --- loading ---------------------------------------------------------------------------------------------
+
+
+def load_weights(
+    model: Detector,
+    state: Mapping[str, Tensor],
+    *,
+    require: Sequence[str] = PARTS,
+    classes: Sequence[str] | None = None,
+    source: str = "weights",
+) -> LoadReport:
+    """Load what fits, in this project's naming.
+
+    BatchNorm and frozen BatchNorm interchange; step counters of BatchNorm may be absent.
+
+    Args:
+        model: is changed only if nothing is refused.
+        state: tensors by name.
+        require: of backbone, neck and head, the parts that must load whole; ``()`` allows anything but nothing.
+        classes: the class names behind the state's class rows; rows are then chosen by name, and a class that
+            has none keeps its initial row. Not given: rows are taken as they are.
+        source: how messages call the weights.
+
+    Raises:
+        UserError: a required part did not load whole, or nothing fits; with ``head`` required also where a
+            class has no row.
+    """
+    own = model.state_dict()
+    state = dict(state)
+    absent = _select_class_rows(state, own, classes, model.classes) if classes is not None else []
+    report = _compare(own, state, source)
+    report.absent_classes = absent
+    report.check(require)
+    if absent and "head" in require:
+        raise UserError(
+            f"{source}: has no class {_some(absent)}; "
+            f"leave these classes out, or train a teacher that knows them"
+        )
+    model.load_state_dict({name: state[name] for name in report.matched}, strict=False)
+    return report
+
+
+def load_backbone(
+    backbone: Backbone, state: Mapping[str, Tensor], source: str = "backbone weights"
+) -> LoadReport:
+    """Load weights in the layout of timm's classification model of the same name.
+
+    The classifier, and stages beyond the last tap, are expected in the file and left out of the report.
+
+    Raises:
+        UserError: the backbone did not load whole, or the file's stages are longer than the model's.
+    """
+    own = backbone.body.state_dict()
+    renamed: State = {}
+    # timm's feature extractor writes the module stages.0 as stages_0.
+    tops = {name.replace("_", "."): name for name, _ in backbone.body.named_children()}
+    for name, tensor in state.items():
+        top = next(
+            (flat for dotted, flat in tops.items() if f"{name}.".startswith((f"{dotted}.", f"{flat}."))), ""
+        )
+        if top:
+            renamed[f"backbone.body.{top}{name[len(top) :]}"] = tensor
+    report = _compare({f"backbone.body.{name}": tensor for name, tensor in own.items()}, renamed, source)
+    if not report.matched:
+        report.unexpected = list(state)
+    report.check(("backbone",))
+    prefix = "backbone.body."
+    backbone.body.load_state_dict({n.removeprefix(prefix): renamed[n] for n in report.matched}, strict=False)
+    return report
+
+
+def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> LoadReport:
+    report = LoadReport(source)
+    for name, tensor in own.items():
+        if name not in state:
+            report.missing += [] if name.endswith("num_batches_tracked") else [name]
+        elif state[name].shape != tensor.shape:
+            shapes = f"file {tuple(state[name].shape)}, model {tuple(tensor.shape)}"
+            report.wrong_shape.append(f"{name}: {shapes}")
+        else:
+            report.matched.append(name)
+    report.unexpected = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
+    return report
+
+
+def _select_class_rows(
+    state: State, own: Mapping[str, Tensor], given: Sequence[str], wanted: Sequence[str]
+) -> list[str]:
+    """Replace the class rows in ``state`` by those of the wanted classes; returns the wanted without a row."""
+    row_of = {name: row for row, name in reversed(list(enumerate(given)))}
+    # Rows of one class: dense heads repeat all classes for each anchor, RoI heads begin with the background.
+    layouts = {
+        "head.cls": (-1, len(given), 1),
+        "roi_head.cls": (1, len(given) + 1, 1),
+        "roi_head.box": (1, len(given) + 1, 4),
+    }
+    for layer, (anchors, rows, width) in layouts.items():
+        background = rows - len(given)
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if name not in state or name not in own or state[name].shape[0] % (rows * width):
+                continue
+            if state[name].shape[1:] != own[name].shape[1:]:
+                continue
+            theirs = state[name].unflatten(0, (anchors, rows, width))
+            result = own[name].detach().cpu().clone().unflatten(0, (-1, len(wanted) + background, width))
+            if theirs.shape[0] != result.shape[0]:
+                continue
+            result[:, :background] = theirs[:, :background]
+            for at, label in enumerate(wanted):
+                if label in row_of:
+                    result[:, background + at] = theirs[:, background + row_of[label]]
+            state[name] = result.flatten(0, 2)
+    return [label for label in wanted if label not in row_of]
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights file that a path means: itself, or the student of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / STUDENT_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{path.parent}: no {STUDENT_FILE} here; give a finished run's folder or a weights file"
+            )
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file or run folder")
+    return path
+
+
+def read_spec(path: Path) -> dict[str, Any] | None:
+    """The spec that a file saved by :func:`save_model` holds; None for other files."""
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            spec = (file.metadata() or {}).get("spec")
+        return json.loads(spec) if spec else None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); was it cut short?") from error
+
+
+def read_state_dict(path: str | Path) -> State:
+    """Tensors by name from a safetensors or PyTorch file.
+
+    Common wrappings are undone: an outer ``model``, ``state_dict`` or ``model_state_dict``, and the prefixes
+    that DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) put before each name.
+
+    Raises:
+        UserError: no such file, not readable, or it holds more than tensors (it is never unpickled).
+    """
+    path = find_weights(path)
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{path}: cannot be read as weights ({reason}); "
+            f"give a safetensors file, or a .pt file of tensors only"
+        ) from error
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    state = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    if not state:
+        raise UserError(f"{path}: holds no tensors by name")
+    return state

@@ -1,0 +1,57 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from detdistill.training.run_folder import Row
+
+
+class Display:
+    """Shows one run; silent unless ``enabled`` (one process of many)."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.console = Console(quiet=not enabled, highlight=False)
+        self.bar: Progress | None = None
+        self.started = time.perf_counter()
+        self.name, self.total = "", 0
+
+    def start(self, name: str, step: int, total: int) -> None:
+        self.name, self.total, self.started = name, total, time.perf_counter()
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=self.console,
+            )
+            self.bar.add_task(name, total=total, completed=step, losses="")
+            self.bar.start()
+
+    def update(self, step: int, row: Row) -> None:
+        if self.bar is None:
+            return
+        terms = " ".join(f"{key[5:]} {value:.3g}" for key, value in row.items() if key.startswith("loss/"))
+        share = f" distilled {row['distill_share']:.0%}" if row["distill_share"] else ""
+        losses = f"{row['images_per_second']:.0f} img/s  {terms}{share}"
+        self.bar.update(self.bar.task_ids[0], completed=step, losses=losses)
+
+    def evaluated(self, row: Row) -> None:
+        ap, ap50 = (row[key] * 100 if math.isfinite(row[key]) else 0.0 for key in ("AP", "AP50"))
+        minutes = (time.perf_counter() - self.started) / 60
+        self.note(f"step {row['step']}/{self.total}  AP {ap:.1f}  AP50 {ap50:.1f}  {minutes:.1f} min")
+
+    def note(self, text: str) -> None:
+        prefix = f"{self.name}: " if self.name else ""
+        self.console.print(prefix + text, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,366 @@
+"""Train one recipe: a student alone, or with its teacher. The same loop serves both."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from detdistill.config import Recipe, UserError
+from detdistill.data.loading import DetectionDataset, make_loader, open_data
+from detdistill.data.records import Split
+from detdistill.distillation.pair import Pair
+from detdistill.evaluation.detector import Evaluation, evaluate_detector
+from detdistill.models import build_model, load_teacher
+from detdistill.models.base import Detector
+from detdistill.models.checkpoints import save_model
+# TMP from detdistill.report.gallery import save_samples
+# TMP from detdistill.report.plots import plot_curves
+from detdistill.training.display import Display
+from detdistill.training.run_folder import Row, RunFolder
+from detdistill.training.sampler import StepSampler, steps_per_epoch
+from detdistill.training.schedules import learning_rate_factor
+from detdistill.training.step import StepOutcome, build_optimizer, optimisation_step
+
+LOG_EVERY = 20  # steps; the only regular moment at which the host waits for the device
+PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        status: "finished", "stopped early" (patience) or "out of time" (max_time).
+        metrics: COCO numbers in [0, 1] of the exported student on the validation split, and ``minutes``.
+        run: the run folder.
+        student: the exported student file.
+    """
+
+    status: str
+    metrics: dict[str, float]
+    run: Path
+    student: Path
+
+
+def train(recipe: Recipe, run: Path, *, resume: bool = True) -> TrainResult:
+    """Train a recipe in a run folder, going on where an earlier call left off.
+
+    Raises:
+        UserError: the recipe, data, teacher or folder is not usable, or a loss is not finite.
+        SystemExit: with code 75, after saving, on SIGTERM or SIGUSR1.
+    """
+    folder = RunFolder(run)
+    folder.open(recipe, resume=resume)
+    done = folder.result()
+    if done is not None:
+        return TrainResult(done["status"], done["metrics"], run, folder.student_file)
+    with _preemption_flag() as preempted:
+        return _Trainer(recipe, folder).run(preempted)
+
+
+class _Trainer:
+    """The state of one run, and its loop."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+        self.recipe, self.config, self.folder = recipe, recipe.training, folder
+        splits = open_splits(recipe)
+        self.train_split, self.val_split = splits["train"], splits["val"]
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(self.config.precision, self.config.precision),
+            cpu=self.config.device == "cpu" or not torch.accelerator.is_available(),
+            log_with="tensorboard" if util.find_spec("tensorboard") else None,
+            project_dir=folder.path,
+        )
+        self.accelerator.init_trackers("tensorboard")
+        self.display = Display(self.accelerator.is_main_process)
+        for kind, count in (self.train_split.warning_counts() + self.val_split.warning_counts()).items():
+            self.display.note(f"dropped or mended: {count} × {kind} (see `detdistill check`)")
+
+        set_seed(self.config.seed)
+        student = build_model(recipe.student, self.train_split.classes)
+        teacher = load_teacher(recipe.teacher, self.train_split.classes) if recipe.teacher else None
+        pair = Pair(student, teacher, recipe.methods, seed=self.config.seed)
+        if self.config.sync_batchnorm:
+            pair = nn.SyncBatchNorm.convert_sync_batchnorm(pair)
+        if self.config.channels_last:
+            pair = pair.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.pair: Pair = pair
+        optimizer = build_optimizer(pair, self.config.optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(pair, optimizer)
+        self.ema = ModelEmaV3(pair.student, self.config.ema, use_warmup=True) if self.config.ema else None
+
+        self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
+        self.total_steps = max(1, round(self.config.epochs * self.steps_per_epoch))
+        if self.config.max_steps is not None:
+            self.total_steps = min(self.total_steps, self.config.max_steps)
+        self.step = 0
+        self.best, self.evaluations_since_best = -1.0, 0
+        self.seconds = 0.0
+        self.pending: list[StepOutcome] = []
+
+    # --- the loop --------------------------------------------------------------------------------------
+
+    def run(self, preempted: Callable[[], bool]) -> TrainResult:
+        self._resume()
+        status = "finished"
+        started = time.perf_counter() - self.seconds
+        self.log_started = time.perf_counter()
+        loader = self._loader()
+        self.display.start(self.recipe.name, self.step, self.total_steps)
+        try:
+            while self.step < self.total_steps:
+                micro_batches = list(itertools.islice(loader, self.config.accumulate))
+                self._step(micro_batches)
+                self.seconds = time.perf_counter() - started
+                if self.step % LOG_EVERY == 0:
+                    self._flush()
+                if self._due(self.config.evaluate_every) and self.step < self.total_steps:
+                    self._evaluate()
+                    if self.config.patience and self.evaluations_since_best >= self.config.patience:
+                        status = "stopped early"
+                        break
+                stop, late = self._agree(preempted(), started)
+                if stop or self.step % self.config.checkpoint_every == 0 or self._due(1):
+                    self._save()
+                if stop:
+                    self.display.note(f"stopped at step {self.step}; the same command goes on from there")
+                    raise SystemExit(PREEMPTED)
+                if late:
+                    status = "out of time"
+                    break
+            return self._finish(status)
+        finally:
+            self.display.stop()
+
+    def _step(self, micro_batches: list[Any]) -> None:
+        factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.pair.at_step(self.step, self.total_steps)
+        self.model.train()
+        outcome = optimisation_step(
+            self.accelerator, self.model, self.optimizer, micro_batches, self.step, self.config
+        )
+        self.pending.append(outcome)
+        if self.ema is not None:
+            self.ema.update(self.pair.student, self.step)
+        self.step += 1
+
+    def _due(self, epochs: float) -> bool:
+        """Whether a multiple of so many epochs ends with the last step."""
+        if epochs == 0:
+            return False
+        every = max(1, round(epochs * self.steps_per_epoch))
+        return self.step % every == 0
+
+    def _agree(self, preempted: bool, started: float) -> tuple[bool, bool]:
+        """(preempted, out of time), the same in every process."""
+        limit = self.config.max_time
+        flags = [preempted, limit is not None and time.perf_counter() - started > limit * 60]
+        if self.accelerator.num_processes > 1:
+            if self.step % LOG_EVERY:
+                return False, False
+            tensor = torch.tensor(flags, dtype=torch.int32, device=self.accelerator.device)
+            flags = (self.accelerator.reduce(tensor, "sum") > 0).tolist()
+        return flags[0], flags[1]
+
+    # --- what is written -------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Average the pending steps' losses into a row; here a non-finite one is found."""
+        if not self.pending:
+            return
+        names = list(dict.fromkeys(name for outcome in self.pending for name in outcome.terms))
+        zero = torch.zeros((), device=self.accelerator.device)
+        values = torch.stack([
+            torch.stack([outcome.terms.get(name, zero).float() for name in names]) for outcome in self.pending
+        ])  # fmt: skip
+        self._refuse_non_finite(values.cpu(), names)
+        mean = self.accelerator.reduce(values.mean(0), "mean").tolist()
+        total = sum(mean)
+        distilled = sum(value for name, value in zip(names, mean, strict=True) if name in self.pair.methods)
+        now = time.perf_counter()
+        images = sum(outcome.images for outcome in self.pending) * self.accelerator.num_processes
+        row: Row = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "loss": total,
+            **{f"loss/{name}": value for name, value in zip(names, mean, strict=True)},
+            "distill_share": distilled / total if total else 0.0,
+            "images_per_second": images / (now - self.log_started),
+        }
+        self.pending.clear()
+        self._log(row)
+        self.display.update(self.step, row)
+        self.log_started = time.perf_counter()
+
+    def _refuse_non_finite(self, values: Tensor, names: list[str]) -> None:
+        for outcome, row in zip(self.pending, values, strict=True):
+            bad = [name for name, value in zip(names, row.tolist(), strict=True) if not math.isfinite(value)]
+            if bad:
+                ids = [str(self.train_split.records[int(i)].image_id) for i in outcome.indices]
+                saved = self.folder.checkpoint_file if self.folder.checkpoint_file.exists() else "none yet"
+                raise UserError(
+                    f"loss term {', '.join(bad)} is not finite at step {outcome.step} (images "
+                    f"{', '.join(ids)}); lower training.optimizer.lr or training.clip_norm, or train in fp32; "
+                    f"last checkpoint: {saved}"
+                )
+
+    def _log(self, row: Row) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.log(row)
+        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    def _evaluate(self) -> Evaluation:
+        self._flush()
+        evaluation = evaluate_detector(
+            self._exported(),
+            self.val_split,
+            batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
+            workers=self.config.workers,
+            precision="bf16" if self.config.precision == "bf16" else "fp32",
+        )
+        numbers = evaluation.coco.as_dict()
+        row: Row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **numbers}
+        self._log(row)
+        self.display.evaluated(row)
+        ap = numbers["AP"] if math.isfinite(numbers["AP"]) else 0.0
+        self.evaluations_since_best += 1
+        if ap > self.best:
+            self.best, self.evaluations_since_best = ap, 0
+            if self.accelerator.is_main_process:
+                save_model(self._exported(), self.folder.best_file)
+        if self.accelerator.is_main_process:
+            self.folder.write_csv()
+            # TMP plot_curves(self.folder.metrics(), self.folder.path / "curves.png")
+        self.log_started = time.perf_counter()
+        return evaluation
+
+    def _finish(self, status: str) -> TrainResult:
+        evaluation = self._evaluate()
+        self._save()
+        metrics = {**evaluation.coco.as_dict(), "minutes": self.seconds / 60, "steps": float(self.step)}
+        if self.accelerator.is_main_process:
+            save_model(self._exported(), self.folder.student_file)
+            # TMP save_samples(evaluation, self.folder.path / "samples.png")
+            self.folder.write_result({
+                "status": status, "metrics": metrics, "per_class": evaluation.coco.per_class,
+            })  # fmt: skip
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return TrainResult(status, metrics, self.folder.path, self.folder.student_file)
+
+    def _exported(self) -> Detector:
+        """The student as it would be deployed now: averaged weights where there are any."""
+        if self.ema is None:
+            return self.pair.student
+        averaged = self.ema.module
+        assert isinstance(averaged, Detector)
+        return averaged
+
+    # --- resuming --------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self._flush()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            self.folder.save_checkpoint({
+                "step": self.step,
+                "pair": self.pair.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.module.state_dict() if self.ema else None,
+                "scaler": scaler.state_dict() if scaler else None,
+                "best": self.best,
+                "evaluations_since_best": self.evaluations_since_best,
+                "seconds": self.seconds,
+            })  # fmt: skip
+
+    def _resume(self) -> None:
+        state = self.folder.load_checkpoint()
+        if state is None:
+            if self.accelerator.is_main_process:
+                self.folder.forget_after(0)
+            return
+        self.pair.load_state_dict(state["pair"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.best, self.evaluations_since_best = state["best"], state["evaluations_since_best"]
+        if self.accelerator.is_main_process:
+            self.folder.forget_after(self.step)
+        self.accelerator.wait_for_everyone()
+        self.display.note(f"resumed at step {self.step}")
+
+    def _loader(self) -> Iterator[Any]:
+        """Micro-batches from this step to the last."""
+        try:
+            sampler = StepSampler(
+                len(self.train_split),
+                self.config.batch_size,
+                start=self.step,
+                stop=self.total_steps,
+                seed=self.config.seed,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                accumulate=self.config.accumulate,
+            )
+        except ValueError as error:
+            raise UserError(f"training: {error}") from None
+        dataset = DetectionDataset(self.train_split, self.config.augment, self.config.seed)
+        return iter(make_loader(dataset, sampler, self.config.workers))
+
+
+def open_splits(recipe: Recipe) -> dict[str, Split]:
+    """The usable "train" and "val" splits of a recipe.
+
+    Raises:
+        UserError: a split is missing, or its annotations have errors (``detdistill check`` lists them all).
+    """
+    splits = open_data(recipe.data)
+    for name in ("train", "val"):
+        if name not in splits:
+            raise UserError(f"{recipe.data.root}: no {name} split found; name it with data.{name}")
+    errors = [finding for split in splits.values() for finding in split.errors]
+    if errors:
+        more = f" (and {len(errors) - 1} more: run `detdistill check`)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}")
+    return splits
+
+
+@contextmanager
+def _preemption_flag() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGUSR1 has come; the handlers that were there come back afterwards."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

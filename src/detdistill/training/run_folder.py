@@ -1,0 +1,155 @@
+"""The folder that a run leaves: what was asked, where it ran, what came out, and how to go on.
+
+::
+
+    RUN/recipe.yaml            every setting, defaults spelled out
+    RUN/environment.json       versions, machine, command
+    RUN/metrics.jsonl, .csv    a row for each log interval and each evaluation
+    RUN/curves.png, samples.png
+    RUN/checkpoints/last.pt    to resume (tensors and plain values only)
+    RUN/student.safetensors    the student alone: what is deployed
+    RUN/best.safetensors       the student at its best evaluation
+    RUN/result.json            status and final metrics; only a finished run has it
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
+
+Row = dict[str, float | int]
+
+# Settings that may differ between the parts of one run: they do not change what is computed.
+_FREE = ("workers", "device", "max_time", "checkpoint_every")
+
+
+class RunFolder:
+    """Reads and writes one run's files; writes are atomic, so that a killed run leaves whole files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    recipe_file = property(lambda self: self.path / "recipe.yaml")
+    metrics_file = property(lambda self: self.path / "metrics.jsonl")
+    checkpoint_file = property(lambda self: self.path / "checkpoints" / "last.pt")
+    result_file = property(lambda self: self.path / "result.json")
+    student_file = property(lambda self: self.path / "student.safetensors")
+    best_file = property(lambda self: self.path / "best.safetensors")
+
+    def open(self, recipe: Recipe, *, resume: bool) -> None:
+        """Make the folder, or check that it holds the same recipe.
+
+        Raises:
+            UserError: the folder holds another recipe's run, or something that is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: choose another run folder")
+        if not resume:
+            for file in (self.metrics_file, self.checkpoint_file, self.result_file):
+                file.unlink(missing_ok=True)
+        elif self.recipe_file.exists() and (
+            self.checkpoint_file.exists() or self.result_file.exists() or self.metrics_file.exists()
+        ):
+            differing = _differences(load_recipe(self.recipe_file), recipe)
+            if differing:
+                raise UserError(
+                    f"{self.path} holds a run of another recipe ({', '.join(differing[:5])} differ): choose "
+                    "another folder with --out, or --fresh to start it anew"
+                )
+        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.recipe_file, dump_recipe(recipe))
+        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2))
+
+    def log(self, row: Row) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[Row]:
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows that a resumed run will write again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_csv(self) -> None:
+        rows = self.metrics()
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        temporary = self.path / "metrics.csv.tmp"
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self.path / "metrics.csv")
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        temporary = self.checkpoint_file.with_suffix(".tmp")
+        torch.save(dict(state), temporary)
+        temporary.replace(self.checkpoint_file)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        if not self.checkpoint_file.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        return state
+
+    def result(self) -> dict[str, Any] | None:
+        if not self.result_file.exists():
+            return None
+        found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
+        return found
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        write_atomically(self.result_file, json.dumps(result, indent=2))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, to explain a result later."""
+    packages = ("detdistill", "torch", "torchvision", "timm", "accelerate", "hotcoco", "numpy")
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    free = {f"training.{key}" for key in _FREE} | {"name"}
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in free)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,106 @@
+"""One optimisation step of a pair."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from detdistill.config import OptimizerConfig, TrainingConfig
+from detdistill.distillation.pair import Pair
+from detdistill.models.base import Target
+
+MicroBatch = tuple[list[Tensor], list[Target]]
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a step leaves for the log; tensors stay on the device until the log is due."""
+
+    step: int
+    terms: dict[str, Tensor]
+    indices: list[Tensor]  # positions of its images in the training split
+
+    @property
+    def images(self) -> int:
+        return len(self.indices)
+
+
+def optimisation_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[MicroBatch],
+    step: int,
+    config: TrainingConfig,
+) -> StepOutcome:
+    """Forward and backward on each micro-batch, then one update.
+
+    All randomness of a step comes from (seed, step, micro-batch, process), so that a resumed run goes on
+    exactly as an uninterrupted one, and a student's draws do not depend on being distilled.
+    """
+    zoom = draw_zoom(config, step)
+    totals: dict[str, Tensor] = {}
+    for i, (images, targets) in enumerate(micro_batches):
+        torch.manual_seed(hash((config.seed, step, i, accelerator.process_index)) % 2**63)
+        last = i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            images, targets = to_device(images, targets, accelerator.device)
+            losses = model(images, targets, zoom)
+            accelerator.backward(torch.stack(list(losses.values())).sum() / len(micro_batches))
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
+    if config.clip_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    indices = [target["index"] for _, targets in micro_batches for target in targets]
+    return StepOutcome(step, totals, indices)
+
+
+def to_device(
+    images: Sequence[Tensor], targets: Sequence[Target], device: torch.device
+) -> tuple[list[Tensor], list[Target]]:
+    """Copy a batch to the device without waiting for it."""
+    images = [image.to(device, non_blocking=True) for image in images]
+    return images, [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
+
+
+def draw_zoom(config: TrainingConfig, step: int) -> float:
+    """Multi-scale training: the factor on the input size, one for the whole step in every process."""
+    if config.augment.multi_scale is None:
+        return 1.0
+    return random.Random(hash((config.seed, step))).uniform(*config.augment.multi_scale)
+
+
+def build_optimizer(pair: Pair, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over student and adapters; norms and biases are not decayed.
+
+    Each parameter group keeps its ``base_lr``, which the schedule multiplies.
+    """
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter, in_backbone, decayed in _parameters(pair):
+        groups.setdefault((in_backbone, decayed), []).append(parameter)
+    settings = [
+        {
+            "params": parameters,
+            "lr": (lr := config.lr * (config.backbone_lr_factor if in_backbone else 1.0)),
+            "base_lr": lr,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (in_backbone, decayed), parameters in groups.items()
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(settings, betas=config.betas)
+    return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def _parameters(pair: Pair) -> Iterator[tuple[Tensor, bool, bool]]:
+    for name, parameter in pair.named_parameters():
+        if parameter.requires_grad:
+            yield parameter, name.startswith("student.backbone."), parameter.ndim > 1
