@@ -39,8 +39,8 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	@for script in benchmarks/*.py; do \
-	  echo "== $$script"; $(BIN)/python $$script --small || exit 1; \
+	@set -e; for script in $(wildcard benchmarks/bench_*.py); do \
+	  echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script --small; \
 	done
 
 docs: setup

@@ -46,15 +46,30 @@ def train(recipe: str, overrides: list[str], seed: int, run: Path) -> None:
     if (run / "result.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "detdistill", "train", recipe, *overrides, f"training.seed={seed}", "--out", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "detdistill",
+        "train",
+        recipe,
+        *overrides,
+        f"training.seed={seed}",
+        "--out",
+        str(run),
+    ]
     with (run / "log.txt").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        code = subprocess.run(
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
     print(f"{run}: {'done' if code == 0 else f'exit {code}, see log.txt'}", flush=True)
 
 
 def table(out: Path, arms: list[str], seeds: list[int]) -> str:
     """Markdown: AP of every seed, mean paired difference to the first arm, its standard error, wins."""
-    ap = {arm: {seed: result["AP"] * 100 for seed in seeds if (result := metrics(out / arm / str(seed)))} for arm in arms}
+    ap = {
+        arm: {seed: result["AP"] * 100 for seed in seeds if (result := metrics(out / arm / str(seed)))}
+        for arm in arms
+    }
     lines = [
         "| arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | paired difference | wins |",
         "|---" * (len(seeds) + 4) + "|",
@@ -64,10 +79,16 @@ def table(out: Path, arms: list[str], seeds: list[int]) -> str:
             continue
         cells = [f"{ap[arm][seed]:.1f}" if seed in ap[arm] else "" for seed in seeds]
         differences = [ap[arm][seed] - ap[arms[0]][seed] for seed in ap[arm] if seed in ap[arms[0]]]
-        spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-        gain = "" if arm == arms[0] or not differences else f"{statistics.mean(differences):+.2f} ± {spread:.2f}"
+        spread = (
+            statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+        )
+        gain = (
+            "" if arm == arms[0] or not differences else f"{statistics.mean(differences):+.2f} ± {spread:.2f}"
+        )
         wins = "" if arm == arms[0] else f"{sum(d > 0 for d in differences)}/{len(differences)}"
-        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(ap[arm].values()):.1f} | {gain} | {wins} |")
+        lines.append(
+            f"| {arm} | {' | '.join(cells)} | {statistics.mean(ap[arm].values()):.1f} | {gain} | {wins} |"
+        )
     return "\n".join(lines)
 
 

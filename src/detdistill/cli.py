@@ -3,46 +3,43 @@
 Exit codes: 0 done; 2 something that the user can mend, in one line; 1 a bug, with its traceback; 75 preempted
 and saved, start again; 130 interrupted.
 
-Verbs import what they need when they run, so that ``--help`` and mistakes are answered at once.
+Verbs import what they need when they run, torch after the recipe is read, so that ``--help`` and mistakes are
+answered at once.
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import os
 import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from detdistill.data.records import Finding
-    from detdistill.evaluation.detector import Evaluation
-    from detdistill.experiments.check import Check
-
-ISSUES = "This is a bug in detdistill. Please report it with the lines above and the output of `detdistill --version`."
-SHOWN_OF_A_KIND = 10
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+ISSUES = (
+    "This is a bug in detdistill: please report it, with the lines above and what `detdistill --version` says."
+)
 _UsageError: Any = typer.BadParameter.__base__  # click's own, wherever this release of typer keeps it
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 app = typer.Typer(
     name="detdistill",
-    help="Teach a small object detector with a big one.",
+    help="Teach a small object detector with a big one: knowledge distillation.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file, see docs/recipes.md.")]
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file, see docs/recipes.md.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings over the recipe's own.")
 ]
@@ -81,24 +78,37 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME unless given.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over where a run is already there.")] = False,
 ) -> None:
-    """Train a recipe: a student alone, or with its teacher. The same command resumes a stopped run."""
-    from detdistill.experiments.train import train as train_recipe
+    """Train a recipe; the same command resumes a run that was stopped."""
+    from detdistill.config import load_recipe
 
-    result = train_recipe(recipe, overrides or (), out=out, resume=not fresh)
+    settings = load_recipe(recipe, overrides or ())
+
+    from detdistill.experiments.train import train as train_recipe
+    from detdistill.printing import percent, say
+
+    result = train_recipe(settings, out=out, resume=not fresh)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        numbers = "  ".join(f"{name} {_percent(result.metrics[name])}" for name in ("AP", "AP50", "AP75"))
-        _console().print(f"{result.status}: {numbers}\nstudent: {result.student}", markup=False, soft_wrap=True)
+        say(
+            f"{result.status}: "
+            + "  ".join(f"{n} {percent(result.metrics[n])}" for n in ("AP", "AP50", "AP75"))
+        )
+        say(f"student: {result.student}")
 
 
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Look a recipe over before it runs: its data, its models, and how teacher and student meet."""
-    from detdistill.experiments.check import check as check_recipe
+    """Look over a recipe's data, models and levels before it runs."""
+    from detdistill.config import load_recipe
 
-    result = check_recipe(recipe, overrides or ())
-    _print_check(_console(), result)
+    settings = load_recipe(recipe, overrides or ())
+
+    from detdistill.experiments.check import check as check_recipe
+    from detdistill.printing import print_check
+
+    result = check_recipe(settings)
+    print_check(result)
     if not result.ok:
-        raise typer.Exit(2)
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()
@@ -114,15 +124,22 @@ def evaluate(
 ) -> None:
     """Measure a detector on a dataset."""
     from detdistill.experiments.evaluate import evaluate as evaluate_model
+    from detdistill.printing import print_evaluation, progress_bar, write_json
 
-    with _progress("evaluating") as progress:
+    with progress_bar("evaluating") as progress:
         evaluation = evaluate_model(
             weights, data, split=split, batch_size=batch_size, workers=workers, device=device, progress=progress
         )
-    numbers, per_class = _numbers(evaluation, metric)
-    _print_evaluation(_console(), evaluation, numbers, per_class)
+    if metric is Metric.voc:
+        from detdistill.evaluation.voc import voc_ap
+
+        voc = voc_ap(evaluation.split, evaluation.detections)
+        numbers, per_class = {"mAP50": voc.mAP}, voc.per_class
+    else:
+        numbers, per_class = evaluation.coco.as_dict(), evaluation.coco.per_class
+    print_evaluation(evaluation, numbers, per_class)
     if json_file is not None:
-        _write_json(json_file, {**numbers, "per_class": per_class})
+        write_json(json_file, {**numbers, "per_class": per_class})
 
 
 @app.command()
@@ -136,18 +153,18 @@ def predict(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Detect objects in images, draw them, and list them in predictions.json."""
+    """Detect objects in images: pictures and predictions.json."""
     from detdistill.experiments.predict import predict as predict_images
+    from detdistill.printing import progress_bar, say
 
-    with _progress("detecting") as progress:
+    with progress_bar("detecting") as progress:
         predictions = predict_images(
             weights, images, out=out, threshold=threshold, teacher=teacher, device=device, progress=progress
         )
     found = Counter(name for prediction in predictions for name in prediction.names)
     listed = ", ".join(f"{count} {name}" for name, count in found.most_common(10))
-    console = _console()
-    console.print(f"{len(predictions)} images, {found.total()} objects" + (f": {listed}" if listed else ""))
-    console.print(f"pictures and predictions.json: {out}", markup=False, soft_wrap=True)
+    say(f"{len(predictions)} images, {found.total()} objects" + (f": {listed}" if listed else ""))
+    say(f"pictures and predictions.json: {out}")
 
 
 @app.command()
@@ -156,7 +173,7 @@ def demo(
     seed: Annotated[list[int] | None, typer.Option(help="Repeat the comparison; may be given often.")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only, to see that all works.")] = False,
 ) -> None:
-    """Teach a student on drawn digits, beside the same student alone, with the same budget."""
+    """Distil a detector of drawn digits, beside the student alone."""
     from detdistill.experiments.demo import demo as run_demo
 
     run_demo(out=out, seeds=seed or (0,), fast=fast)
@@ -168,20 +185,24 @@ def methods() -> None:
     from importlib import import_module
 
     from detdistill.distillation.methods import METHODS
+    from detdistill.printing import first_line, show
 
-    rows = [
-        (name, _first_line(import_module(f"detdistill.distillation.methods.{name}").__doc__)) for name in METHODS
-    ]
-    _console().print(_table(("method", "what it compares"), rows))
+    files = {name: import_module(f"detdistill.distillation.methods.{name}") for name in METHODS}
+    show(
+        ("method", "what it is"),
+        [(name, first_line(file.__doc__)) for name, file in files.items()],
+        text_columns=2,
+    )
 
 
 @app.command()
 def models(
     backbones: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="List timm's names instead, as 'resnet*' or '*mobile*'.")
+        str | None,
+        typer.Option(metavar="PATTERN", help="List timm's names instead, as 'resnet*' or '*mobile*'."),
     ] = None,
 ) -> None:
-    """List the detector families, or the backbones that they can stand on."""
+    """List the detector families, or names of backbones."""
     if backbones is not None:
         import timm
 
@@ -190,60 +211,79 @@ def models(
     import inspect
 
     from detdistill.models import faster_rcnn, fcos, retinanet
+    from detdistill.printing import first_line, say, show
 
     rows = []
     for build in (retinanet, fcos, faster_rcnn):
         strides = inspect.signature(build).parameters["strides"].default
-        rows.append((build.__name__, " ".join(map(str, strides)), _first_line(sys.modules[build.__module__].__doc__)))
-    console = _console()
-    console.print(_table(("family", "strides", "what it is"), rows))
-    console.print(
-        "Any timm model with feature maps is a backbone (`detdistill models --backbones 'resnet*'`)", markup=False
+        about = first_line(sys.modules[build.__module__].__doc__)
+        rows.append((build.__name__, " ".join(map(str, strides)), about))
+    show(("family", "strides", "what it is"), rows, text_columns=3)
+    say("backbone: any timm model with feature maps; `detdistill models --backbones 'resnet*'` lists names")
+
+
+# --- the way in ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see the head of this file)."""
+    command = typer.main.get_command(app)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = command.main(arguments, prog_name="detdistill", standalone_mode=False)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            code = _explain(error)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return int(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Say on stderr what went wrong; returns the exit code."""
+    message = _message_for_user(error)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
+    traceback.print_exception(error)
+    print(ISSUES, file=sys.stderr)
+    return BUG
+
+
+def _message_for_user(error: Exception) -> str | None:
+    """One line for what the user can mend, None for a bug."""
+    from pydantic import ValidationError
+
+    from detdistill.config import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, _UsageError):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "detdistill"
+        return f"{' '.join(error.format_message().split())} (see `{path} --help`)"
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return "the accelerator's memory is full: lower training.batch_size, or raise training.accumulate"
+    return None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """This package's warnings in one line, others as Python prints them."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    text = (
+        f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
     )
-
-
-# --- printing --------------------------------------------------------------------------------------------
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    # A file or pipe has no width; tables are not to be cut at 80 columns there.
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-
-
-def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]], numbers_from: int = 99) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i >= numbers_from else "left")
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").strip().partition("\n")[0]
-
-
-def _percent(value: float) -> str:
-    """A number in [0, 1] as papers print it; NaN, where there was nothing to measure, as a dash."""
-    return "–" if math.isnan(value) else f"{value * 100:.1f}"
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    print(text, end="", file=file or sys.stderr)

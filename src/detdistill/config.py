@@ -200,6 +200,14 @@ class TrainingConfig(_Section):
     patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better AP")
     device: Literal["auto", "cpu"] = "auto"
 
+    @model_validator(mode="after")
+    def _steps_divide(self) -> TrainingConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.accumulate}"
+            )
+        return self
+
 
 class MethodConfig(_Section):
     """One distillation method: its name, its weight over time, and the options of its own loss."""

@@ -54,12 +54,9 @@ def expand_short_forms(tree: Mapping[str, Any]) -> Tree:
         full["data"] = {"format": "digits"} if str(data) == "digits" else {"root": data}
     if isinstance(teacher, str | Path):
         full["teacher"] = {"weights": str(teacher)}
-    if "methods" in full and methods is None:
-        full["methods"] = []
-    elif isinstance(methods, str | Mapping):
-        full["methods"] = [expand_method(methods)]
-    elif isinstance(methods, list | tuple):
-        full["methods"] = [expand_method(item) for item in methods]
+    if "methods" in full:
+        several = methods if isinstance(methods, list | tuple) else [methods] if methods is not None else []
+        full["methods"] = [expand_method(item) for item in several]
     return full
 
 

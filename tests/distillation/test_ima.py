@@ -225,7 +225,9 @@ def test_dct_is_scipys():
 def test_filter_keeps_all_or_nothing(domain):
     x = torch.randn(2, 3, 6, 7)
     loss = IMALoss(domain=domain)
-    torch.testing.assert_close(loss._filter(x, torch.ones(2, 1, 6, 7, dtype=torch.bool)), x, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss._filter(x, torch.ones(2, 1, 6, 7, dtype=torch.bool)), x, atol=1e-5, rtol=1e-5
+    )
     assert loss._filter(x, torch.zeros(2, 1, 6, 7, dtype=torch.bool)).abs().max() == 0
 
 

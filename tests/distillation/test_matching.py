@@ -15,7 +15,9 @@ FASTER = dict.fromkeys((4, 8, 16, 32, 64), 256)
 def test_retinanet_and_faster_rcnn_meet_by_stride_both_ways():
     for student, teacher in ((RETINANET, FASTER), (FASTER, RETINANET)):
         matching = match_levels(student, teacher)
-        assert [(m.student_stride, m.teacher_stride) for m in matching.levels] == [(s, s) for s in (8, 16, 32, 64)]
+        assert [(m.student_stride, m.teacher_stride) for m in matching.levels] == [
+            (s, s) for s in (8, 16, 32, 64)
+        ]
         assert {*matching.student_only, *matching.teacher_only} == {4, 128}
         assert not any(m.resized for m in matching.levels)
 

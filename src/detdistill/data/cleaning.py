@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from detdistill.config import UserError, nearest
 from detdistill.data.masks import usable_segmentation
@@ -47,18 +48,21 @@ def make_record(
         findings: gets a warning for each object that is dropped or clipped.
     """
     height, width = size
-    boxes_K4 = np.array([raw.box for raw in objects], dtype=np.float64).reshape(-1, 4)
+    boxes_K4: NDArray[np.float64] = np.array([raw.box for raw in objects], dtype=np.float64).reshape(-1, 4)
     limits = np.array([width, height, width, height], dtype=np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         clipped_K4 = np.clip(boxes_K4, 0, limits).astype(np.float32)
         # In float32, so that what counts as empty here is empty for everybody after.
-        kept_K = np.isfinite(boxes_K4).all(axis=1) & (clipped_K4[:, 2:] > clipped_K4[:, :2]).all(axis=1)
+        has_size_K = (clipped_K4[:, 2:] > clipped_K4[:, :2]).all(axis=1)
+        kept_K = np.logical_and(np.isfinite(boxes_K4).all(axis=1), has_size_K)
         overrun_K = np.abs(boxes_K4 - np.clip(boxes_K4, 0, limits)).max(axis=1, initial=0.0)
-    for k in np.flatnonzero(~kept_K | (overrun_K >= _ROUNDING)):
-        findings.append(_box_finding(objects[k], boxes_K4[k], bool(kept_K[k]), size, source, image_id))
-    kept = [objects[k] for k in np.flatnonzero(kept_K)]
-    boxes_K4 = clipped_K4[kept_K]
-    sides_K2 = boxes_K4[:, 2:] - boxes_K4[:, :2]
+    findings += [
+        _box_finding(objects[k], boxes_K4[k].tolist(), bool(kept_K[k]), size, source, image_id)
+        for k in np.flatnonzero(~kept_K | (overrun_K >= _ROUNDING)).tolist()
+    ]
+    kept = [raw for raw, keep in zip(objects, kept_K, strict=True) if keep]
+    clipped_K4 = clipped_K4[kept_K]
+    sides_K2 = clipped_K4[:, 2:] - clipped_K4[:, :2]
     areas = [
         raw.area if _is_area(raw.area) else float(sides[0] * sides[1])
         for raw, sides in zip(kept, sides_K2, strict=True)
@@ -68,7 +72,7 @@ def make_record(
         path=path,
         height=height,
         width=width,
-        boxes_K4=boxes_K4,
+        boxes_K4=clipped_K4,
         labels_K=np.array([raw.label for raw in kept], dtype=np.int64),
         ignore_K=np.array([raw.ignore for raw in kept], dtype=np.bool_),
         areas_K=np.array(areas, dtype=np.float32),
@@ -212,7 +216,7 @@ def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], i
     )
 
 
-def _relabelled(record: Record, table: np.ndarray[Any, np.dtype[np.int64]]) -> Record:
+def _relabelled(record: Record, table: NDArray[np.int64]) -> Record:
     labels_K = table[record.labels_K]
     kept_K = labels_K >= 0
     masks = record.masks

@@ -1,4 +1,4 @@
-"""COCO JSON: one file for each split, with images, annotations and categories (cocodataset.org/#format-data)."""
+"""COCO JSON: one file for each split, with images, annotations and categories (cocodataset.org)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from detdistill.data.records import Finding, Record, Split
 
 ROBOFLOW_NAME = "_annotations.coco.json"
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# They lie beside the boxes in the official download.
+_OTHER_TASKS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
 
 
 def read_coco(
@@ -204,20 +206,18 @@ def _xyxy(bbox: Any) -> tuple[float, float, float, float] | None:
 
 
 def find_coco(root: Path) -> dict[str, list[Path]]:
-    """The annotation files of each split ("train", "val", "test") that a folder holds; empty if it is not COCO."""
+    """The annotation files of each split ("train", "val", "test"); empty if the folder is not COCO."""
     found: dict[str, list[Path]] = {}
     for split, names in _SPLIT_NAMES.items():
-        files = [root / name / ROBOFLOW_NAME for name in names]
-        files += [root / f"{name}.json" for name in names]
-        for folder in (root / "annotations", root):
-            for name in names:
-                files += sorted(folder.glob(f"*_{name}.json")) + sorted(folder.glob(f"*_{name}2*.json"))
-                files += [root / "annotations" / f"{name}.json"] if folder != root else []
-        # Captions and keypoints lie beside the boxes in the official download.
-        skipped = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
-        files = [file for file in files if file.is_file() and not file.name.startswith(skipped)]
+        files: list[Path] = []
+        for name in names:
+            files.append(root / name / ROBOFLOW_NAME)
+            for folder in (root / "annotations", root):
+                files += [folder / f"{name}.json", *sorted(folder.glob(f"*_{name}.json"))]
+                files += sorted(folder.glob(f"*_{name}2*.json"))  # instances_train2017.json
+        files = [file for file in files if file.is_file() and not file.name.startswith(_OTHER_TASKS)]
         if files:
-            found[split] = list(dict.fromkeys(files))
+            found[split] = files
     return found
 
 
@@ -260,8 +260,6 @@ def _named_folder(root: Path, given: str) -> Path:
 
 def _only_file(files: Sequence[Path], name: str, root: Path) -> Path | None:
     if len(files) > 1:
-        # The official download's name wins over a neighbour such as boxes_val2017.json? It does not: which
-        # labels are meant is not ours to guess.
         names = ", ".join(str(file.relative_to(root)) for file in files)
         raise UserError(f"{root}: several files could be {name}: {names}; set data.{name} to the one you mean")
     return files[0] if files else None

@@ -65,7 +65,7 @@ def digits_root(config: DataConfig) -> Path:
         work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     except OSError as error:
         raise UserError(
-            f"{root}: cannot be written ({error.strerror}); set data.root or DETDISTILL_CACHE to a folder that can"
+            f"{root}: cannot be written ({error.strerror}); set data.root or DETDISTILL_CACHE to another folder"
         ) from None
     try:
         write_digits(work, config.train_size, config.val_size, config.image_size)
@@ -144,14 +144,15 @@ class _Scene:
 
 def _draw_scene(rng: np.random.Generator, split: str, side: int, seed: int) -> _Scene:
     canvas = _background(rng, split, side)
+    masks: list[NDArray[np.bool_]] = []
+    digits: list[int] = []
     for _ in range(rng.integers(0, 4)):
         _draw_distractor(rng, canvas)
     images, labels = digits_of(split, seed)
-    scene = _Scene(canvas, [], [])
     drawn_areas: list[int] = []
     wanted = int(rng.integers(1, _MOST_DIGITS + 1))
     for _ in range(3 * wanted):  # a crowded image ends with fewer; the first always finds room
-        if len(scene.labels) == wanted:
+        if len(digits) == wanted:
             break
         pick = int(rng.integers(len(images)))
         stamp = _warped(rng, images[pick], side)
@@ -159,19 +160,18 @@ def _draw_scene(rng: np.random.Generator, split: str, side: int, seed: int) -> _
         left = int(rng.integers(0, side - stamp.shape[1] + 1))
         mask = np.zeros((side, side), dtype=bool)
         mask[top : top + stamp.shape[0], left : left + stamp.shape[1]] = stamp > 0.5
-        left_over = [old & ~mask for old in scene.masks]
+        left_over = [old & ~mask for old in masks]
         hidden = [
             rest.sum() < (1 - _MOST_HIDDEN) * area for rest, area in zip(left_over, drawn_areas, strict=True)
         ]
         if any(hidden):
             continue
         _paste(rng, canvas[top : top + stamp.shape[0], left : left + stamp.shape[1]], stamp)
-        scene.masks = [*left_over, mask]
-        scene.labels.append(int(labels[pick]))
+        masks = [*left_over, mask]
+        digits.append(int(labels[pick]))
         drawn_areas.append(int(mask.sum()))
     noise = rng.normal(0, rng.uniform(2, 10), canvas.shape)
-    scene.pixels_HW3 = np.clip(canvas + noise, 0, 255).astype(np.uint8)
-    return scene
+    return _Scene(np.clip(canvas + noise, 0, 255).astype(np.uint8), digits, masks)
 
 
 @cache
@@ -209,9 +209,7 @@ def _background(rng: np.random.Generator, split: str, side: int) -> NDArray[np.f
     crop = int(rng.integers(60, min(photograph.size) + 1))
     left = int(rng.integers(0, photograph.width - crop + 1))
     top = int(rng.integers(0, photograph.height - crop + 1))
-    resized = photograph.resize(
-        (side, side), Image.Resampling.BILINEAR, (left, top, left + crop, top + crop)
-    )
+    resized = photograph.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + crop, top + crop))
     pixels = np.asarray(resized, dtype=np.float64)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]

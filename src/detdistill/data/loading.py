@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,6 +19,14 @@ from detdistill.data.images import read_image
 from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
+from detdistill.data.voc import find_voc, open_voc
+from detdistill.data.yolo import find_yolo, open_yolo
+
+_EXPECTED = (
+    "Expected: COCO (annotations/instances_train*.json, or train.json and val.json), "
+    "VOC (Annotations, ImageSets/Main, JPEGImages), or YOLO (a .yaml with "
+    "names and train, or images and labels); or set data.format, data.train and data.val"
+)
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 """(3, H, W) uint8 image and its target: ``boxes`` (K, 4) float32 xyxy pixels, ``labels`` (K,) int64, ``index``
@@ -51,7 +58,42 @@ def _open(config: DataConfig, with_masks: bool) -> dict[str, Split]:
     if config.format == "digits":
         root = digits_root(config)
         return open_coco(DataConfig(format="coco", root=root, classes=config.classes), with_masks)
-    return open_coco(config, with_masks)
+    kind = config.format if config.format != "auto" else tell_format(config)
+    if kind == "voc":
+        return open_voc(config)
+    return open_coco(config, with_masks) if kind == "coco" else open_yolo(config, with_masks)
+
+
+def tell_format(config: DataConfig) -> Literal["coco", "voc", "yolo"]:
+    """Look at ``data.root`` and say what it holds.
+
+    Raises:
+        UserError: nothing or more than one thing is recognised; the message lists what was seen.
+    """
+    root = config.root
+    assert root is not None, "DataConfig refuses data without a root"
+    if not root.exists():
+        raise UserError(f"{root}: no such folder; correct data.root")
+    if root.suffix == ".json":
+        raise UserError(
+            f"{root}: give the dataset's folder as data.root and this file as data.train or data.val"
+        )
+    if root.is_file():
+        return "yolo"
+    found: list[Literal["coco", "voc", "yolo"]] = []
+    if find_coco(root) or str(config.train or config.val).endswith(".json"):
+        found.append("coco")
+    if find_voc(root):
+        found.append("voc")
+    if find_yolo(root):
+        found.append("yolo")
+    if len(found) > 1:
+        raise UserError(f"{root}: could be {' or '.join(found)}; set data.format to the one you mean")
+    if not found:
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+        seen = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        raise UserError(f"{root}: no dataset is recognised here. Seen: {seen or 'nothing'}. {_EXPECTED}")
+    return found[0]
 
 
 def _agree(train: Split, val: Split, chosen: bool) -> Split:
@@ -127,9 +169,7 @@ class DetectionDataset(Dataset[Sample]):
         if self.with_masks:
             size = (record.height, record.width)
             masks = [
-                decode_mask(mask, *size)
-                for mask, kept in zip(record.masks or (), kept_K, strict=True)
-                if kept
+                decode_mask(mask, *size) for mask, kept in zip(record.masks or (), kept_K, strict=True) if kept
             ]
             target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
         return target
@@ -180,4 +220,6 @@ def make_loader(
 
 
 def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # as many workers as cores, each with as many threads, would stand in their own way
+    torch.set_num_threads(
+        1
+    )  # as many workers as cores, each with as many threads, would stand in their own way

@@ -11,7 +11,6 @@ import importlib
 import io
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from detdistill.config import UserError
 from detdistill.data.records import Split
+from detdistill.evaluation.detections import finite_detections
 
 Backend = Literal["hotcoco", "pycocotools"]
 IouType = Literal["bbox", "segm"]
@@ -123,43 +123,6 @@ def coco_ap_from_files(
             "give the results of this split"
         )
     return _evaluate(_library(backend), truth, found, iou_type)
-
-
-def finite_detections(split: Split, detections: Sequence[Mapping[str, Any]]) -> list[dict[str, NDArray[Any]]]:
-    """Detections as arrays (boxes and scores in float64), without those whose box or score is not finite.
-
-    Raises:
-        ValueError: not one detections for each record, or labels outside the classes.
-    """
-    if len(detections) != len(split.records):
-        raise ValueError(f"{len(detections)} detections for {len(split.records)} images; give one for each")
-    usable, dropped = [], 0
-    for record, detection in zip(split.records, detections, strict=True):
-        arrays = {name: _array(detection[name]) for name in ("boxes", "labels", "scores")}
-        arrays["boxes"] = arrays["boxes"].astype(np.float64).reshape(-1, 4)
-        arrays["scores"] = arrays["scores"].astype(np.float64)
-        if "masks" in detection:
-            arrays["masks"] = _array(detection["masks"])
-        labels = arrays["labels"]
-        if labels.size and (labels.min() < 0 or labels.max() >= len(split.classes)):
-            raise ValueError(
-                f"image {record.image_id}: labels {labels.min()}…{labels.max()} for {len(split.classes)} "
-                "classes; labels are indices into split.classes, from 0"
-            )
-        finite = np.isfinite(arrays["boxes"]).all(axis=1) & np.isfinite(arrays["scores"])
-        dropped += int((~finite).sum())
-        usable.append({name: array[finite] for name, array in arrays.items()})
-    if dropped:
-        warnings.warn(f"{dropped} detections with a box or score that is not finite were dropped", stacklevel=3)
-    return usable
-
-
-def _array(value: Any) -> NDArray[Any]:
-    """Tensors of any device and type (bfloat16, too) to numpy."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-    return np.asarray(value)
 
 
 def _ground_truth(split: Split) -> dict[str, Any]:

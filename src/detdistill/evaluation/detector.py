@@ -99,7 +99,7 @@ def _detect(
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if not split.records:  # more processes than images
         return found
-    with _eval_mode(model), torch.inference_mode(), autocast:
+    with eval_mode(model), torch.inference_mode(), autocast:
         for images, _ in make_loader(DetectionDataset(split, None), batch_size, workers):
             batch = model.preprocess([image.to(device, non_blocking=True) for image in images])
             detections = model.decode(model.predict(model.pyramid(batch), batch), batch)
@@ -111,7 +111,7 @@ def _detect(
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards each module's own: frozen BatchNorm layers stay as they were."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -58,8 +58,7 @@ class Check:
     @property
     def ok(self) -> bool:
         """Whether the run would start."""
-        findings = self.inspection.findings if self.inspection is not None else []
-        return not self.problems and not any(finding.severity == "error" for finding in findings)
+        return not self.problems and self.inspection is not None and not self.inspection.errors
 
 
 def check(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Check:

@@ -43,10 +43,9 @@ def evaluate(
     Raises:
         UserError: no such model, data, split or device; the annotations have errors; no class in common.
     """
-    chosen = open_split(data, split)
     return evaluate_detector(
         as_detector(model),
-        chosen,
+        open_split(data, split),
         batch_size=batch_size,
         workers=workers,
         device=choose_device(device),
@@ -67,9 +66,9 @@ def open_split(data: Data, name: str) -> Split:
         UserError: there is no such part, or its annotations have errors.
     """
     config = _data_config(data)
-    splits = open_data(config)
+    splits = open_data(config, with_masks=False)
     if name not in splits:
-        raise UserError(f"{config.root}: no split {name!r}; {nearest(name, splits)}")
+        raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
     split = splits[name]
     if split.errors:
         more = len(split.errors) - 1

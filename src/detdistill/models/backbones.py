@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,9 +56,11 @@ class Backbone(nn.Module):
         absent = [stride for stride in strides if stride not in offered]
         if absent:
             raise UserError(
-                f"backbone {name!r} offers strides {offered}, not {absent}: change `strides` or the backbone"
+                f"backbone {name!r} offers strides {list(offered)}, not {absent}: "
+                f"change `strides` or the backbone"
             )
-        indices = [offered.index(stride) for stride in strides]
+        # The deepest map of a stride: a plain transformer offers the same one after every block.
+        indices = [len(offered) - 1 - offered[::-1].index(stride) for stride in strides]
         try:
             body: Any = timm.create_model(name, features_only=True, out_indices=indices, pretrained=pretrained)
         except Exception as error:
@@ -101,7 +104,8 @@ class Backbone(nn.Module):
         return self
 
 
-def offered_strides(name: str) -> list[int]:
+@functools.cache
+def offered_strides(name: str) -> tuple[int, ...]:
     """Strides of the feature maps that a timm model offers, shallow to deep.
 
     Raises:
@@ -114,7 +118,7 @@ def offered_strides(name: str) -> list[int]:
     try:
         with torch.device("meta"):
             body: Any = timm.create_model(name, features_only=True)
-            return list(body.feature_info.reduction())
+            return tuple(body.feature_info.reduction())
     except Exception as error:
         raise UserError(
             f"backbone {name!r} gives no feature maps ({_short(error)}); choose another timm model"

@@ -22,11 +22,13 @@ UNMATCHED, IGNORED = -1, -2
 def tower(channels: int, depth: int, group_norm: bool) -> nn.Sequential:
     """``depth`` blocks of 3×3 convolution, perhaps GroupNorm, ReLU.
 
-    GroupNorm has 32 groups, as FCOS has, or the largest number up to 32 that divides 32 and ``channels``.
+    A group of GroupNorm has at least 8 channels, as FCOS's 32 groups of 256 have: a group of one channel would
+    have nothing to compare on a map of one cell.
     """
+    groups = max(n for n in range(1, max(1, min(32, channels // 8)) + 1) if channels % n == 0)
     blocks = []
     for _ in range(depth):
-        norm = [nn.GroupNorm(math.gcd(32, channels), channels)] if group_norm else []
+        norm = [nn.GroupNorm(groups, channels)] if group_norm else []
         blocks.append(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *norm, nn.ReLU()))
     return nn.Sequential(*blocks)
 

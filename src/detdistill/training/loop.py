@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from detdistill.config import Recipe, UserError
 from detdistill.data.loading import DetectionDataset, make_loader, open_data
@@ -29,6 +30,7 @@ from detdistill.evaluation.detector import Evaluation, evaluate_detector
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Detector
 from detdistill.models.checkpoints import save_model
+
 # TMP from detdistill.report.gallery import save_samples
 # TMP from detdistill.report.plots import plot_curves
 from detdistill.training.display import Display
@@ -95,11 +97,12 @@ class _Trainer:
         set_seed(self.config.seed)
         student = build_model(recipe.student, self.train_split.classes)
         teacher = load_teacher(recipe.teacher, self.train_split.classes) if recipe.teacher else None
+        if self.config.sync_batchnorm and self.accelerator.num_processes > 1:
+            # timm's own: torch's would drop the activation that is part of timm's BatchNormAct2d
+            student = convert_sync_batchnorm(student)
         pair = Pair(student, teacher, recipe.methods, seed=self.config.seed)
-        if self.config.sync_batchnorm:
-            pair = nn.SyncBatchNorm.convert_sync_batchnorm(pair)
         if self.config.channels_last:
-            pair = pair.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            pair = pair.to(memory_format=torch.channels_last)
         self.pair: Pair = pair
         optimizer = build_optimizer(pair, self.config.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(pair, optimizer)
@@ -260,9 +263,7 @@ class _Trainer:
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
             # TMP save_samples(evaluation, self.folder.path / "samples.png")
-            self.folder.write_result({
-                "status": status, "metrics": metrics, "per_class": evaluation.coco.per_class,
-            })  # fmt: skip
+            self.folder.write_result(status, metrics, evaluation.coco.per_class)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return TrainResult(status, metrics, self.folder.path, self.folder.student_file)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import sys
@@ -73,8 +74,10 @@ class RunFolder:
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2))
 
     def log(self, row: Row) -> None:
+        """Append a row; undefined numbers (an AP of sizes that do not occur) are left out."""
+        defined = {key: value for key, value in row.items() if math.isfinite(value)}
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(defined) + "\n")
 
     def metrics(self) -> list[Row]:
         if not self.metrics_file.exists():
@@ -112,10 +115,16 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
+        found["metrics"] = {k: math.nan if v is None else v for k, v in found["metrics"].items()}
         return found
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        write_atomically(self.result_file, json.dumps(result, indent=2))
+    def write_result(self, status: str, metrics: Row, per_class: Row) -> None:
+        """Undefined numbers are written as null."""
+        tables = {
+            name: {key: value if math.isfinite(value) else None for key, value in table.items()}
+            for name, table in (("metrics", metrics), ("per_class", per_class))
+        }
+        write_atomically(self.result_file, json.dumps({"status": status, **tables}, indent=2))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -185,9 +185,7 @@ class IMALoss(nn.Module):
                 if weight is not None:
                     regions_NGHW = regions_NGHW * weight
                 weight = regions_NGHW.sum(dim=1, keepdim=True)
-            return (
-                self.alpha * self.loss_weight * self._loss(student, teacher, weight, regions_NGHW, generator)
-            )
+            return self.alpha * self.loss_weight * self._loss(student, teacher, weight, regions_NGHW, generator)
 
     def extra_repr(self) -> str:
         return f"domain={self.domain}, mask_ratio={self.mask_ratio}, importance={self.importance}"
@@ -311,8 +309,7 @@ class IMA(Method):
             if self.loss.instance == "box":
                 # Feature maps cover the padded input, so boxes are mapped by the padded size.
                 ratio_y, ratio_x = (
-                    cells / pixels
-                    for cells, pixels in zip(teacher.shape[-2:], batch.padded_size, strict=True)
+                    cells / pixels for cells, pixels in zip(teacher.shape[-2:], batch.padded_size, strict=True)
                 )
                 ratios = teacher.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=torch.float32)
                 boxes = [target["boxes"] * ratios for target in batch.targets or []]

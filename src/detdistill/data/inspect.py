@@ -1,0 +1,186 @@
+"""The doctor's look at a dataset: all annotations read, a sample of images decoded."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from detdistill.config import DataConfig, UserError
+from detdistill.data.images import read_image
+from detdistill.data.loading import open_data
+from detdistill.data.records import Finding, Record, Split
+
+_READERS = 16  # threads that wait for the disk
+_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+# How the last bytes of a whole file look; a download that was cut short lacks them.
+_ENDINGS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a split holds.
+
+    Attributes:
+        images, background: images, and those of them without an object.
+        objects, ignored: objects, and those of them that are crowd or difficult.
+        per_class: objects by class name, in the order of the classes.
+        sizes: the square root of the boxes' area in pixels at the quantiles 0, 10, 50, 90 and 100%; empty
+            without objects.
+    """
+
+    images: int
+    background: int
+    objects: int
+    ignored: int
+    per_class: dict[str, int]
+    sizes: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Splits, what is wrong with them, and what they hold; ``decoded`` images were decoded."""
+
+    splits: dict[str, Split]
+    findings: list[Finding]
+    statistics: dict[str, Statistics]
+    decoded: int
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings with which no training starts."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    def lines(self, per_kind: int = 5) -> list[str]:
+        """The report as text: numbers first, then the findings, at most ``per_kind`` of each kind."""
+        lines = []
+        for name, stats in self.statistics.items():
+            lines.append(
+                f"{name}: {stats.images} images ({stats.background} background), {stats.objects} objects "
+                f"({stats.ignored} ignored) in {len(stats.per_class)} classes, from {self.splits[name].source}"
+            )
+            if stats.sizes:
+                quantiles = ", ".join(f"{size:.0f}" for size in stats.sizes)
+                lines.append(f"  object sizes (√area, px) at 0, 10, 50, 90, 100%: {quantiles}")
+            counts = ", ".join(f"{cls} {n}" for cls, n in stats.per_class.items())
+            lines.append(f"  objects by class: {counts}")
+        by_kind: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+        for finding in self.findings:
+            by_kind[finding.severity, finding.kind].append(finding)
+        for (severity, kind), found in sorted(by_kind.items()):
+            lines += [str(finding) for finding in found[:per_kind]]
+            if len(found) > per_kind:
+                lines.append(f"{severity}: {kind}: {len(found) - per_kind} more like these")
+        errors = len(self.errors)
+        warnings = len(self.findings) - errors
+        lines.append(f"{self.decoded} images decoded; {errors} errors, {warnings} warnings")
+        return lines
+
+
+def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
+    """Read all annotations, look at the end of every image file and decode some images.
+
+    Args:
+        sample: images to decode of each split, the same ones every time; None decodes all.
+
+    Raises:
+        UserError: as :func:`~detdistill.data.loading.open_data`: there is nothing to inspect.
+    """
+    splits = open_data(config)
+    findings = [finding for split in splits.values() for finding in split.findings]
+    for split in splits.values():
+        findings += _file_findings(split, sample)
+    statistics = {name: _statistics(split) for name, split in splits.items()}
+    if "train" in splits:
+        findings += _unlearnable_classes(splits["train"], statistics["train"])
+    if "train" in splits and "val" in splits:
+        findings += _shared_images(splits["train"], splits["val"])
+    for name in {"train", "val"} - splits.keys():
+        message, fix = f"there is no {name} part", f"set data.{name}"
+        root = config.root or Path("digits")
+        findings.append(Finding("warning", "missing split", root, message, fix))
+    decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
+    return Inspection(splits, findings, statistics, decoded)
+
+
+def _file_findings(split: Split, sample: int | None) -> list[Finding]:
+    """Decode the sample, and look at the last bytes of all other images."""
+    chosen = _chosen(split.records, sample)
+    decoded = {record.path for record in chosen}
+    others = [record for record in split.records if record.path not in decoded]
+    with ThreadPoolExecutor(_READERS) as pool:
+        results = [
+            *pool.map(partial(_decode_finding, source=split.source), chosen),
+            *pool.map(partial(_tail_finding, source=split.source), others),
+        ]
+    return [finding for finding in results if finding is not None]
+
+
+def _chosen(records: list[Record], sample: int | None) -> list[Record]:
+    if sample is None or sample >= len(records):
+        return records
+    places = np.random.default_rng(0).choice(len(records), sample, replace=False)
+    return [records[int(place)] for place in sorted(places)]
+
+
+def _decode_finding(record: Record, source: Path) -> Finding | None:
+    try:
+        image = read_image(record.path, (record.height, record.width))
+    except UserError as error:
+        problem = str(error).removeprefix(f"{record.path}: ").split(";")[0]
+        return Finding("error", "undecodable image", record.path, problem, "restore the image or drop it")
+    if tuple(image.shape[1:]) == (record.height, record.width):
+        return None
+    message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
+    return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
+
+
+def _tail_finding(record: Record, source: Path) -> Finding | None:
+    """Decode only where the file's last bytes make it suspect: cameras may write more after the end."""
+    ending = _ENDINGS.get(record.path.suffix.lower())
+    if ending is None:
+        return None
+    try:
+        with record.path.open("rb") as file:
+            file.seek(max(0, record.path.stat().st_size - 64))
+            whole = ending in file.read()
+    except OSError:
+        whole = False
+    return None if whole else _decode_finding(record, source)
+
+
+def _statistics(split: Split) -> Statistics:
+    labels = np.concatenate([np.zeros(0, np.int64), *(record.labels_K for record in split.records)])
+    boxes_K4 = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes_K4 for record in split.records)])
+    counts = np.bincount(labels, minlength=len(split.classes)).tolist()
+    sizes = np.sqrt((boxes_K4[:, 2:] - boxes_K4[:, :2]).prod(axis=1))
+    return Statistics(
+        images=len(split.records),
+        background=sum(len(record.labels_K) == 0 for record in split.records),
+        objects=len(labels),
+        ignored=int(sum(record.ignore_K.sum() for record in split.records)),
+        per_class=dict(zip(split.classes, counts, strict=True)),
+        sizes=tuple(np.quantile(sizes, _QUANTILES).tolist()) if sizes.size else (),
+    )
+
+
+def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
+    empty = [name for name, count in statistics.per_class.items() if count == 0]
+    if not empty or statistics.objects == 0:
+        return []
+    message = f"{len(empty)} classes have no objects in train: {', '.join(empty)}"
+    return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
+
+
+def _shared_images(train: Split, val: Split) -> list[Finding]:
+    """The same file in both parts makes the numbers of val worthless."""
+    paths = Counter(record.path.resolve() for split in (train, val) for record in split.records)
+    shared = [path for path, times in paths.items() if times > 1]
+    if not shared:
+        return []
+    message = f"{len(shared)} images are in both train and val, as {shared[0]}"
+    return [Finding("warning", "shared images", val.source, message, "move them out of one of the two")]

@@ -1,0 +1,112 @@
+"""What the verbs print: tables and a bar on a terminal, the same as plain text elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from detdistill.evaluation.detector import Evaluation
+    from detdistill.experiments.check import Check
+
+SHOWN_OF_A_KIND = 10
+STYLES = {"error": "red", "warning": "yellow"}
+
+
+def say(text: str, style: str | None = None) -> None:
+    """A line of text, never cut or wrapped: it may be a path to copy."""
+    Console(highlight=False, markup=False).print(text, style=style, soft_wrap=True)
+
+
+def show(columns: Iterable[str], rows: Iterable[Iterable[Any]], text_columns: int = 1) -> None:
+    """A table whose first columns are text and whose others are numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    # A file or a pipe has no width, and a table there is not to be squeezed into 80 columns.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def first_line(docstring: str | None) -> str:
+    """What a docstring says in short."""
+    return (docstring or "").strip().partition("\n")[0]
+
+
+def percent(value: float) -> str:
+    """A number in [0, 1] as papers print it; NaN, where there was nothing to measure, as a dash."""
+    return "–" if math.isnan(value) else f"{value * 100:.1f}"
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal, nothing elsewhere. Yields what takes (done, total)."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_evaluation(
+    evaluation: Evaluation, numbers: Mapping[str, float], by_class: Mapping[str, float]
+) -> None:
+    """The numbers, AP by class, and how fast it was."""
+    split = evaluation.split
+    say(f"{split.name} of {split.source}: {len(split)} images")
+    show(numbers, [[percent(value) for value in numbers.values()]], text_columns=0)
+    show(("class", "AP"), [(name, percent(ap)) for name, ap in by_class.items()])
+    say(f"{evaluation.seconds:.1f} s, {evaluation.images_per_second:.1f} images/s with loading")
+
+
+def print_check(result: Check) -> None:
+    """The doctor's findings: data, models, levels, and the verdict."""
+    for line in result.inspection.lines(SHOWN_OF_A_KIND) if result.inspection is not None else ():
+        say(line, style=STYLES.get(line.partition(":")[0]))
+    for note in result.notes:
+        say(note)
+    if result.models:
+        rows = [
+            (
+                model.role,
+                model.what,
+                _levels(model.levels),
+                f"{model.parameters / 1e6:.2f}",
+                f"{model.learning / 1e6:.2f}",
+            )
+            for model in result.models
+        ]
+        show(("model", "what", "channels at stride", "M parameters", "M learning"), rows, text_columns=3)
+    if result.matching is not None:
+        show(("student", "teacher", "between"), result.matching.rows(), text_columns=3)
+    for problem in result.problems:
+        say(f"error: {problem}", style=STYLES["error"])
+    say("this recipe can run" if result.ok else "this recipe cannot run as it is: mend the errors above")
+
+
+def _levels(levels: Mapping[int, int]) -> str:
+    return "  ".join(f"{channels}@{stride}" for stride, channels in levels.items())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON for other programs; NaN, which JSON lacks, becomes null."""
+    plain = {
+        key: value if not isinstance(value, float) or math.isfinite(value) else None
+        for key, value in content.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")

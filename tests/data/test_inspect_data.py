@@ -1,0 +1,71 @@
+"""The doctor finds what a reader of annotations cannot see."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from detdistill.config import DataConfig
+from detdistill.data.inspect import inspect_data
+
+
+def _folder(tmp_path, write_coco, images=6):
+    for name in ("train", "val"):
+        write_coco(tmp_path / f"{name}.json", tmp_path / name, images=images)
+    return DataConfig(root=tmp_path)
+
+
+def test_a_healthy_folder(tmp_path, write_coco):
+    inspection = inspect_data(_folder(tmp_path, write_coco))
+    assert inspection.errors == []
+    assert [finding.kind for finding in inspection.findings] == ["empty class"]
+    train = inspection.statistics["train"]
+    assert (train.images, train.background, train.objects, train.ignored) == (6, 5, 1, 0)
+    assert train.per_class == {"cat": 1, "dog": 0}
+    assert train.sizes == pytest.approx([200**0.5] * 5)
+    assert inspection.decoded == 12
+    assert inspection.lines()[-1] == "12 images decoded; 0 errors, 1 warnings"
+
+
+@pytest.mark.parametrize("sample", [0, None])
+def test_a_file_that_was_cut_short_is_found_even_outside_the_sample(tmp_path, write_coco, sample):
+    config = _folder(tmp_path, write_coco)
+    for name in ("train/3.png", "val/5.png"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    # Bytes after the end, as some cameras write, hurt nobody.
+    with (tmp_path / "train" / "1.png").open("ab") as file:
+        file.write(bytes(100))
+    inspection = inspect_data(config, sample)
+    found = [(finding.kind, finding.file.relative_to(tmp_path).as_posix()) for finding in inspection.errors]
+    assert found == [("undecodable image", "train/3.png"), ("undecodable image", "val/5.png")]
+
+
+def test_a_size_that_the_file_does_not_have(tmp_path, write_coco, write_image):
+    config = _folder(tmp_path, write_coco)
+    write_image(tmp_path / "train" / "2.png", 48, 64)
+    (error,) = inspect_data(config).errors
+    assert error.kind == "wrong size"
+    assert "is 48×64" in str(error)
+
+
+def test_images_in_both_parts_and_missing_parts(tmp_path, write_coco):
+    write_coco(tmp_path / "train.json", tmp_path / "images")
+    kinds = [finding.kind for finding in inspect_data(DataConfig(root=tmp_path)).findings]
+    assert kinds == ["empty class", "missing split"]
+    write_coco(tmp_path / "val.json", tmp_path / "images")
+    kinds = [finding.kind for finding in inspect_data(DataConfig(root=tmp_path)).findings]
+    assert kinds == ["empty class", "shared images"]
+
+
+def test_the_report_caps_each_kind_but_counts_all(tmp_path, write_coco):
+    config = _folder(tmp_path, write_coco)
+    file = tmp_path / "train.json"
+    data = json.loads(file.read_text())
+    data["annotations"] += [{**data["annotations"][0], "id": i, "bbox": [1, 1, 0, 0]} for i in range(2, 12)]
+    file.write_text(json.dumps(data))
+    lines = inspect_data(config).lines(per_kind=3)
+    assert sum("has no size" in line for line in lines) == 3
+    assert "warning: zero-size box: 7 more like these" in lines
+    assert lines[-1].endswith("0 errors, 11 warnings")

@@ -1,0 +1,139 @@
+"""YOLO folders, in the layouts of Ultralytics and Roboflow."""
+
+from __future__ import annotations
+
+import pytest
+
+from detdistill.config import DataConfig, UserError
+from detdistill.data.loading import open_data
+from detdistill.data.masks import decode_mask
+from detdistill.data.yolo import read_yolo
+
+
+def test_rows_become_boxes_and_polygons_masks(tmp_path, write_yolo):
+    rows = "1 0.5 0.5 0.25 0.5\n0 0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75\n"
+    write_yolo(tmp_path, {"train": {"a": rows, "b": None, "c": "0 .1 .1 .5 .1 .5 .5\n"}})
+    split = read_yolo(tmp_path / "images" / "train", "train", ["cat", "dog"])
+    first, background, _ = split.records
+    assert first.boxes_K4.tolist() == [[24, 12, 40, 36], [16, 12, 48, 36]]
+    assert first.labels_K.tolist() == [1, 0]
+    assert first.masks is not None
+    mask = decode_mask(first.masks[1], 48, 64)
+    assert mask.sum() == 32 * 24
+    assert mask[12:36, 16:48].all()
+    assert len(background.labels_K) == 0
+    assert split.warning_counts() == {"missing mask": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ("0 0.5 0.5 0.1", "malformed row"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "malformed row"),
+        ("0 a b c d", "malformed row"),
+        ("0 320 200 50 50", "malformed row"),
+        ("2 0.5 0.5 0.1 0.1", "unknown class"),
+        ("-1 0.5 0.5 0.1 0.1", "unknown class"),
+        ("0.5 0.5 0.5 0.1 0.1", "unknown class"),
+        ("nan 0.5 0.5 0.1 0.1", "unknown class"),
+        ("0 0.5 0.5 nan 0.1", "box not finite"),
+        ("0 0.5 0.5 0 0.1", "zero-size box"),
+        ("0 1.3 0.5 0.1 0.1", "box outside image"),
+    ],
+)
+def test_a_bad_row_is_dropped_and_counted(tmp_path, write_yolo, row, kind):
+    write_yolo(tmp_path, {"train": {"a": f"0 .5 .5 .1 .1\n{row}\n"}})
+    split = read_yolo(tmp_path / "images" / "train", "train", ["cat", "dog"])
+    assert split.warning_counts() == {kind: 1}
+    assert len(split.records[0].labels_K) == 1
+    assert "a.txt" in str(split.findings[0])
+
+
+def test_labels_without_images_unreadable_images_and_equal_names(tmp_path, write_yolo, write_image):
+    write_yolo(tmp_path, {"train": {"a": "0 .5 .5 .1 .1", "b": "0 .5 .5 .1 .1", "c": ""}})
+    (tmp_path / "images" / "train" / "a.jpg").unlink()
+    (tmp_path / "images" / "train" / "c.jpg").write_bytes(b"no image")
+    write_image(tmp_path / "images" / "train" / "b.png")
+    split = read_yolo(tmp_path / "images" / "train", "train", ["cat"])
+    assert sorted(finding.kind for finding in split.findings) == [
+        "duplicate image id", "label without image", "unreadable image",
+    ]  # fmt: skip
+
+
+_ONE = {"a": "0 .5 .5 .1 .1"}
+
+
+def _yaml(root, text, name="data.yaml"):
+    (root / name).write_text(text)
+    return root / name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: [cat]\ntrain: images/train\nval: images/val\n",
+        "names: {0: cat}\npath: .\ntrain: [images/train]\nval: images/val\n",
+        "names: {0: cat}\npath: ../datasets/coco8\ntrain: images/train\nval: images/val\n",
+        "names: [cat]\ntrain: ../images/train\nval: ../images/val\n",
+        "names: [cat]\ntrain: train.txt\ntest: images/val\n",
+    ],
+)
+def test_dataset_files(tmp_path, write_yolo, text):
+    write_yolo(tmp_path, {"train": _ONE, "val": {"b": "0 .5 .5 .1 .1"}})
+    (tmp_path / "train.txt").write_text("./images/train/a.jpg\n")
+    file = _yaml(tmp_path, text)
+    for root in (tmp_path, file):
+        splits = open_data(DataConfig(root=root))
+        assert [record.image_id for record in splits["train"].records] == ["a"]
+        assert [record.image_id for record in splits["val"].records] == ["b"]
+        assert splits["train"].classes == ("cat",)
+        assert not any(split.findings for split in splits.values())
+
+
+def test_folders_alone_need_a_file_of_class_names(tmp_path, write_yolo):
+    write_yolo(tmp_path, {"train": _ONE, "val": _ONE})
+    with pytest.raises(UserError, match=r"add classes\.txt"):
+        open_data(DataConfig(root=tmp_path))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    assert open_data(DataConfig(root=tmp_path))["val"].classes == ("cat", "dog")
+
+
+def test_roboflow_folders(tmp_path, write_image):
+    for part in ("train", "valid"):
+        write_image(tmp_path / part / "images" / f"{part}.jpg")
+        (tmp_path / part / "labels").mkdir()
+        (tmp_path / part / "labels" / f"{part}.txt").write_text("0 .5 .5 .1 .1")
+    _yaml(tmp_path, "names: [cat]\nnc: 1\ntrain: ../train/images\nval: ../valid/images\n")
+    splits = open_data(DataConfig(root=tmp_path))
+    assert [len(split.records[0].labels_K) for split in splits.values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: {0: cat, 2: dog}\ntrain: images/train\n", "numbered 0…1 without gaps"),
+        ("names: cat\ntrain: images/train\n", "names must list the classes"),
+        ("names: [cat]\ntrain: images/nowhere\n", "no such images 'images/nowhere'"),
+    ],
+)
+def test_a_wrong_dataset_file_is_refused(tmp_path, write_yolo, text, message):
+    write_yolo(tmp_path, {"train": _ONE})
+    _yaml(tmp_path, text)
+    with pytest.raises(UserError, match=message):
+        open_data(DataConfig(root=tmp_path))
+
+
+def test_several_dataset_files_are_asked_about(tmp_path, write_yolo):
+    write_yolo(tmp_path, {"train": _ONE})
+    for name in ("a.yaml", "b.yml"):
+        _yaml(tmp_path, "names: [cat]\ntrain: images/train\n", name)
+    with pytest.raises(UserError, match=r"several dataset files: a\.yaml, b\.yml"):
+        open_data(DataConfig(root=tmp_path))
+
+
+def test_a_yaml_tag_runs_nothing(tmp_path, write_yolo):
+    write_yolo(tmp_path, {"train": _ONE})
+    _yaml(tmp_path, "names: !!python/object/apply:os.system ['touch ran']\ntrain: images/train\n")
+    with pytest.raises(UserError):
+        open_data(DataConfig(root=tmp_path))
+    assert not (tmp_path / "ran").exists()

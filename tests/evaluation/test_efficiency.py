@@ -1,0 +1,56 @@
+"""Counts that can be done by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detdistill.evaluation.efficiency import efficiency
+from detdistill.models.base import DenseRaw, Detector, Preprocess
+
+
+class OneConvolution(Detector):
+    classes = ("thing",)
+    preprocessor = Preprocess(size=(64, 64))
+    pyramid_channels = {32: 8}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 5, stride=32, padding=2)
+
+    def pyramid(self, batch):
+        assert not self.training
+        return {32: self.conv(batch.images_N3HW)}
+
+    def predict(self, pyramid, batch):
+        return DenseRaw(cls=pyramid, box=pyramid)
+
+    def losses(self, raw, batch):
+        return {}
+
+    def decode(self, raw, batch):
+        return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}]
+
+
+def test_counts():
+    model = OneConvolution().train()
+    cost = efficiency(model, size=(100, 100), runs=3)  # resized to 64 × 64: outputs of 2 × 2
+    assert cost.parameters == 8 * 3 * 25 + 8
+    assert cost.macs == 2 * 2 * 8 * 3 * 25
+    assert cost.flops == 2 * cost.macs
+    assert cost.checkpoint_bytes == 4 * cost.parameters
+    assert cost.images_per_second > 0
+    assert cost.peak_memory_bytes is None
+    assert model.training
+
+
+def test_macs_of_a_known_network():
+    """torchvision states 4.09 GMAC for ResNet-50 at 224 × 224, of which 2 M are the classifier's."""
+    from torchvision.models import resnet50
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = OneConvolution()
+    model.preprocessor = Preprocess()
+    model.conv = create_feature_extractor(resnet50(), {"layer4": "map"})
+    model.pyramid = lambda batch: {32: model.conv(batch.images_N3HW)["map"]}
+    assert efficiency(model, size=(224, 224), runs=1).macs / 1e9 == pytest.approx(4.09, abs=0.01)

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchvision.models import detection
+
+from detdistill.config import ModelConfig, UserError
+from detdistill.models import (
+    build_model,
+    load_model,
+    load_teacher,
+    load_weights,
+    read_state_dict,
+    retinanet,
+    save_model,
+)
+from detdistill.models.base import Detector
+
+CLASSES = ("cat", "dog", "bird")
+
+
+def config(**options: Any) -> ModelConfig:
+    small = {"backbone": "resnet18", "channels": 16, "head_depth": 1, "strides": (8, 16, 32), "size": (64, 96)}
+    return ModelConfig(**{**small, "score_threshold": 0.0, **options})
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(1)
+    save_model(build_model(config(), CLASSES), tmp_path / "student.safetensors")
+    return tmp_path
+
+
+def same(a: Detector, b: Detector) -> bool:
+    image = torch.rand(3, 60, 90)
+    with torch.no_grad():
+        (x,), (y,) = a.eval()([image]), b.eval()([image])
+    assert len(x["boxes"])
+    return all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("family", ["retinanet", "fcos", "faster_rcnn"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_a_saved_model_comes_back_from_its_file_alone(family: str, norm: str, tmp_path: Path) -> None:
+    model = build_model(config(family=family, norm=norm), CLASSES)
+    save_model(model, tmp_path / "student.safetensors")
+    for path in (tmp_path, tmp_path / "student.safetensors", str(tmp_path)):
+        loaded = load_model(path)
+        assert not loaded.training
+        assert loaded.classes == CLASSES
+        assert loaded.spec == model.spec
+        assert same(model, loaded)
+    assert [p.name for p in tmp_path.iterdir()] == ["student.safetensors"]  # nothing temporary is left
+
+
+def test_every_field_of_the_section_comes_back(tmp_path: Path) -> None:
+    told = ModelConfig(
+        family="faster_rcnn", backbone="mobilenetv3_small_050", channels=24, head_depth=2,
+        strides=(8, 16, 32, 64), anchor_scale=6.0, norm="frozen", freeze_stages=2, size=(70, 90),
+        score_threshold=0.3, nms_threshold=0.4, max_detections=7,
+    )  # fmt: skip
+    default = ModelConfig().model_dump()
+    same_as_default = {key for key, value in told.model_dump().items() if value == default[key]}
+    assert same_as_default == {"weights", "backbone_weights"}
+    model = build_model(told, CLASSES)
+    save_model(model, tmp_path / "model.safetensors")
+    loaded: Any = load_model(tmp_path / "model.safetensors")
+    assert loaded.spec == {
+        "model": told.model_dump(mode="json"),
+        "classes": list(CLASSES),
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    assert loaded.max_detections == 7
+    assert loaded.preprocessor.size == (70, 90)
+    assert loaded.anchor_generator.sizes[0] == (48.0,)
+
+
+def test_a_file_carries_no_path(run_folder: Path) -> None:
+    again = build_model(config(weights=str(run_folder)), CLASSES)
+    save_model(again, run_folder / "again.safetensors")
+    with safe_open(run_folder / "again.safetensors", framework="pt") as file:
+        assert str(run_folder) not in json.dumps(file.metadata())
+
+
+def test_a_model_without_spec_or_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="build_model"):
+        save_model(retinanet("resnet18", 2, channels=16), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_model(build_model(config(), CLASSES), tmp_path / "absent" / "x.safetensors")
+
+
+class TestTeacher:
+    def test_a_run_folder_alone_is_enough_and_keeps_its_classes(self, run_folder: Path) -> None:
+        teacher = load_teacher(ModelConfig(weights=str(run_folder)), ["dog", "horse"])
+        assert teacher.classes == CLASSES
+        assert same(teacher, load_model(run_folder))
+
+    def test_a_section_with_every_default_spelled_out_means_the_same(self, run_folder: Path) -> None:
+        dumped = ModelConfig.model_validate(ModelConfig(weights=str(run_folder)).model_dump(mode="json"))
+        assert same(load_teacher(dumped, CLASSES), load_model(run_folder))
+
+    def test_a_contradiction_is_told(self, run_folder: Path) -> None:
+        with pytest.raises(UserError, match="trained with backbone: resnet18, the recipe says resnet34"):
+            load_teacher(ModelConfig(weights=str(run_folder), backbone="resnet34"), CLASSES)
+
+    def test_other_settings_are_the_recipes(self, run_folder: Path) -> None:
+        teacher = load_teacher(ModelConfig(weights=str(run_folder), size=(32, 48)), CLASSES)
+        assert teacher.preprocessor.size == (32, 48)
+
+    @pytest.mark.parametrize(
+        ("options", "fault"),
+        [
+            ({"channels": 24}, "wrong shape neck"),
+            ({"head_depth": 2}, "missing head.cls_tower.1"),
+            ({"head_depth": 0}, "unexpected head.cls_tower.0"),
+            ({"backbone": "resnet34"}, "missing backbone.body.layer1.2"),
+            ({"strides": (8, 16, 32, 64)}, "missing neck.extra.0"),
+            ({"family": "fcos"}, "head.cls"),
+            ({"backbone": "mobilenetv2_100", "family": "faster_rcnn", "channels": 8}, "no entry fits|missing"),
+        ],
+    )
+    def test_weights_that_do_not_fit_are_refused(self, options: Any, fault: str, run_folder: Path) -> None:
+        bare = run_folder / "bare.pt"
+        torch.save(read_state_dict(run_folder), bare)
+        with pytest.raises(UserError, match=rf"bare\.pt: .*(?:{fault})"):
+            load_teacher(config(weights=str(bare), **options), CLASSES)
+        assert same(load_teacher(config(weights=str(bare)), CLASSES), load_model(run_folder))
+
+    def test_another_number_of_classes_is_refused(self, run_folder: Path) -> None:
+        bare = run_folder / "bare.pt"
+        torch.save(read_state_dict(run_folder), bare)
+        with pytest.raises(UserError, match=r"wrong shape head\.cls\.weight: file \(27, "):
+            load_teacher(config(weights=str(bare)), ["cat", "dog"])
+
+    def test_a_teacher_needs_weights(self) -> None:
+        with pytest.raises(UserError, match="untrained teacher"):
+            load_teacher(config(), CLASSES)
+
+
+class TestStudent:
+    def test_class_rows_are_taken_by_name(self, run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING):
+            student: Any = build_model(ModelConfig(weights=str(run_folder)), ["bird", "horse", "cat", "dog"])
+        assert "classes without rows     1  horse" in caplog.text
+        source: Any = load_model(run_folder)
+        rows = student.head.cls.weight.unflatten(0, (9, 4))
+        theirs = source.head.cls.weight.unflatten(0, (9, 3))
+        assert torch.equal(rows[:, [2, 3, 0]], theirs)
+        assert torch.equal(student.head.box.weight, source.head.box.weight)
+        assert student.classes == ("bird", "horse", "cat", "dog")
+        assert student.training
+
+    def test_a_new_head_is_kept_with_a_warning(
+        self, run_folder: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        bare = run_folder / "bare.pt"
+        torch.save(read_state_dict(run_folder), bare)
+        with caplog.at_level(logging.WARNING):
+            build_model(config(weights=str(bare), head_depth=2), ["cat"])
+        assert "head.cls.weight: file (27, 16, 3, 3), model (9, 16, 3, 3)" in caplog.text
+        with pytest.raises(UserError, match="backbone"):
+            build_model(config(weights=str(bare), backbone="resnet34"), CLASSES)
+
+    def test_norms_interchange(self, run_folder: Path) -> None:
+        frozen = build_model(ModelConfig(weights=str(run_folder), norm="frozen"), CLASSES)
+        image = torch.rand(1, 3, 64, 64)
+        a: Any = frozen.eval()
+        b: Any = load_model(run_folder)
+        torch.testing.assert_close(a.backbone(image)[32], b.backbone(image)[32], rtol=1e-4, atol=1e-5)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+    def test_wrappings_are_undone(self, key: str, prefix: str, tmp_path: Path) -> None:
+        state = {"backbone.a": torch.rand(2), "head.b": torch.rand(3)}
+        torch.save({key: {prefix + n: t for n, t in state.items()}, "epoch": 3}, tmp_path / "x.pth")
+        got = read_state_dict(tmp_path / "x.pth")
+        assert got.keys() == state.keys()
+        assert torch.equal(got["head.b"], state["head.b"])
+
+    def test_no_pickle_is_executed(self, tmp_path: Path) -> None:
+        marker = tmp_path / "executed"
+
+        class Trap:
+            def __reduce__(self) -> Any:
+                return Path.touch, (marker,)
+
+        torch.save({"model": {"a": torch.rand(1)}, "trap": Trap()}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=r"x\.pt: cannot be read as weights"):
+            read_state_dict(tmp_path / "x.pt")
+        assert not marker.exists()
+
+    def test_what_is_no_weights_file_is_told(self, tmp_path: Path, run_folder: Path) -> None:
+        cut = tmp_path / "cut.safetensors"
+        cut.write_bytes((run_folder / "student.safetensors").read_bytes()[:1000])
+        plain = tmp_path / "plain.safetensors"
+        save_file({"a": torch.rand(1)}, plain)
+        (tmp_path / "empty").mkdir()
+        torch.save([1, 2], tmp_path / "list.pt")
+        for path, said in (
+            (cut, "not a whole safetensors file"),
+            (plain, "does not say what model it is"),
+            (tmp_path / "empty", r"no student\.safetensors here"),
+            (tmp_path / "absent.pt", "no such weights file"),
+        ):
+            with pytest.raises(UserError, match=said):
+                load_model(path)
+        with pytest.raises(UserError, match="holds a list"):
+            read_state_dict(tmp_path / "list.pt")
+
+
+def test_the_report_tells_each_entry() -> None:
+    model = build_model(config(), CLASSES)
+    state = dict(model.state_dict())
+    del state["neck.fpn.layer_blocks.0.0.bias"]
+    state["head.box.bias"] = torch.zeros(5)
+    state["head.extra"] = torch.zeros(1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["head.cls.bias"] = torch.full((27,), 9.0)
+    with pytest.raises(UserError, match="3 entries do not fit"):
+        load_weights(model, state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    report = load_weights(model, state, require=())
+    assert report.missing == ["neck.fpn.layer_blocks.0.0.bias"]
+    assert report.unexpected == ["head.extra"]
+    assert report.wrong_shape == ["head.box.bias: file (5,), model (36,)"]
+    assert len(report.matched) == len(before) - 2
+    assert not report.complete
+    assert "wrong shape              1  head.box.bias: file (5,), model (36,)" in str(report)
+    assert torch.equal(model.state_dict()["head.cls.bias"], state["head.cls.bias"])
+    with pytest.raises(UserError, match="no entry fits"):
+        load_weights(model, {"something": torch.zeros(1)}, require=())
+
+
+def test_step_counters_of_batchnorm_may_be_absent() -> None:
+    model = build_model(config(), CLASSES)
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    assert load_weights(model, state).complete
+
+
+def test_published_weights_load_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download is replaced by a random model of torchvision's own with the published number of rows."""
+    theirs = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    weights = type(detection.FCOS_ResNet50_FPN_Weights.COCO_V1)
+    monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: theirs.state_dict())
+    told = ModelConfig(family="fcos", weights="torchvision", size=(800, 1333))
+    teacher: Any = load_teacher(told, ["dog", "person"])
+    rows = theirs.head.classification_head.cls_logits.weight
+    assert torch.equal(teacher.head.cls.weight, rows[[18, 1]])  # COCO's category ids
+    with pytest.raises(UserError, match="has no class axolotl"):
+        load_teacher(told, ["dog", "axolotl"])
+    build_model(told, ["dog", "axolotl"])
+
+    def offline(self: Any, **options: Any) -> Any:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(weights, "get_state_dict", offline)
+    with pytest.raises(UserError, match=r"fcos_resnet50_fpn_coco.* cannot be downloaded \(no route"):
+        build_model(told, ["dog"])
+
+
+def test_a_torchvision_file_is_recognised(tmp_path: Path) -> None:
+    theirs = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "theirs.pth")
+    teacher: Any = load_teacher(ModelConfig(weights=str(tmp_path / "theirs.pth"), size=64), ["cat", "dog"])
+    rows = theirs.head.classification_head.cls_logits.weight.unflatten(0, (9, 3))
+    assert torch.equal(teacher.head.cls.weight.unflatten(0, (9, 2)), rows[:, 1:])

@@ -1,0 +1,68 @@
+"""Several processes learn what one process learns from the same images."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = """
+import sys
+import torch
+from torch import distributed
+from detdistill.models import fcos, retinanet
+
+world, rank, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+if world > 1:
+    distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world)
+generator = torch.Generator().manual_seed(0)
+images = [torch.rand(3, 64, 64, generator=generator) for _ in range(2)]
+boxes = [torch.tensor([[4.0, 4, 60, 60], [20, 20, 40, 44], [2, 30, 20, 50]]), torch.tensor([[30.0, 8, 60, 34]])]
+targets = [{"boxes": b, "labels": torch.zeros(len(b), dtype=torch.int64)} for b in boxes]
+mine = [i for i in range(2) if i % world == rank]
+gradients = []
+for build in (fcos, retinanet):
+    torch.manual_seed(1)
+    model = build("resnet18", 2, channels=16, norm="frozen").train()
+    losses = model([images[i] for i in mine], [targets[i] for i in mine])
+    sum(losses.values()).backward()
+    for parameter in (model.head.cls.weight, model.head.box.bias, model.backbone.body.conv1.weight):
+        gradient = parameter.grad
+        if world > 1:  # what DistributedDataParallel does
+            distributed.all_reduce(gradient)
+            gradient /= world
+        gradients.append(gradient)
+if rank == 0:
+    torch.save(gradients, out)
+if world > 1:
+    distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    outputs = []
+    for world in (1, 2):
+        out = tmp_path / f"{world}.pt"
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(tmp_path / "worker.py"), str(world), str(rank), str(port), str(out)],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=120) for process in processes] == [0] * world
+        outputs.append(torch.load(out, weights_only=True))
+    for one, two in zip(*outputs, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6 + 1e-5 * one.abs().max().item())

@@ -1,0 +1,208 @@
+"""The loop from the outside: what a run leaves, and that interrupting it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from detdistill.config import UserError, dump_recipe
+from detdistill.training import loop
+from detdistill.training.loop import train
+
+
+def weights(run):
+    return load_file(run / "student.safetensors")
+
+
+def assert_same_student(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+
+
+def interrupt_after(monkeypatch, step):
+    original = loop.optimisation_step
+
+    def interrupted(*args, **kwargs):
+        outcome = original(*args, **kwargs)
+        if outcome.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(loop, "optimisation_step", interrupted)
+
+
+@pytest.mark.parametrize("step", [1, 3])  # in mid-epoch, and the first of the second epoch of 3 steps
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_interrupted_and_resumed_is_uninterrupted(
+    make_recipe, teacher_file, tmp_path, monkeypatch, optimizer, step
+):
+    recipe = make_recipe(
+        training={"optimizer": {"name": optimizer, "lr": 0.001}, "accumulate": 2},
+        student={"norm": "batch", "family": "faster_rcnn", "strides": None},
+        teacher=str(teacher_file),
+        methods=["ima", "mimic"],
+    )
+    train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        with pytest.raises(SystemExit) as stopped:
+            train(recipe, tmp_path / "parts")
+    assert stopped.value.code == 75
+    assert not (tmp_path / "parts" / "student.safetensors").exists()
+    result = train(recipe, tmp_path / "parts")
+    assert result.status == "finished"
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    for key in ("pair", "ema"):
+        assert all(torch.equal(value, parts[key][name]) for name, value in whole[key].items())
+    assert any(not torch.equal(v, whole["pair"]["student." + k]) for k, v in whole["ema"].items())
+    last = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1])
+        for run in ("whole", "parts")
+    ]
+    assert last[0]["AP"] == last[1]["AP"]
+
+
+def test_weight_zero_is_the_plain_run_bit_for_bit(make_recipe, teacher_file, tmp_path):
+    train(make_recipe(training={"max_steps": 3}), tmp_path / "plain")
+    off = make_recipe(training={"max_steps": 3}, teacher=str(teacher_file), methods=[{"ima": {"weight": 0}}])
+    train(off, tmp_path / "off")
+    assert_same_student(tmp_path / "plain", tmp_path / "off")
+    on = make_recipe(training={"max_steps": 3}, teacher=str(teacher_file), methods=["ima"])
+    train(on, tmp_path / "on")
+    with pytest.raises(AssertionError):
+        assert_same_student(tmp_path / "plain", tmp_path / "on")
+
+
+def test_what_a_run_leaves(make_recipe, teacher_file, tmp_path):
+    recipe = make_recipe(teacher=str(teacher_file), methods=["ima"], training={"evaluate_every": 1})
+    result = train(recipe, tmp_path)
+    assert result.status == "finished"
+    assert 0 <= result.metrics["AP"] <= 1
+    for name in (
+        "recipe.yaml", "environment.json", "metrics.csv", "metrics.jsonl", "curves.png", "samples.png",
+        "checkpoints/last.pt", "student.safetensors", "result.json",
+    ):  # fmt: skip
+        assert (tmp_path / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in rows if "loss" in row]
+    assert all(0 < row["distill_share"] < 1 for row in logged)
+    assert all(
+        row["loss"] == pytest.approx(sum(v for k, v in row.items() if k.startswith("loss/")), rel=1e-5)
+        for row in logged
+    )
+    assert [row["step"] for row in rows if "AP" in row] == [3, 6, 7]
+    assert not any("adapter" in name or "teacher" in name for name in weights(tmp_path))
+
+
+def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(make_recipe, tmp_path):
+    first = train(make_recipe(training={"max_steps": 2}), tmp_path)
+    before = (tmp_path / "student.safetensors").stat().st_mtime_ns
+    again = train(make_recipe(training={"max_steps": 2}), tmp_path).metrics
+    assert again == pytest.approx(first.metrics, nan_ok=True)
+    assert (tmp_path / "student.safetensors").stat().st_mtime_ns == before
+    other = make_recipe(training={"max_steps": 2, "seed": 5})
+    with pytest.raises(UserError, match=r"training\.seed differ"):
+        train(other, tmp_path)
+    train(other, tmp_path, resume=False)
+    assert (tmp_path / "student.safetensors").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_loss_that_is_not_finite_stops_with_term_step_and_images(make_recipe, tmp_path, monkeypatch, at):
+    original = loop.optimisation_step
+
+    def poisoned(*args, **kwargs):
+        outcome = original(*args, **kwargs)
+        if outcome.step == at:
+            outcome.terms["bbox_regression"] = torch.tensor(float("nan"))
+        return outcome
+
+    monkeypatch.setattr(loop, "optimisation_step", poisoned)
+    with pytest.raises(UserError) as error:
+        train(make_recipe(training={"checkpoint_every": 2}), tmp_path)
+    message = str(error.value)
+    assert f"bbox_regression is not finite at step {at}" in message
+    assert "\n" not in message
+    ids = message.split("(images ")[1].split(")")[0].split(", ")
+    assert len(ids) == 8
+    # what was saved before the loss went wrong is still there
+    assert (tmp_path / "checkpoints" / "last.pt").exists() == (at > 0)
+
+
+def test_a_run_can_stop_early_or_run_out_of_time(make_recipe, tmp_path):
+    hopeless = {"evaluate_every": 1, "patience": 1, "optimizer": {"lr": 1e-12}, "max_steps": 60}
+    assert train(make_recipe(training=hopeless), tmp_path / "early").status == "stopped early"
+    assert train(make_recipe(training={"max_time": 1e-6}), tmp_path / "late").status == "out of time"
+    assert (tmp_path / "late" / "student.safetensors").exists()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(make_recipe):
+    with pytest.raises(UserError, match="must be a multiple of accumulate"):
+        make_recipe(training={"accumulate": 3})
+
+
+# --- from the outside ------------------------------------------------------------------------------------
+
+LAUNCH = "from pathlib import Path; import sys; from detdistill.config import load_recipe; from detdistill.training.loop import train; "
+
+
+def launch(recipe, run, processes, code=LAUNCH):
+    """Train in fresh processes, as ``accelerate launch`` or ``torchrun`` would start them."""
+    run.mkdir(exist_ok=True)
+    (run.parent / f"{run.name}.yaml").write_text(dump_recipe(recipe))
+    script = run.parent / f"{run.name}.py"
+    script.write_text(code + f"train(load_recipe({str(run)!r} + '.yaml'), Path({str(run)!r}))")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        script,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_and_resume_exactly(make_recipe, teacher_file, tmp_path):
+    # Normalisation is frozen and nothing is masked: then the two halves of a batch add up to the whole.
+    recipe = make_recipe(
+        teacher=str(teacher_file),
+        methods=[{"ima": {"mask_ratio": 0, "importance": "none"}}, "mimic"],
+        training={"optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}},
+    )
+    one = train(recipe, tmp_path / "one")
+    whole = launch(recipe, tmp_path / "whole", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "whole")
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, atol=2e-5, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+    moved = torch.load(tmp_path / "one" / "checkpoints" / "last.pt", weights_only=True)["step"]
+    assert moved == one.metrics["steps"] == 7
+
+    stop = LAUNCH + (
+        "import detdistill.training.loop as loop, signal; loop.LOG_EVERY = 4; original = loop.optimisation_step\n"
+        "def interrupted(*args):\n"
+        "    outcome = original(*args)\n"
+        "    if outcome.step == 2: signal.raise_signal(signal.SIGUSR1)\n"
+        "    return outcome\n"
+        "loop.optimisation_step = interrupted\n"
+    )
+    stopped = launch(recipe, tmp_path / "parts", processes=2, code=stop)
+    assert stopped.returncode != 0
+    assert checkpoint(tmp_path / "parts")["step"] == 4
+    again = launch(recipe, tmp_path / "parts", processes=2)
+    assert again.returncode == 0, again.stderr
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
