@@ -97,7 +97,9 @@ class AugmentConfig(_Section):
 class ModelConfig(_Section):
     """A detector: family, backbone, sizes, and where its weights come from."""
 
-    family: Literal["retinanet", "fcos", "faster_rcnn"] = "retinanet"
+    family: Literal["retinanet", "fcos", "faster_rcnn"] = Field(
+        "retinanet", description="one-stage with anchors, one-stage without, two-stage"
+    )
     backbone: str = Field("resnet50", description="any timm model that gives feature maps")
     backbone_weights: str | None = Field(
         None, description="`imagenet` (timm downloads them), a file of timm's layout, or none"
@@ -116,9 +118,9 @@ class ModelConfig(_Section):
     )
     freeze_stages: int = Field(0, ge=0, le=5, description="backbone stages, from the input, that do not learn")
     size: tuple[int, int] | None = Field(None, description="(short, long) side of the input; none: as it comes")
-    score_threshold: float = Field(0.05, ge=0, le=1)
-    nms_threshold: float = Field(0.5, gt=0, le=1)
-    max_detections: int = Field(100, gt=0)
+    score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
+    nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
+    max_detections: int = Field(100, gt=0, description="detections kept of an image")
 
     @field_validator("size", mode="before")
     @classmethod
@@ -143,8 +145,8 @@ class ModelConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.01, gt=0)
+    name: Literal["sgd", "adamw"] = Field("sgd", description="which optimiser")
+    lr: float = Field(0.01, gt=0, description="learning rate after the warm-up")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = Field(False, description="SGD only")
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
@@ -157,14 +159,14 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    name: Literal["step", "cosine", "constant"] = "step"
+    name: Literal["step", "cosine", "constant"] = Field("step", description="how the learning rate falls")
     milestones: tuple[float, ...] = Field(
         (16 / 24, 22 / 24),
         description="step: fractions of the run at which the rate falls (2x: 16 and 22 of 24)",
     )
     gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
-    warmup_factor: float = Field(0.001, ge=0, le=1)
+    warmup_factor: float = Field(0.001, ge=0, le=1, description="the first rate over the learning rate")
     final_factor: float = Field(0.0, ge=0, le=1, description="cosine: the last rate over the first")
 
     @field_validator("milestones")
@@ -183,22 +185,22 @@ class TrainingConfig(_Section):
     max_time: float | None = Field(None, gt=0, description="stop, and save, after so many minutes")
     batch_size: int = Field(16, gt=0, description="images of one optimiser step, over all processes")
     accumulate: int = Field(1, gt=0, description="forward passes that make one step")
-    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig())
-    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig())
-    augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig())
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="see below")
+    schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="see below")
+    augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig(), description="see below")
     clip_norm: float | None = Field(35.0, gt=0, description="largest norm of the whole gradient")
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16 run under autocast")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of averaged weights; they are what is exported"
     )
-    channels_last: bool = False
-    sync_batchnorm: bool = False
+    channels_last: bool = Field(False, description="memory format that suits tensor cores")
+    sync_batchnorm: bool = Field(False, description="BatchNorm statistics over all processes")
     workers: int = Field(2, ge=0, description="processes that decode and augment")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of weights, order, augmentation and methods")
     evaluate_every: float = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
     checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints; also at each epoch's end")
     patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better AP")
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator where there is one")
 
     @model_validator(mode="after")
     def _steps_divide(self) -> TrainingConfig:
@@ -212,24 +214,28 @@ class TrainingConfig(_Section):
 class MethodConfig(_Section):
     """One distillation method: its name, its weight over time, and the options of its own loss."""
 
-    name: str
+    name: str = Field(description="`detdistill methods` lists them")
     weight: float = Field(1.0, ge=0, description="outer weight; 0 trains the plain student, bit for bit")
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(
         None, ge=0, lt=1, description="fraction of the run from which the weight falls to 0 at the end"
     )
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the method's loss")
 
 
 class Recipe(_Section):
     """One experiment: data, a student, perhaps a teacher and methods, and a budget."""
 
-    name: str = "run"
-    data: DataConfig
-    student: ModelConfig
-    teacher: ModelConfig | None = None
-    methods: tuple[MethodConfig, ...] = ()
-    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig())
+    name: str = Field("run", description="the run folder is `runs/NAME` unless `--out` is given")
+    data: DataConfig = Field(description="`FOLDER`, `digits`, or the section below")
+    student: ModelConfig = Field(description="the detector that learns")
+    teacher: ModelConfig | None = Field(
+        None, description="a run folder or weights file, or a section as the student's; none: plain training"
+    )
+    methods: tuple[MethodConfig, ...] = Field(
+        (), description="`[ima]`, `[{ima: {weight: 1, alpha: 5}}]`, or sections as below"
+    )
+    training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(), description="see below")
 
     @model_validator(mode="before")
     @classmethod

@@ -64,6 +64,6 @@ def test_broken_files_are_named(tmp_path, content):
         file.write_bytes(file.read_bytes()[:1000])
     elif content is not None:
         file.write_bytes(content)
-    with pytest.raises(UserError, match="broken.jpg") as caught:
+    with pytest.raises(UserError, match=r"broken\.jpg") as caught:
         read_image(file)
     assert "\n" not in str(caught.value)

@@ -137,5 +137,5 @@ def test_folders_that_tell_nothing_or_too_much(tmp_path, write_coco, write_yolo)
     with pytest.raises(UserError, match=r"coco or yolo; set data\.format"):
         open_data(DataConfig(root=tmp_path))
     assert len(open_data(DataConfig(root=tmp_path, format="coco"))["train"]) == 2
-    with pytest.raises(UserError, match="folder as data.root"):
+    with pytest.raises(UserError, match=r"folder as data\.root"):
         open_data(DataConfig(root=tmp_path / "train.json"))

@@ -10,9 +10,10 @@ from pycocotools import mask as oracle
 
 from detdistill.data.masks import decode_mask, encode_mask, usable_segmentation
 
-_BITMAPS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=20))
+_BITMAPS = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9))
 
 
+@settings(deadline=None, max_examples=40)
 @given(_BITMAPS)
 def test_run_lengths_are_those_of_pycocotools(bitmap):
     height, width = bitmap.shape

@@ -35,7 +35,9 @@ def build_augment(config: AugmentConfig) -> v2.Transform:
     if config.photometric:
         steps.append(v2.RandomPhotometricDistort())
     if config.zoom_out:
-        steps.append(v2.RandomZoomOut(fill=_GREY, side_range=_ZOOM_OUT_RANGE, p=config.zoom_out))
+        # A plain number would fill masks with it, too: the new border would be object.
+        fill = {tv_tensors.Image: _GREY, "others": 0}
+        steps.append(v2.RandomZoomOut(fill=fill, side_range=_ZOOM_OUT_RANGE, p=config.zoom_out))
     if config.crop:
         steps.append(v2.RandomApply([_CropAroundBoxes()], p=config.crop))
     if config.flip:

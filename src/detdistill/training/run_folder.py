@@ -63,7 +63,7 @@ class RunFolder:
         elif self.recipe_file.exists() and (
             self.checkpoint_file.exists() or self.result_file.exists() or self.metrics_file.exists()
         ):
-            differing = _differences(load_recipe(self.recipe_file), recipe)
+            differing = _differences(self.recipe(), recipe)
             if differing:
                 raise UserError(
                     f"{self.path} holds a run of another recipe ({', '.join(differing[:5])} differ): choose "
@@ -72,6 +72,9 @@ class RunFolder:
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, dump_recipe(recipe))
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2))
+
+    def recipe(self) -> Recipe:
+        return load_recipe(self.recipe_file)
 
     def log(self, row: Row) -> None:
         """Append a row; undefined numbers (an AP of sizes that do not occur) are left out."""

@@ -1,0 +1,113 @@
+"""The doctor: what it tells of recipes that can and cannot run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from detdistill.config import Recipe, parse_recipe
+from detdistill.experiments.check import check
+from detdistill.models import build_model, save_model
+
+STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A COCO set of one class and one image in each part."""
+    for name in ("train", "val"):
+        image = f"{name}.png"
+        Image.new("RGB", (64, 48), "grey").save(tmp_path / image)
+        content = {
+            "images": [{"id": 1, "file_name": image, "width": 64, "height": 48}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [4, 4, 20, 20], "area": 400}],
+            "categories": [{"id": 3, "name": "part"}],
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def recipe(folder: Path, **sections: Any) -> Recipe:
+    return parse_recipe({"data": str(folder), "student": STUDENT, **sections})
+
+
+def save_teacher(path: Path, **section: Any) -> Path:
+    config = parse_recipe({"data": "digits", "student": {**STUDENT, **section}}).student
+    save_model(build_model(config, ["part"]), path)
+    return path
+
+
+def test_a_plain_student(folder: Path) -> None:
+    result = check(recipe(folder))
+    assert result.ok
+    assert result.matching is None
+    (student,) = result.models
+    assert student.levels == {16: 8, 32: 8}
+    model = build_model(recipe(folder).student, ["part"])
+    assert student.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_pair_learns_only_in_the_student(folder: Path, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors", channels=16)
+    result = check(recipe(folder, teacher=str(teacher), methods=["ima"]))
+    assert result.ok
+    assert [(model.role, model.learning > 0) for model in result.models] == [
+        ("student", True),
+        ("teacher", False),
+    ]
+    assert result.matching is not None
+    assert [level.teacher_channels for level in result.matching.levels] == [16, 16]
+    assert any(str(teacher) in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"student": {**STUDENT, "backbone": "resnet_18"}}, "student: timm knows no backbone 'resnet_18'"),
+        ({"teacher": "nowhere", "methods": ["ima"]}, "teacher: nowhere: no such weights file or run folder"),
+        ({"teacher": "TEACHER", "methods": ["imo"]}, "pair: no method 'imo'; did you mean 'ima'?"),
+        ({"teacher": "TEACHER", "methods": [{"ima": {"alhpa": 3}}]}, "pair: ima has no option 'alhpa'"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_would_stop_the_run(folder: Path, tmp_path: Path, sections: Any, said: str) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    if sections.get("teacher") == "TEACHER":
+        sections = {**sections, "teacher": str(teacher)}
+    result = check(recipe(folder, **sections))
+    assert not result.ok
+    assert len(result.problems) == 1
+    assert said in result.problems[0]
+
+
+def test_several_problems_are_told_at_once(folder: Path) -> None:
+    sections = {"student": {**STUDENT, "backbone": "no"}, "teacher": "nowhere", "methods": ["ima"]}
+    assert [problem.split(":")[0] for problem in check(recipe(folder, **sections)).problems] == [
+        "student",
+        "teacher",
+    ]
+
+
+def test_a_missing_part_stops_the_run(folder: Path) -> None:
+    (folder / "val.json").unlink()
+    result = check(recipe(folder))
+    assert not result.ok
+    assert "no val split" in result.problems[0]
+
+
+def test_a_broken_image_stops_the_run(folder: Path) -> None:
+    (folder / "train.png").write_bytes((folder / "train.png").read_bytes()[:60])
+    result = check(recipe(folder))
+    assert not result.ok
+    assert result.inspection is not None
+    assert "train.png" in str(result.inspection.errors[0])
+
+
+def test_a_recipe_file_with_overrides(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"data": str(folder), "student": STUDENT}))
+    assert check(path, ["student.channels=4"]).models[0].levels == {16: 4, 32: 4}

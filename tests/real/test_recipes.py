@@ -1,0 +1,62 @@
+"""The recipes of real photographs, a few steps each: they parse, check, train, distil, evaluate and predict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from detdistill.config import load_recipe
+from detdistill.experiments.check import check
+from detdistill.experiments.predict import predict
+from detdistill.experiments.train import train
+
+ROOT = Path(__file__).parents[2]
+SHORT = ["training.max_steps=3", "training.batch_size=4", "training.workers=0", "training.evaluate_every=0"]
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
+@pytest.fixture
+def _real_data(shared_data, monkeypatch):
+    monkeypatch.setenv("DETDISTILL_DATA", str(shared_data))
+    monkeypatch.setenv("DETDISTILL_BACKBONE", str(shared_data / "weights" / "mobilenetv2_100.timm.safetensors"))
+
+
+@pytest.mark.usefixtures("_real_data")
+@pytest.mark.parametrize("name", ["deeppcb", "coco-mini"])
+def test_teacher_to_student_on_real_photographs(name, tmp_path):
+    recipes = ROOT / "recipes" / name
+    teacher = train(recipes / "teacher.yaml", SHORT, out=tmp_path / "teacher")
+    for method in ("ima", "mimic"):
+        overrides = [*SHORT, f"teacher={teacher.student}"]
+        result = train(recipes / f"{method}.yaml", overrides, out=tmp_path / method)
+        assert result.status == "finished"
+        rows = [json.loads(line) for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()]
+        assert all(row["loss/" + method] > 0 for row in rows if "loss" in row)
+    split = load_recipe(recipes / "teacher.yaml").data
+    image = next(path for path in sorted(Path(split.root).rglob("*.jpg")))
+    (prediction,) = predict(result.student, image, out=tmp_path / "seen", teacher=teacher.student)
+    assert prediction is not None
+    assert list((tmp_path / "seen").glob("*.png")) or list((tmp_path / "seen").glob("*.jpg"))
+
+
+@pytest.mark.usefixtures("_real_data")
+def test_a_real_loss_falls(tmp_path):
+    overrides = [
+        "training.max_steps=60",
+        "training.batch_size=8",
+        "training.evaluate_every=0",
+        "student.size=128",
+    ]
+    train(ROOT / "recipes/deeppcb/alone.yaml", overrides, out=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.usefixtures("_real_data")
+@pytest.mark.parametrize("name", ["deeppcb", "coco-mini"])
+def test_check_finds_nothing_to_refuse(name):
+    assert check(load_recipe(ROOT / "recipes" / name / "alone.yaml")).ok
