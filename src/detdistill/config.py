@@ -52,7 +52,7 @@ class DataConfig(_Section):
     classes: tuple[str, ...] | None = Field(None, description="keep these classes, in this order")
     train_size: int = Field(600, gt=0, description="digits only: images to generate for training")
     val_size: int = Field(200, gt=0, description="digits only: images to generate for evaluation")
-    image_size: int = Field(160, ge=64, description="digits only: side in pixels")
+    image_size: int = Field(128, ge=64, description="digits only: side in pixels")
 
     @field_validator("root")
     @classmethod

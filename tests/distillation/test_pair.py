@@ -204,7 +204,7 @@ def test_mistakes_are_told():
         Pair(student, teacher, [{"ima": {"mask_ratio": 1.0}}])
     with pytest.raises(UserError, match="preset"):
         build_method("ima", Pair(student, teacher, []).matching, {"preset": "letter"})
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(UserError, match="given twice"):
         Pair(student, teacher, ["ima", "ima"])
-    with pytest.raises(ValueError, match="need a teacher"):
+    with pytest.raises(UserError, match="need a teacher"):
         Pair(student, None, ["ima"])

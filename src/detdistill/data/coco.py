@@ -67,8 +67,8 @@ def read_coco(
             continue
         size = _declared_size(row, path, annotations, findings)
         if size is not None:
-            args = (image_id, path, size, objects.get(image_id, ()), annotations, findings, with_masks)
-            records.append(make_record(*args))
+            found = objects.get(image_id, [])
+            records.append(make_record(image_id, path, size, found, annotations, findings, with_masks))
     if with_masks:
         records = settle_masks(records, annotations, findings)
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), annotations, findings)

@@ -28,10 +28,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from detdistill.config import DataConfig, UserError
 from detdistill.data.masks import encode_mask
 
-_VERSION = 1  # raise it when the pictures change, so that a cache of older ones is not taken for them
+_VERSION = 2  # raise it when the pictures change, so that a cache of older ones is not taken for them
 _TRAIN_DIGITS = 1300  # of 1,797; the others are for evaluation
 _TRAIN_PART = 0.6  # of each photograph's width
-_SMALLEST, _LARGEST = 12, 72  # height of a digit's cell on a 160 px image
+_SMALLEST, _LARGEST = 24, 80  # height of a digit's cell on a 160 px image
 _MOST_DIGITS = 8
 _MOST_HIDDEN = 0.3  # share of a digit that later ones may cover
 _LEAST_CONTRAST = 55  # of 255, between a digit's luma and that of what lies under it
@@ -146,7 +146,7 @@ def _draw_scene(rng: np.random.Generator, split: str, side: int, seed: int) -> _
     canvas = _background(rng, split, side)
     masks: list[NDArray[np.bool_]] = []
     digits: list[int] = []
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         _draw_distractor(rng, canvas)
     images, labels = digits_of(split, seed)
     drawn_areas: list[int] = []

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detdistill.config import MethodConfig, expand_method
+from detdistill.config import MethodConfig, UserError, expand_method
 from detdistill.distillation.matching import Matching, match_levels
 from detdistill.distillation.methods import build_method
 from detdistill.distillation.signals import Method, Signals
@@ -55,10 +55,10 @@ class Pair(nn.Module):
         self.seed = seed
         if teacher is None:
             if methods:
-                raise ValueError("methods need a teacher")
+                raise UserError("methods need a teacher")
             return
         if teacher.preprocessor.size != student.preprocessor.size:
-            raise ValueError(
+            raise UserError(
                 f"the teacher takes images of size {teacher.preprocessor.size}, the student of "
                 f"{student.preprocessor.size}: give both the same `size`"
             )
@@ -135,7 +135,7 @@ class Pair(nn.Module):
             method = build_method(config.name, self.matching, config.options)
             name, weight = config.name, Weight(config.weight, config.warmup, config.decay_from)
         if name in self.methods:
-            raise ValueError(f"method {name!r} is given twice")
+            raise UserError(f"method {name!r} is given twice")
         if weight.value > 0:
             self.methods[name], self.weights[name] = method, weight
 

@@ -337,7 +337,7 @@ def open_splits(recipe: Recipe) -> dict[str, Split]:
     Raises:
         UserError: a split is missing, or its annotations have errors (``detdistill check`` lists them all).
     """
-    splits = open_data(recipe.data)
+    splits = open_data(recipe.data, with_masks=False)
     for name in ("train", "val"):
         if name not in splits:
             raise UserError(f"{recipe.data.root}: no {name} split found; name it with data.{name}")
