@@ -47,8 +47,9 @@ class FCOSHead(nn.Module):
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
         init_head(self, class_layer=self.cls)
-        # From 0, as in torchvision, half the ReLU's outputs start dead and a high rate kills the others for good
+        # From 0, as in torchvision, half of the ReLU's outputs start dead and a high rate kills the others too
         # (bbox_regression stays at 1); 2 makes the first boxes 4 strides wide, the middle of a level's range.
+        assert self.box.bias is not None
         nn.init.constant_(self.box.bias, 2.0)
 
     def forward(self, pyramid: Pyramid) -> DenseRaw:

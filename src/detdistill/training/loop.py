@@ -30,9 +30,8 @@ from detdistill.evaluation.detector import Evaluation, evaluate_detector
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Detector
 from detdistill.models.checkpoints import save_model
-
-# TMP from detdistill.report.gallery import save_samples
-# TMP from detdistill.report.plots import plot_curves
+from detdistill.report.gallery import save_samples
+from detdistill.report.plots import plot_curves
 from detdistill.training.display import Display
 from detdistill.training.run_folder import Row, RunFolder
 from detdistill.training.sampler import StepSampler, steps_per_epoch
@@ -252,7 +251,7 @@ class _Trainer:
                 save_model(self._exported(), self.folder.best_file)
         if self.accelerator.is_main_process:
             self.folder.write_csv()
-            # TMP plot_curves(self.folder.metrics(), self.folder.path / "curves.png")
+            plot_curves(self.folder.metrics(), self.folder.path / "curves.png")
         self.log_started = time.perf_counter()
         return evaluation
 
@@ -262,7 +261,7 @@ class _Trainer:
         metrics = {**evaluation.coco.as_dict(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
-            # TMP save_samples(evaluation, self.folder.path / "samples.png")
+            save_samples(evaluation, self.folder.path / "samples.png")
             self.folder.write_result(status, metrics, evaluation.coco.per_class)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from detdistill.report.gallery import draw_detections, save_gallery
+
+CLASSES = ("cat", "dog")
+
+
+def found(scores=(0.9, 0.1)):
+    boxes = torch.tensor([[2.0, 2.0, 20.0, 20.0], [30.0, 10.0, 60.0, 40.0]])
+    return {"boxes": boxes, "labels": torch.tensor([0, 1]), "scores": torch.tensor(scores)}
+
+
+def test_small_images_are_enlarged_and_the_given_one_is_left_alone():
+    image = torch.zeros(3, 48, 64, dtype=torch.uint8)
+    drawn = draw_detections(image, found(), CLASSES)
+    assert drawn.dtype == torch.uint8
+    assert drawn.shape == (3, 480, 640)
+    assert image.max() == 0
+    assert drawn[:, 20:201, 20:201].max() > 0
+
+
+def test_only_what_passes_the_threshold_is_drawn():
+    image = torch.zeros(3, 480, 640, dtype=torch.uint8)
+    one, both = (draw_detections(image, found(), CLASSES, threshold) for threshold in (0.3, 0.05))
+    assert (one > 0).sum() < (both > 0).sum()
+    assert draw_detections(image, found(), CLASSES, 0.95).max() == 0
+    truth = {key: value for key, value in found().items() if key != "scores"}
+    assert (draw_detections(image, truth, CLASSES) > 0).sum() > (one > 0).sum()
+
+
+def test_nothing_found_is_no_trouble(tmp_path):
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
+    image = torch.full((3, 40, 60), 200, dtype=torch.uint8)
+    save_gallery([{"ground truth": (image, found()), "found": (image, nothing)}] * 2, CLASSES, tmp_path / "a" / "g.png")
+    with Image.open(tmp_path / "a" / "g.png") as picture:
+        assert picture.size == (640, 640)
