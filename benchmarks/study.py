@@ -1,10 +1,11 @@
-"""Paired study: arms of one recipe over seeds, each arm against the first, difference by difference.
+"""Paired study: methods on one recipe over seeds, each against the first arm, difference by difference.
 
     python benchmarks/study.py benchmarks/studies/ima_digits.yaml --jobs 2
 
-A study file names a recipe, seeds and arms; an arm is a list of overrides (``key.sub=value``). Two runs of
-one seed share initialisation, data order and augmentation, so their difference is what the arm did. Runs go to
-``runs/studies/NAME/ARM/SEED`` and are resumed or reused; ``--table`` prints what is there without training.
+A study file names a recipe, a teacher, seeds and arms. An arm is an entry of a recipe's ``methods``, or null
+for the student alone; it may instead be a list of overrides (``key.sub=value``). Two runs of one seed share
+initialisation, data order and augmentation, so their difference is what the arm did. Runs go to
+``runs/studies/STUDY/ARM/SEED`` and are resumed or reused; ``--table`` prints what is there without training.
 """
 
 from __future__ import annotations
@@ -31,18 +32,28 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     study = yaml.safe_load(args.study.read_text())
-    arms = {name: study["arms"][name] or [] for name in args.arms or study["arms"]}
+    arms = {name: overrides(study["arms"][name], study["teacher"]) for name in args.arms or study["arms"]}
     seeds = args.seeds or study["seeds"]
     out = Path("runs/studies") / args.study.stem
     if not args.table:
         with ThreadPoolExecutor(args.jobs) as pool:
-            for seed in seeds:
-                for name, overrides in arms.items():
-                    pool.submit(train, study["recipe"], overrides, seed, out / name / str(seed))
+            runs = [
+                pool.submit(train, study["recipe"], changes, seed, out / name / str(seed))
+                for seed in seeds
+                for name, changes in arms.items()
+            ]
+        for run in runs:
+            run.result()  # raises what went wrong
     print(table(out, list(study["arms"]), study["seeds"]))
 
 
-def train(recipe: str, overrides: list[str], seed: int, run: Path) -> None:
+def overrides(arm: str | dict | list[str] | None, teacher: str) -> list[str]:
+    if arm is None or isinstance(arm, list):
+        return arm or []
+    return [f"teacher={teacher}", f"methods={json.dumps([arm])}"]
+
+
+def train(recipe: str, changes: list[str], seed: int, run: Path) -> None:
     if (run / "result.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -52,7 +63,7 @@ def train(recipe: str, overrides: list[str], seed: int, run: Path) -> None:
         "detdistill",
         "train",
         recipe,
-        *overrides,
+        *changes,
         f"training.seed={seed}",
         "--out",
         str(run),
