@@ -39,9 +39,8 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	@set -e; for script in $(wildcard benchmarks/bench_*.py); do \
-	  echo "== $$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script --small; \
-	done
+	$(BIN)/python benchmarks/step_cost.py --size 128 128 --rounds 3
+	$(BIN)/python benchmarks/evaluator.py --images 300
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -34,6 +34,8 @@ def test_only_what_passes_the_threshold_is_drawn():
 def test_nothing_found_is_no_trouble(tmp_path):
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
     image = torch.full((3, 40, 60), 200, dtype=torch.uint8)
-    save_gallery([{"ground truth": (image, found()), "found": (image, nothing)}] * 2, CLASSES, tmp_path / "a" / "g.png")
+    save_gallery(
+        [{"ground truth": (image, found()), "found": (image, nothing)}] * 2, CLASSES, tmp_path / "a" / "g.png"
+    )
     with Image.open(tmp_path / "a" / "g.png") as picture:
         assert picture.size == (640, 640)

@@ -1,42 +1,29 @@
-"""COCO average precision: an adapter over hotcoco, with pycocotools as its fallback and as the parity oracle.
-
-Both libraries fill the same arrays, so the 12 numbers are read here from the precision and recall of either,
-in the way of ``COCOeval.summarize`` (cocodataset.org/#detection-eval).
-"""
+"""COCO average precision of detections on a split, or of a results file."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detdistill.config import UserError
 from detdistill.data.records import Split
+from detdistill.evaluation.coco_library import (
+    COCO_NUMBERS,
+    Backend,
+    IouType,
+    Numbers,
+    load_library,
+    run_evaluator,
+)
 from detdistill.evaluation.detections import finite_detections
-
-Backend = Literal["hotcoco", "pycocotools"]
-IouType = Literal["bbox", "segm"]
-
-# Where each number stands in the arrays: (IoU threshold or all, area range, detections an image).
-_ALL_T, _AREAS, _CAPS = slice(None), {"all": 0, "S": 1, "M": 2, "L": 3}, {1: 0, 10: 1, 100: 2}
-COCO_NUMBERS: dict[str, tuple[Any, int, int]] = {
-    "AP": (_ALL_T, _AREAS["all"], _CAPS[100]),
-    "AP50": (0, _AREAS["all"], _CAPS[100]),
-    "AP75": (5, _AREAS["all"], _CAPS[100]),
-    **{f"AP{size}": (_ALL_T, _AREAS[size], _CAPS[100]) for size in "SML"},
-    **{f"AR{cap}": (_ALL_T, _AREAS["all"], _CAPS[cap]) for cap in (1, 10, 100)},
-    **{f"AR{size}": (_ALL_T, _AREAS[size], _CAPS[100]) for size in "SML"},
-}
 
 
 @dataclass(frozen=True)
@@ -98,9 +85,9 @@ def coco_ap(
     if iou_type == "segm" and any(record.masks is None for record in split.records):
         raise UserError(f"{split.source}: has no masks; evaluate its boxes (bbox)")
     usable = finite_detections(split, detections)
-    library = _library(backend)
+    library = load_library(backend)
     results = _mask_results(usable, library) if iou_type == "segm" else _box_rows(usable)
-    return _evaluate(library, _ground_truth(split), results, iou_type)
+    return _result(run_evaluator(library, _ground_truth(split), results, iou_type))
 
 
 def coco_ap_from_files(
@@ -122,7 +109,7 @@ def coco_ap_from_files(
             f"{results}: {len(unknown)} image ids (as {min(unknown)}) are not in {ground_truth}; "
             "give the results of this split"
         )
-    return _evaluate(_library(backend), truth, found, iou_type)
+    return _result(run_evaluator(load_library(backend), truth, found, iou_type))
 
 
 def _ground_truth(split: Split) -> dict[str, Any]:
@@ -174,39 +161,8 @@ def _mask_results(
     return results
 
 
-def _evaluate(library: ModuleType, truth: dict[str, Any], results: Any, iou_type: IouType) -> CocoResult:
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = _index(library, truth)
-        # pycocotools cannot load an empty list of results.
-        found = coco.loadRes(results) if len(results) else _index(library, {**truth, "annotations": []})
-        evaluator = library.COCOeval(coco, found, iou_type)
-        evaluator.evaluate()
-        evaluator.accumulate()
-    # (IoU thresholds, recalls, classes, areas, caps) and the same without recalls; -1 where undefined.
-    precision, recall = (np.asarray(evaluator.eval[name]) for name in ("precision", "recall"))
-    numbers = {}
-    for name, (threshold, area, cap) in COCO_NUMBERS.items():
-        table = precision if name.startswith("AP") else recall
-        numbers[name] = _mean(table[threshold, ..., area, cap])
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    classes = [names[category_id] for category_id in evaluator.params.catIds]
-    return CocoResult(
-        **numbers,
-        per_class={name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(classes)},
-        per_class_AP50={name: _mean(precision[0, :, k, 0, 2]) for k, name in enumerate(classes)},
-    )
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else math.nan
-
-
-def _index(library: ModuleType, dataset: dict[str, Any]) -> Any:
-    coco = library.COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
+def _result(numbers: Numbers) -> CocoResult:
+    return CocoResult(**numbers.overall, per_class=numbers.per_class, per_class_AP50=numbers.per_class_AP50)
 
 
 def _read(path: Path | str) -> Any:
@@ -214,20 +170,3 @@ def _read(path: Path | str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); give a COCO file") from error
-
-
-def _library(backend: Backend | None) -> ModuleType:
-    """hotcoco's module, or pycocotools' parts under the same names (COCO, COCOeval, mask)."""
-    for name in [backend] if backend else ["hotcoco", "pycocotools"]:
-        try:
-            if name == "hotcoco":
-                return importlib.import_module("hotcoco")
-            parts = {
-                part: importlib.import_module(f"pycocotools.{part}") for part in ("coco", "cocoeval", "mask")
-            }
-        except ImportError:
-            continue
-        library = ModuleType("pycocotools")
-        vars(library).update(COCO=parts["coco"].COCO, COCOeval=parts["cocoeval"].COCOeval, mask=parts["mask"])
-        return library
-    raise UserError(f"COCO AP needs {backend or 'hotcoco'}: pip install {backend or 'hotcoco'}")
