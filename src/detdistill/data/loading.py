@@ -21,6 +21,7 @@ from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
 from detdistill.data.voc import find_voc, open_voc
 from detdistill.data.yolo import find_yolo, open_yolo
+from detdistill.seeding import mix_seed
 
 _EXPECTED = (
     "Expected: COCO (annotations/instances_train*.json, or train.json and val.json), "
@@ -52,6 +53,23 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
     if "train" in splits and "val" in splits:
         splits["val"] = _agree(splits["train"], splits["val"], chosen=config.classes is not None)
     return splits
+
+
+def usable_splits(config: DataConfig, names: Sequence[str], with_masks: bool = False) -> dict[str, Split]:
+    """The named splits, free of errors: what training and evaluation start from.
+
+    Raises:
+        UserError: as :func:`open_data`; or a split is missing, or its annotations have errors.
+    """
+    splits = open_data(config, with_masks)
+    for name in names:
+        if name not in splits:
+            raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
+    errors = [finding for name in names for finding in splits[name].errors]
+    if errors:
+        more = f" (and {len(errors) - 1} more errors: run `detdistill check`)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0]}{more}")
+    return {name: splits[name] for name in names}
 
 
 def _open(config: DataConfig, with_masks: bool) -> dict[str, Split]:
@@ -156,7 +174,8 @@ class DetectionDataset(Dataset[Sample]):
             )
         target = self._target(record)
         if self._augment is not None:
-            image, target = augment_seeded(self._augment, image, target, self._draw_seed(epoch, index))
+            draw = mix_seed(self.seed, epoch, index)
+            image, target = augment_seeded(self._augment, image, target, draw)
         target["index"] = torch.tensor(index)
         return image, target
 
@@ -173,11 +192,6 @@ class DetectionDataset(Dataset[Sample]):
             ]
             target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
         return target
-
-    def _draw_seed(self, epoch: int, index: int) -> int:
-        # SeedSequence mixes well: neighbouring (epoch, index) give unrelated generators.
-        state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(2, np.uint32)
-        return int(state[0]) << 31 | int(state[1]) >> 1
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -220,6 +234,5 @@ def make_loader(
 
 
 def _one_thread(worker: int) -> None:
-    torch.set_num_threads(
-        1
-    )  # as many workers as cores, each with as many threads, would stand in their own way
+    # As many workers as cores, each with as many threads, would stand in their own way.
+    torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from detdistill.distillation.methods import build_method
 from detdistill.distillation.signals import Method, Signals
 from detdistill.distillation.weighting import Weight
 from detdistill.models.base import Batch, Detector, Target
+from detdistill.seeding import mix_seed
 
 MethodLike = str | Mapping[str, Any] | MethodConfig | Method
 
@@ -155,8 +156,7 @@ class Pair(nn.Module):
     def _generator(self, device: torch.device) -> torch.Generator:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator(device)
-        generator.manual_seed(hash((self.seed, rank, self.step)) % 2**63)  # ints hash alike in every process
-        return generator
+        return generator.manual_seed(mix_seed(self.seed, rank, self.step))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pair:
         """What ``.to`` and its kin call: the teacher follows."""

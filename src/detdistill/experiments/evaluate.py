@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from detdistill.config import DataConfig, Recipe, UserError, load_recipe, nearest, parse_recipe
-from detdistill.data.loading import open_data
+from detdistill.config import DataConfig, Recipe, UserError, load_recipe, parse_recipe
+from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
 from detdistill.evaluation.detector import Evaluation, evaluate_detector
 from detdistill.models.base import Detector
@@ -65,15 +65,7 @@ def open_split(data: Data, name: str) -> Split:
     Raises:
         UserError: there is no such part, or its annotations have errors.
     """
-    config = _data_config(data)
-    splits = open_data(config, with_masks=False)
-    if name not in splits:
-        raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
-    split = splits[name]
-    if split.errors:
-        more = len(split.errors) - 1
-        raise UserError(f"{split.errors[0]}" + (f" (and {more} more errors of the data)" if more else ""))
-    return split
+    return usable_splits(_data_config(data), [name])[name]
 
 
 def _data_config(data: Data) -> DataConfig:

@@ -23,8 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from detdistill.config import Recipe, UserError
-from detdistill.data.loading import DetectionDataset, make_loader, open_data
-from detdistill.data.records import Split
+from detdistill.data.loading import DetectionDataset, make_loader, usable_splits
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.detector import Evaluation, evaluate_detector
 from detdistill.models import build_model, load_teacher
@@ -80,7 +79,7 @@ class _Trainer:
 
     def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
         self.recipe, self.config, self.folder = recipe, recipe.training, folder
-        splits = open_splits(recipe)
+        splits = usable_splits(recipe.data, ("train", "val"))
         self.train_split, self.val_split = splits["train"], splits["val"]
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.config.precision, self.config.precision),
@@ -328,23 +327,6 @@ class _Trainer:
             raise UserError(f"training: {error}") from None
         dataset = DetectionDataset(self.train_split, self.config.augment, self.config.seed)
         return iter(make_loader(dataset, sampler, self.config.workers))
-
-
-def open_splits(recipe: Recipe) -> dict[str, Split]:
-    """The usable "train" and "val" splits of a recipe.
-
-    Raises:
-        UserError: a split is missing, or its annotations have errors (``detdistill check`` lists them all).
-    """
-    splits = open_data(recipe.data, with_masks=False)
-    for name in ("train", "val"):
-        if name not in splits:
-            raise UserError(f"{recipe.data.root}: no {name} split found; name it with data.{name}")
-    errors = [finding for split in splits.values() for finding in split.errors]
-    if errors:
-        more = f" (and {len(errors) - 1} more: run `detdistill check`)" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{more}")
-    return splits
 
 
 @contextmanager

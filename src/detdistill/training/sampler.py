@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from detdistill.seeding import mix_seed
+
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Yields, for every step from ``start`` to ``stop``, this process's batches of (epoch, index).
@@ -62,7 +64,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, index) for index in images[first : first + share]]
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order: list[int] = torch.randperm(self.length, generator=generator).tolist()
         return order * -(-self.batch_size // self.length)
 

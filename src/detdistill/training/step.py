@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detdistill.config import OptimizerConfig, TrainingConfig
 from detdistill.distillation.pair import Pair
 from detdistill.models.base import Target
+from detdistill.seeding import mix_seed
 
 MicroBatch = tuple[list[Tensor], list[Target]]
 
@@ -47,7 +48,7 @@ def optimisation_step(
     zoom = draw_zoom(config, step)
     totals: dict[str, Tensor] = {}
     for i, (images, targets) in enumerate(micro_batches):
-        torch.manual_seed(hash((config.seed, step, i, accelerator.process_index)) % 2**63)
+        torch.manual_seed(mix_seed(config.seed, step, i, accelerator.process_index))
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             images, targets = to_device(images, targets, accelerator.device)
@@ -75,7 +76,7 @@ def draw_zoom(config: TrainingConfig, step: int) -> float:
     """Multi-scale training: the factor on the input size, one for the whole step in every process."""
     if config.augment.multi_scale is None:
         return 1.0
-    return random.Random(hash((config.seed, step))).uniform(*config.augment.multi_scale)
+    return random.Random(mix_seed(config.seed, step)).uniform(*config.augment.multi_scale)
 
 
 def build_optimizer(pair: Pair, config: OptimizerConfig) -> torch.optim.Optimizer:

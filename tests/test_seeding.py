@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import itertools
+
+from detdistill.seeding import mix_seed
+
+
+def test_a_seed_is_the_same_on_every_machine_and_python():
+    assert mix_seed(0) == 3757552657 << 31 | 673228719 >> 1
+    assert 0 <= mix_seed(2**40, 3) < 2**63
+
+
+def test_neighbours_do_not_share_a_seed():
+    grid = list(itertools.product(range(20), repeat=3))
+    assert len({mix_seed(*numbers) for numbers in grid}) == len(grid)
+    assert mix_seed(1, 2) != mix_seed(2, 1)
