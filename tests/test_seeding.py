@@ -6,7 +6,7 @@ from detdistill.seeding import mix_seed
 
 
 def test_a_seed_is_the_same_on_every_machine_and_python():
-    assert mix_seed(0) == 3757552657 << 31 | 673228719 >> 1
+    assert mix_seed(0) == 2968811710 << 31 | 3677149159 >> 1  # numpy.random.SeedSequence(0), which numpy keeps stable
     assert 0 <= mix_seed(2**40, 3) < 2**63
 
 
