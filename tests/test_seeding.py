@@ -6,7 +6,8 @@ from detdistill.seeding import mix_seed
 
 
 def test_a_seed_is_the_same_on_every_machine_and_python():
-    assert mix_seed(0) == 2968811710 << 31 | 3677149159 >> 1  # numpy.random.SeedSequence(0), which numpy keeps stable
+    # What numpy.random.SeedSequence(0) generates; numpy promises that it stays so.
+    assert mix_seed(0) == 2968811710 << 31 | 3677149159 >> 1
     assert 0 <= mix_seed(2**40, 3) < 2**63
 
 

@@ -155,15 +155,33 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(make_recipe):
 
 # --- from the outside ------------------------------------------------------------------------------------
 
-LAUNCH = "from pathlib import Path; import sys; from detdistill.config import load_recipe; from detdistill.training.loop import train; "
+LAUNCH = """
+import signal, sys
+from pathlib import Path
+from detdistill.config import load_recipe
+from detdistill.training import loop
+"""
+INTERRUPT = """
+loop.LOG_EVERY = 4
+original = loop.optimisation_step
+
+def interrupted(*args):
+    outcome = original(*args)
+    if outcome.step == 2:
+        signal.raise_signal(signal.SIGUSR1)
+    return outcome
+
+loop.optimisation_step = interrupted
+"""
 
 
-def launch(recipe, run, processes, code=LAUNCH):
+def launch(recipe, run, processes, before=""):
     """Train in fresh processes, as ``accelerate launch`` or ``torchrun`` would start them."""
     run.mkdir(exist_ok=True)
     (run.parent / f"{run.name}.yaml").write_text(dump_recipe(recipe))
     script = run.parent / f"{run.name}.py"
-    script.write_text(code + f"train(load_recipe({str(run)!r} + '.yaml'), Path({str(run)!r}))")
+    train_it = f"loop.train(load_recipe({str(run)!r} + '.yaml'), Path({str(run)!r}))"
+    script.write_text(LAUNCH + before + train_it)
     command = [
         sys.executable,
         "-m",
@@ -192,15 +210,7 @@ def test_two_processes_are_one_and_resume_exactly(make_recipe, teacher_file, tmp
     moved = torch.load(tmp_path / "one" / "checkpoints" / "last.pt", weights_only=True)["step"]
     assert moved == one.metrics["steps"] == 7
 
-    stop = LAUNCH + (
-        "import detdistill.training.loop as loop, signal; loop.LOG_EVERY = 4; original = loop.optimisation_step\n"
-        "def interrupted(*args):\n"
-        "    outcome = original(*args)\n"
-        "    if outcome.step == 2: signal.raise_signal(signal.SIGUSR1)\n"
-        "    return outcome\n"
-        "loop.optimisation_step = interrupted\n"
-    )
-    stopped = launch(recipe, tmp_path / "parts", processes=2, code=stop)
+    stopped = launch(recipe, tmp_path / "parts", processes=2, before=INTERRUPT)
     assert stopped.returncode != 0
     assert checkpoint(tmp_path / "parts")["step"] == 4
     again = launch(recipe, tmp_path / "parts", processes=2)

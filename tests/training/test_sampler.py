@@ -40,7 +40,7 @@ def test_processes_and_micro_batches_share_the_same_step(world, accumulate):
     ]
     for step, images in enumerate(whole):
         parts = [share[step * accumulate + micro] for share in shares for micro in range(accumulate)]
-        assert sorted(sum(parts, [])) == sorted(images)
+        assert sorted(index for part in parts for index in part) == sorted(images)
         assert {len(part) for part in parts} == {12 // (world * accumulate)}
     assert len(StepSampler(50, 12, stop=9, accumulate=accumulate, world=world)) == 9 * accumulate
 

@@ -77,6 +77,7 @@ def plot_comparison(runs: Mapping[str, Metrics | Path | str], out: Path | str, m
             ax.plot(steps, 100 * values, "o-", color=_color(i), label=label, markersize=3.5, linewidth=1.8)
     if not ax.lines:
         raise UserError(f"no run of {', '.join(runs) or 'none'} has {metric}; evaluate at least once")
+    ax.set_ylim(bottom=0)
     _legend(ax)
     _finish(ax, f"{metric} on the validation images, %")
     _save(figure, out)
@@ -201,7 +202,7 @@ def _finish(ax: Axes, title: str) -> None:
 
     ax.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
     ax.set_xlabel("step", color=MUTED, fontsize=9)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     ax.tick_params(colors=MUTED, labelsize=9, which="both", length=0)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
