@@ -202,6 +202,8 @@ def test_a_signalled_run(recipe: Path, sent: signal.Signals, code: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "detdistill", *arguments],
         cwd=recipe.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
+        # a shell starts background jobs, such as this test may be in, deaf to SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     metrics = recipe.parent / "run" / "metrics.jsonl"
     for _ in range(1200):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from detdistill.config import load_recipe
+from detdistill.data.loading import open_data
 from detdistill.experiments.check import check
 from detdistill.experiments.predict import predict
 from detdistill.experiments.train import train
@@ -24,13 +25,35 @@ def _real_data(shared_data, monkeypatch):
     monkeypatch.setenv("DETDISTILL_BACKBONE", str(shared_data / "weights" / "mobilenetv2_100.timm.safetensors"))
 
 
-@pytest.mark.usefixtures("_real_data")
+@pytest.fixture
+def few_images(_real_data, tmp_path):
+    """Overrides that make a recipe train and evaluate on the first images of its sets alone."""
+
+    def overrides(recipe, images=12):
+        data = load_recipe(recipe).data
+        changes = []
+        for part, split in open_data(data).items():
+            annotations = json.loads(split.source.read_text())
+            annotations["images"] = annotations["images"][:images]
+            kept = {image["id"] for image in annotations["images"]}
+            annotations["annotations"] = [row for row in annotations["annotations"] if row["image_id"] in kept]
+            for image in annotations["images"]:
+                path = next(r.path for r in split.records if r.image_id == image["id"])
+                image["file_name"] = str(path.relative_to(data.root))
+            (tmp_path / f"{part}.json").write_text(json.dumps(annotations))
+            changes.append(f"data.{part}={tmp_path / part}.json")
+        return [*changes, f"data.images={data.root}"]
+
+    return overrides
+
+
 @pytest.mark.parametrize("name", ["deeppcb", "coco-mini"])
-def test_teacher_to_student_on_real_photographs(name, tmp_path):
+def test_teacher_to_student_on_real_photographs(name, few_images, tmp_path):
     recipes = ROOT / "recipes" / name
-    teacher = train(recipes / "teacher.yaml", SHORT, out=tmp_path / "teacher")
+    short = [*SHORT, *few_images(recipes / "teacher.yaml")]
+    teacher = train(recipes / "teacher.yaml", short, out=tmp_path / "teacher")
     for method in ("ima", "mimic"):
-        overrides = [*SHORT, f"teacher={teacher.student}"]
+        overrides = [*short, f"teacher={teacher.student}"]
         result = train(recipes / f"{method}.yaml", overrides, out=tmp_path / method)
         assert result.status == "finished"
         rows = [json.loads(line) for line in (tmp_path / method / "metrics.jsonl").read_text().splitlines()]
@@ -42,15 +65,10 @@ def test_teacher_to_student_on_real_photographs(name, tmp_path):
     assert list((tmp_path / "seen").glob("*.png")) or list((tmp_path / "seen").glob("*.jpg"))
 
 
-@pytest.mark.usefixtures("_real_data")
-def test_a_real_loss_falls(tmp_path):
-    overrides = [
-        "training.max_steps=60",
-        "training.batch_size=8",
-        "training.evaluate_every=0",
-        "student.size=128",
-    ]
-    train(ROOT / "recipes/deeppcb/alone.yaml", overrides, out=tmp_path)
+def test_a_real_loss_falls(few_images, tmp_path):
+    recipe = ROOT / "recipes/deeppcb/alone.yaml"
+    budget = ["training.max_steps=60", "training.batch_size=8", "training.evaluate_every=0", "student.size=128"]
+    train(recipe, [*budget, *few_images(recipe, images=100)], out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.8 * losses[0]

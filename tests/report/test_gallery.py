@@ -15,7 +15,8 @@ def found(scores=(0.9, 0.1)):
 
 def test_small_images_are_enlarged_and_the_given_one_is_left_alone():
     image = torch.zeros(3, 48, 64, dtype=torch.uint8)
-    drawn = draw_detections(image, found(), CLASSES)
+    drawn = draw_detections(image, found(), CLASSES, shortest=480)
+    assert draw_detections(image, found(), CLASSES).shape == image.shape
     assert drawn.dtype == torch.uint8
     assert drawn.shape == (3, 480, 640)
     assert image.max() == 0
@@ -31,6 +32,13 @@ def test_only_what_passes_the_threshold_is_drawn():
     assert (draw_detections(image, truth, CLASSES) > 0).sum() > (one > 0).sum()
 
 
+def test_boxes_that_are_none_are_left_out():
+    image = torch.zeros(3, 100, 100, dtype=torch.uint8)
+    boxes = torch.tensor([[10.0, 10, 5, 20], [float("nan"), 1, 2, 3], [4, 4, 4, 9]])
+    broken = {"boxes": boxes, "labels": torch.tensor([0, 1, 0]), "scores": torch.ones(3)}
+    assert draw_detections(image, broken, CLASSES).max() == 0
+
+
 def test_nothing_found_is_no_trouble(tmp_path):
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}
     image = torch.full((3, 40, 60), 200, dtype=torch.uint8)
@@ -38,4 +46,4 @@ def test_nothing_found_is_no_trouble(tmp_path):
         [{"ground truth": (image, found()), "found": (image, nothing)}] * 2, CLASSES, tmp_path / "a" / "g.png"
     )
     with Image.open(tmp_path / "a" / "g.png") as picture:
-        assert picture.size == (640, 640)
+        assert picture.size == (960, 640)

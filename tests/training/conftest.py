@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from detdistill.config import parse_recipe
 from detdistill.models import build_model
@@ -41,6 +42,7 @@ def make_recipe():
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory):
     """An untrained teacher of another width, saved as a student file would be."""
+    torch.manual_seed(0)
     config = parse_recipe({"data": DATA, "student": {**STUDENT, "channels": 24}}).student
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save_model(build_model(config, [str(digit) for digit in range(10)]), path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from matplotlib import font_manager
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,9 +13,8 @@ from torchvision.utils import draw_bounding_boxes
 
 from detdistill.data.loading import DetectionDataset
 from detdistill.evaluation.detector import Evaluation
-from detdistill.report.plots import COLORS
 
-SHORTEST = 480  # pixels: smaller images are enlarged, so that a label can be read
+CELL = 480  # pixels of a gallery's pictures: smaller images are enlarged, so that a label can be read
 SAMPLES = 8
 
 
@@ -24,27 +23,32 @@ def draw_detections(
     detections: Mapping[str, Tensor],
     classes: Sequence[str],
     threshold: float = 0.3,
+    shortest: int = 0,
 ) -> Tensor:
     """Draw boxes with class and score; a class keeps its colour from image to image.
+
+    Boxes that are empty or not finite are left out.
 
     Args:
         image_3HW: uint8.
         detections: ``boxes`` (K, 4) xyxy in pixels, ``labels`` (K,), and ``scores`` (K,) of what was found.
         classes: names by label.
         threshold: least score that is drawn.
+        shortest: images whose short side has fewer pixels are enlarged by a whole factor.
 
     Returns:
-        (3, H', W') uint8 on the CPU; enlarged by a whole factor where the short side is under 480 pixels.
+        (3, H', W') uint8 on the CPU.
     """
     image = image_3HW.cpu()
-    factor = max(1, -(-SHORTEST // min(image.shape[-2:])))
+    factor = max(1, -(-shortest // min(image.shape[-2:])))
     if factor > 1:
         image = F.interpolate(image[None], scale_factor=factor, mode="nearest")[0]
     scores = detections.get("scores")
-    keep = (
-        torch.ones(len(detections["boxes"]), dtype=torch.bool) if scores is None else scores.cpu() >= threshold
-    )
-    boxes, labels = detections["boxes"].cpu()[keep] * factor, detections["labels"].cpu()[keep].tolist()
+    boxes = detections["boxes"].cpu()
+    keep = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    if scores is not None:
+        keep &= scores.cpu() >= threshold
+    boxes, labels = boxes[keep] * factor, detections["labels"].cpu()[keep].tolist()
     if not labels:
         return image
     names = [classes[label] for label in labels]
@@ -55,7 +59,7 @@ def draw_detections(
         image,
         boxes,
         labels=names,
-        colors=[COLORS[label % len(COLORS)] for label in labels],
+        colors=[_color(label) for label in labels],
         label_colors=["white"] * len(labels),
         fill_labels=True,
         width=max(2, size // 7),
@@ -81,12 +85,16 @@ def save_gallery(
     from matplotlib.figure import Figure
 
     titles = list(rows[0])
-    figure = Figure(figsize=(3.2 * len(titles), 3.2 * len(rows)), layout="constrained")
+    # Cells as wide as a drawing, and as high as the highest of them would be.
+    height = max(image.shape[-2] / image.shape[-1] for row in rows for image, _ in row.values())
+    size = (CELL / 100 * len(titles), CELL / 100 * min(height, 2.0) * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):
         for ax, title in zip(axes[i], titles, strict=True):
             image, detections = row[title]
-            ax.imshow(draw_detections(image, detections, classes, threshold).permute(1, 2, 0).numpy())
+            drawn = draw_detections(image, detections, classes, threshold, shortest=CELL)
+            ax.imshow(drawn.permute(1, 2, 0).numpy())
             ax.set_axis_off()
             if i == 0:
                 ax.set_title(title)
@@ -94,11 +102,18 @@ def save_gallery(
     figure.savefig(out, dpi=100)
 
 
+def _color(label: int) -> tuple[int, int, int]:
+    """A colour of the class's own, dark enough for white text: hues apart by the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb((0.6 + label * 0.61803) % 1, 0.9, 0.7)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
 def save_samples(evaluation: Evaluation, out: Path | str) -> None:
-    """Write some images of an evaluation, evenly spread over its split: ground truth beside what was found."""
+    """Write some images, those with objects first, evenly spread: ground truth beside what was found."""
     split = evaluation.split
     images = DetectionDataset(split, None)
-    chosen = sorted({i * len(split) // SAMPLES for i in range(SAMPLES)})
+    shown = [i for i, record in enumerate(split.records) if len(record.labels_K)] or list(range(len(split)))
+    chosen = sorted({shown[i * len(shown) // SAMPLES] for i in range(SAMPLES)})
     rows = []
     for i in chosen:
         image, truth = images[i]

@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
@@ -81,6 +82,10 @@ class _Trainer:
         self.recipe, self.config, self.folder = recipe, recipe.training, folder
         splits = usable_splits(recipe.data, ("train", "val"))
         self.train_split, self.val_split = splits["train"], splits["val"]
+        if PartialState._shared_state:
+            # Accelerate keeps one state for the process and refuses another precision or device: a second run
+            # in this process starts from a new one (but stays in the group of processes, if there is one).
+            AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.config.precision, self.config.precision),
             cpu=self.config.device == "cpu" or not torch.accelerator.is_available(),
