@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -124,9 +125,10 @@ class Preprocess:
             if image.ndim != 3 or image.shape[0] != 3:
                 raise ValueError(f"image {i} has shape {tuple(image.shape)}; give RGB images as (3, H, W)")
             image = image.float().div(255) if image.dtype == torch.uint8 else image
-            mean = torch.as_tensor(self.mean, dtype=image.dtype, device=image.device)
-            std = torch.as_tensor(self.std, dtype=image.dtype, device=image.device)
-            image = (image - mean[:, None, None]) / std[:, None, None]
+            mean_311, std_311 = (
+                _constant(values, image.dtype, image.device) for values in (self.mean, self.std)
+            )
+            image = (image - mean_311) / std_311
             height, width = image.shape[-2:]
             scale = self.scale(height, width) * zoom
             if scale != 1.0:
@@ -139,10 +141,10 @@ class Preprocess:
             resized.append(image)
             if targets is not None:
                 ratio_y, ratio_x = image.shape[-2] / height, image.shape[-1] / width
-                boxes = targets[i]["boxes"]
-                scaled_targets.append(
-                    {**targets[i], "boxes": boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])}
-                )
+                boxes_K4 = targets[i]["boxes"].clone()
+                boxes_K4[:, 0::2] *= ratio_x
+                boxes_K4[:, 1::2] *= ratio_y
+                scaled_targets.append({**targets[i], "boxes": boxes_K4})
         return Batch(
             images_N3HW=self._pad(resized),
             sizes=[(image.shape[-2], image.shape[-1]) for image in resized],
@@ -165,6 +167,13 @@ class Preprocess:
         for row, image in zip(padded, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]].copy_(image)
         return padded
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(3, 1, 1) on the device, copied there once: a copy at each step would hold up the host."""
+    with torch.inference_mode(False):  # or a first evaluation would leave a tensor that training cannot use
+        return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 class Detector(nn.Module, ABC):
