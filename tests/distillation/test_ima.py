@@ -129,8 +129,8 @@ def test_detached_importance_only_weights_the_gradient():
 def test_nothing_to_learn_from_oneself(options):
     student, _ = maps()
     loss = IMALoss(**{**options, "mask_ratio": 0})(student, student.detach().clone())
-    assert loss.item() == pytest.approx(0, abs=1e-5)
-    assert gradient(loss, student).abs().max() < 1e-6
+    assert loss.item() == pytest.approx(0, abs=1e-4)
+    assert gradient(loss, student).abs().max() < 1e-5
 
 
 # 9
@@ -197,9 +197,9 @@ def test_closed_form():
 )  # fmt: skip
 def test_fewer_passes_give_the_same_loss_and_gradient(options, monkeypatch):
     student, teacher = maps(shift=20.0)  # a large mean is where cancellation would show
-    quick = IMALoss(**options)(student, teacher, generator=seeded())
+    quick = IMALoss(alpha=1, **options)(student, teacher, generator=seeded())
     monkeypatch.setattr(IMALoss, "_is_correlation", lambda self: False)
-    plain = IMALoss(**options)(student, teacher, generator=seeded())
+    plain = IMALoss(alpha=1, **options)(student, teacher, generator=seeded())
     assert quick.item() == pytest.approx(plain.item(), rel=1e-5)
     torch.testing.assert_close(gradient(quick, student), gradient(plain, student), rtol=1e-4, atol=1e-7)
 
@@ -327,7 +327,7 @@ def test_ladder_adds_a_step_at_a_time():
     student, teacher = maps()
     values = [IMALoss(**options)(student, teacher, generator=seeded()).item() for options in LADDER.values()]
     assert len(set(values)) == 4
-    assert values[0] == pytest.approx(10 * F.mse_loss(student, teacher).item(), rel=1e-5)
+    assert values[0] == pytest.approx(F.mse_loss(student, teacher).item(), rel=1e-5)
 
 
 def test_literal_warns_and_can_be_lowered_by_growing_dissimilar():

@@ -31,13 +31,13 @@ TEACHER = {
 }  # fmt: skip
 STUDENT = {**TEACHER, "backbone": "mobilenetv3_small_050", "channels": 48}
 TRAINING = {
-    "batch_size": 16,
+    "batch_size": 8,
     "optimizer": {"name": "sgd", "nesterov": True},
-    "schedule": {"name": "cosine", "warmup": 60},
+    "schedule": {"name": "cosine", "warmup": 100},
     "augment": {"flip": 0.0, "photometric": True},  # a mirrored digit is another sign
     "precision": "bf16",
     "workers": 0,
-    "evaluate_every": 4,
+    "evaluate_every": 2,
 }
 
 
@@ -73,11 +73,11 @@ def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool 
     out = Path(out)
     console = Console(highlight=False)
     console.print("1. A teacher: ResNet-18, trained on the digits")
-    teacher = train(_recipe("teacher", TEACHER, epochs=14, lr=0.02, seed=0, fast=fast), out / "teacher")
+    teacher = train(_recipe("teacher", TEACHER, epochs=12, lr=0.02, seed=0, fast=fast), out / "teacher")
     alone, distilled = {}, {}
     for seed in seeds:
         console.print(f"2. The student alone (seed {seed})")
-        recipe = _recipe("alone", STUDENT, epochs=12, lr=0.04, seed=seed, fast=fast)
+        recipe = _recipe("alone", STUDENT, epochs=10, lr=0.04, seed=seed, fast=fast)
         alone[seed] = train(recipe, out / f"alone-{seed}")
         console.print(f"3. The same student with IMA (seed {seed})")
         taught = {"name": "distilled", "teacher": str(teacher.student), "methods": ["ima"]}
