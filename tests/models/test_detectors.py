@@ -187,3 +187,15 @@ def test_fcos_cells_answer_as_the_paper_says(seed: int) -> None:
     got = match_cells(boxes, levels)
     assert (got >= 0).sum() > 10
     assert got.tolist() == expected
+
+
+def test_fcos_boxes_are_alive_before_training() -> None:
+    """A box output that starts at 0 behind a ReLU gets no gradient, and AP stays 0."""
+    torch.manual_seed(0)
+    model = fcos("resnet18", 3, channels=32)
+    batch = model.preprocess([image(128, 128)], [target([10, 10, 60, 60])])
+    raw = model.predict(model.pyramid(batch), batch)
+    alive = torch.cat([distances.flatten() for distances in raw.box.values()]) > 0
+    assert alive.float().mean() > 0.99
+    model.losses(raw, batch)["bbox_regression"].backward()
+    assert model.head.box.weight.grad.abs().sum() > 0
