@@ -141,7 +141,7 @@ class Preprocess:
             resized.append(image)
             if targets is not None:
                 ratio_y, ratio_x = image.shape[-2] / height, image.shape[-1] / width
-                boxes_K4 = targets[i]["boxes"].clone()
+                boxes_K4 = targets[i]["boxes"].to(image.dtype, copy=True)
                 boxes_K4[:, 0::2] *= ratio_x
                 boxes_K4[:, 1::2] *= ratio_y
                 scaled_targets.append({**targets[i], "boxes": boxes_K4})
