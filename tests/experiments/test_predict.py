@@ -54,7 +54,7 @@ def test_a_folder_is_written_as_pictures_and_rows(model: Detector, folder: Path,
     predictions = predict(model, folder, out=out, threshold=0.0, device="cpu")
     written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert written == ["000000000139.png", "a.jpg", "predictions.json", "sub/a.bmp.png"]
-    assert Image.open(out / "a.jpg").size == (70, 50)
+    assert Image.open(out / "a.jpg").size == (700, 500)  # small images are enlarged, so that labels can be read
     rows = json.loads((out / "predictions.json").read_text())
     assert len(rows) == sum(len(prediction.scores_K) for prediction in predictions)
     assert {(row["image_id"], row["file_name"]) for row in rows} == {

@@ -17,7 +17,7 @@ from detdistill.config import UserError
 from detdistill.data.images import is_image, read_image
 from detdistill.experiments.evaluate import as_detector, choose_device
 from detdistill.models.base import Detections, Detector
-from detdistill.report.gallery import draw_detections
+from detdistill.report.gallery import CELL, draw_detections
 
 PREDICTIONS_FILE = "predictions.json"
 
@@ -144,7 +144,7 @@ def _save_picture(
     image_3HW: Tensor, found: list[Detections], models: list[Detector], threshold: float, path: Path
 ) -> None:
     drawn = [
-        draw_detections(image_3HW, detections, model.classes, threshold)
+        draw_detections(image_3HW, detections, model.classes, threshold, shortest=CELL)
         for detections, model in zip(found, models, strict=True)
     ]
     side_by_side = torch.cat(drawn, dim=2)

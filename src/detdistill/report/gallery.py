@@ -54,7 +54,7 @@ def draw_detections(
     names = [classes[label] for label in labels]
     if scores is not None:
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores.cpu()[keep].tolist(), strict=True)]
-    size = max(12, min(image.shape[-2:]) // 28)
+    size = max(12, min(image.shape[-2:]) // 40)
     return draw_bounding_boxes(
         image,
         boxes,
