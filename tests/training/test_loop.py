@@ -146,6 +146,11 @@ def test_a_run_can_stop_early_or_run_out_of_time(make_recipe, tmp_path):
     assert train(make_recipe(training=hopeless), tmp_path / "early").status == "stopped early"
     assert train(make_recipe(training={"max_time": 1e-6}), tmp_path / "late").status == "out of time"
     assert (tmp_path / "late" / "student.safetensors").exists()
+    # the same limit again changes nothing; a higher one goes on, to what an unlimited run gives
+    assert train(make_recipe(training={"max_time": 1e-6}), tmp_path / "late").status == "out of time"
+    assert train(make_recipe(training={"max_time": 60}), tmp_path / "late").status == "finished"
+    train(make_recipe(), tmp_path / "unlimited")
+    assert_same_student(tmp_path / "late", tmp_path / "unlimited")
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(make_recipe):

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
@@ -69,10 +69,16 @@ def train(recipe: Recipe, run: Path, *, resume: bool = True) -> TrainResult:
     folder = RunFolder(run)
     folder.open(recipe, resume=resume)
     done = folder.result()
-    if done is not None:
+    if done is not None and not _has_more_time(done, recipe):
         return TrainResult(done["status"], done["metrics"], run, folder.student_file)
     with _preemption_flag() as preempted:
         return _Trainer(recipe, folder).run(preempted)
+
+
+def _has_more_time(done: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a run that ended for want of time is now given more."""
+    limit = recipe.training.max_time
+    return done["status"] == "out of time" and (limit is None or limit > done["metrics"]["minutes"])
 
 
 class _Trainer:
@@ -236,8 +242,13 @@ class _Trainer:
 
     def _evaluate(self) -> Evaluation:
         self._flush()
+        exported = self._exported()
+        if self.accelerator.num_processes > 1:
+            # BatchNorm statistics move in each process on its own; those of the first are saved.
+            for buffer in exported.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         evaluation = evaluate_detector(
-            self._exported(),
+            exported,
             self.val_split,
             batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
             workers=self.config.workers,
@@ -252,7 +263,7 @@ class _Trainer:
         if ap > self.best:
             self.best, self.evaluations_since_best = ap, 0
             if self.accelerator.is_main_process:
-                save_model(self._exported(), self.folder.best_file)
+                save_model(exported, self.folder.best_file)
         if self.accelerator.is_main_process:
             self.folder.write_csv()
             plot_curves(self.folder.metrics(), self.folder.path / "curves.png")

@@ -131,7 +131,7 @@ class RunFolder:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # every process of a run opens its folder
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
