@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import build_oracle
 from torch import distributed
 
+from conftest import build_oracle
 from detdistill.evaluation.detector import evaluate_detector
 
 rank, ranks, images = map(int, sys.argv[1:4])
