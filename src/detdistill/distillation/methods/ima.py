@@ -90,7 +90,7 @@ class IMALoss(nn.Module):
         scale_target: γ scales the "student" (Eq. 10) or "both".
         distance: "mse" (the paper's L2) or "l1".
         alpha, loss_weight: factors on the loss. The paper says 10 and 1; 100 was measured to be better, since γ
-            begins near 0.1 (docs/ima.md).
+            begins at its floor (docs/ima.md).
         instance: "image" (Eq. 1), "box" (each box pooled from both maps), or "class_region" (γ for each
             class's region; the paper's segmentation).
         region_stats: with "class_region", standardise within each region too; this deletes the class mean.
