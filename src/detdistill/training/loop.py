@@ -143,10 +143,9 @@ class _Trainer:
                 if self.step % LOG_EVERY == 0:
                     self._flush()
                 if self._due(self.config.evaluate_every) and self.step < self.total_steps:
-                    self._evaluate()
+                    evaluation = self._evaluate()
                     if self.config.patience and self.evaluations_since_best >= self.config.patience:
-                        status = "stopped early"
-                        break
+                        return self._finish("stopped early", evaluation)
                 stop, late = self._agree(preempted(), started)
                 if stop or self.step % self.config.checkpoint_every == 0 or self._due(1):
                     self._save()
@@ -156,7 +155,7 @@ class _Trainer:
                 if late:
                     status = "out of time"
                     break
-            return self._finish(status)
+            return self._finish(status, self._evaluate())
         finally:
             self.display.stop()
 
@@ -270,8 +269,7 @@ class _Trainer:
         self.log_started = time.perf_counter()
         return evaluation
 
-    def _finish(self, status: str) -> TrainResult:
-        evaluation = self._evaluate()
+    def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
         self._save()
         metrics = {**evaluation.coco.as_dict(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
