@@ -25,6 +25,7 @@ from detdistill.training.loop import TrainResult, train
 from detdistill.training.run_folder import RunFolder, write_atomically
 
 GALLERY_IMAGES = 6
+COLUMNS = ("detector", "parameters", "AP", "AP50", "minutes")
 
 TEACHER = {
     "family": "fcos", "backbone": "resnet18", "channels": 96, "head_depth": 2, "strides": [8, 16, 32],
@@ -48,13 +49,11 @@ class DemoResult:
     Attributes:
         teacher: the teacher's run.
         alone, distilled: the student's runs, by seed.
-        table: what was printed, as Markdown.
     """
 
     teacher: TrainResult
     alone: dict[int, TrainResult]
     distilled: dict[int, TrainResult]
-    table: str
 
     @property
     def gains(self) -> list[float]:
@@ -84,7 +83,7 @@ def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool 
         distilled[seed] = train(
             parse_recipe({**recipe.model_dump(mode="json"), **taught}), out / f"distilled-{seed}"
         )
-    result = DemoResult(teacher, alone, distilled, _table(teacher, alone, distilled))
+    result = DemoResult(teacher, alone, distilled)
     _show(console, result, out)
     return result
 
@@ -98,23 +97,18 @@ def _recipe(name: str, model: dict[str, Any], *, epochs: int, lr: float, seed: i
     return parse_recipe({"name": name, "data": data, "student": model, "training": training})
 
 
-def _rows(
-    teacher: TrainResult, alone: dict[int, TrainResult], distilled: dict[int, TrainResult]
-) -> list[tuple[str, TrainResult]]:
-    rows = [("teacher", teacher)]
-    for seed in alone:
-        rows += [(f"student alone, seed {seed}", alone[seed]), (f"student + IMA, seed {seed}", distilled[seed])]
+def _rows(result: DemoResult) -> list[tuple[str, ...]]:
+    runs = [("teacher", result.teacher)]
+    for seed in result.alone:
+        runs.append((f"student alone, seed {seed}", result.alone[seed]))
+        runs.append((f"student + IMA, seed {seed}", result.distilled[seed]))
+    rows: list[tuple[str, ...]] = []
+    for name, run in runs:
+        count = sum(p.numel() for p in load_model(run.student).parameters())
+        m = run.metrics
+        scores = (f"{100 * m['AP']:.1f}", f"{100 * m['AP50']:.1f}", f"{m['minutes']:.1f}")
+        rows.append((name, f"{count / 1e6:.2f} M", *scores))
     return rows
-
-
-def _table(teacher: TrainResult, alone: dict[int, TrainResult], distilled: dict[int, TrainResult]) -> str:
-    lines = ["| detector | parameters | AP | AP50 | minutes |", "|---|---|---|---|---|"]
-    for name, result in _rows(teacher, alone, distilled):
-        count = sum(p.numel() for p in load_model(result.student).parameters())
-        m = result.metrics
-        scores = f"{100 * m['AP']:.1f} | {100 * m['AP50']:.1f} | {m['minutes']:.1f}"
-        lines.append(f"| {name} | {count / 1e6:.2f} M | {scores} |")
-    return "\n".join(lines)
 
 
 def _show(console: Console, result: DemoResult, out: Path) -> None:
@@ -123,14 +117,17 @@ def _show(console: Console, result: DemoResult, out: Path) -> None:
     verdict = f"IMA against alone, paired: {statistics.mean(gains):+.1f} AP" + (
         f" (seeds: {', '.join(f'{gain:+.1f}' for gain in gains)})" if len(gains) > 1 else ""
     )
-    write_atomically(out / "table.md", f"{result.table}\n\n{verdict}\n")
+    rows = _rows(result)
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    write_atomically(out / "table.md", f"{markdown}\n\n{verdict}\n")
     runs = {"teacher": result.teacher, "alone": result.alone[first], "distilled": result.distilled[first]}
     plot_comparison({name: RunFolder(run.run).metrics() for name, run in runs.items()}, out / "curves.png")
     _gallery(runs, out / "gallery.png")
 
-    table = Table(*(cell.strip() for cell in result.table.splitlines()[0].strip("|").split("|")))
-    for line in result.table.splitlines()[2:]:
-        table.add_row(*(cell.strip() for cell in line.strip("|").split("|")))
+    table = Table(*COLUMNS)
+    for cells in rows:
+        table.add_row(*cells)
     console.print(table)
     console.print(verdict)
     console.print(f"table.md, curves.png and gallery.png are in {out}", soft_wrap=True)
