@@ -215,7 +215,12 @@ class MethodConfig(_Section):
     """One distillation method: its name, its weight over time, and the options of its own loss."""
 
     name: str = Field(description="`detdistill methods` lists them")
-    weight: float = Field(1.0, ge=0, description="outer weight; 0 trains the plain student, bit for bit")
+    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        1.0, description="outer weight; 0 trains the plain student, bit for bit; `auto` looks after itself"
+    )
+    ratio: float = Field(
+        1.0, gt=0, description="`weight: auto`: the method's gradient over the task's, at the student's pyramid"
+    )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(
         None, ge=0, lt=1, description="fraction of the run from which the weight falls to 0 at the end"

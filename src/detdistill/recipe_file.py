@@ -69,7 +69,7 @@ def expand_method(item: Any) -> Any:
         if options is not None and not isinstance(options, Mapping):
             return {"name": name, "options": options}
         options = dict(options or {})
-        own = {key: options.pop(key) for key in ("weight", "warmup", "decay_from") if key in options}
+        own = {key: options.pop(key) for key in ("weight", "ratio", "warmup", "decay_from") if key in options}
         return {"name": name, **own, "options": options}
     return item
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from detdistill.config import ModelConfig, UserError
-from detdistill.distillation.methods import build_method
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model
 
@@ -203,7 +202,7 @@ def test_mistakes_are_told():
     with pytest.raises(UserError, match=r"mask_ratio must be in \[0, 1\)"):
         Pair(student, teacher, [{"ima": {"mask_ratio": 1.0}}])
     with pytest.raises(UserError, match="preset"):
-        build_method("ima", Pair(student, teacher, []).matching, {"preset": "letter"})
+        Pair(student, teacher, [{"ima": {"preset": "letter"}}])
     with pytest.raises(UserError, match="given twice"):
         Pair(student, teacher, ["ima", "ima"])
     with pytest.raises(UserError, match="need a teacher"):

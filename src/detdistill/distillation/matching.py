@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +37,19 @@ class Matching:
     levels: tuple[LevelMatch, ...]
     student_only: tuple[int, ...]
     teacher_only: tuple[int, ...]
+
+    def only(self, strides: Sequence[int]) -> Matching:
+        """The matches of these student strides.
+
+        Raises:
+            UserError: a stride that is not matched.
+        """
+        matched = [level.student_stride for level in self.levels]
+        missing = [stride for stride in strides if stride not in matched]
+        if missing or not strides:
+            raise UserError(f"strides {list(strides)}: the student's matched strides are {matched}")
+        levels = tuple(level for level in self.levels if level.student_stride in strides)
+        return Matching(levels, self.student_only, self.teacher_only)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """The table to print: (student level, teacher level, what lies between)."""
@@ -84,16 +97,31 @@ def match_levels(student: Mapping[int, int], teacher: Mapping[int, int]) -> Matc
     )
 
 
+def conv1x1(student_channels: int, teacher_channels: int) -> nn.Module:
+    """f_align of the paper's Eq. 1."""
+    return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+
+def conv3x3(student_channels: int, teacher_channels: int) -> nn.Module:
+    return nn.Conv2d(student_channels, teacher_channels, kernel_size=3, padding=1)
+
+
 class LevelAligner(nn.Module):
     """Brings each matched student level to its teacher level's channels and size.
 
     Args:
         matching: from :func:`match_levels`.
-        adapt: "auto" puts a 1×1 convolution where channels differ (f_align of the paper's Eq. 1), "always"
-            everywhere, "never" refuses unequal channels.
+        adapt: "auto" puts an adapter where channels differ, "always" everywhere, "never" refuses unequal
+            channels.
+        adapter: makes one from (student channels, teacher channels).
     """
 
-    def __init__(self, matching: Matching, adapt: Adapt = "auto") -> None:
+    def __init__(
+        self,
+        matching: Matching,
+        adapt: Adapt = "auto",
+        adapter: Callable[[int, int], nn.Module] = conv1x1,
+    ) -> None:
         super().__init__()
         self.levels = matching.levels
         self.adapters = nn.ModuleDict()
@@ -105,8 +133,9 @@ class LevelAligner(nn.Module):
                     f"{level.teacher_channels}, and adapt is 'never': use adapt 'auto'"
                 )
             if differ or adapt == "always":
-                conv = nn.Conv2d(level.student_channels, level.teacher_channels, kernel_size=1)
-                self.adapters[str(level.student_stride)] = conv
+                self.adapters[str(level.student_stride)] = adapter(
+                    level.student_channels, level.teacher_channels
+                )
 
     def forward(self, student: Pyramid, teacher: Pyramid) -> Iterator[tuple[LevelMatch, Tensor, Tensor]]:
         """For each matched level (level, student (N, C_t, H_t, W_t), teacher (N, C_t, H_t, W_t))."""
@@ -115,6 +144,11 @@ class LevelAligner(nn.Module):
             t_NCHW = teacher[level.teacher_stride]
             if str(level.student_stride) in self.adapters:
                 s_NCHW = self.adapters[str(level.student_stride)](s_NCHW)
-            if s_NCHW.shape[-2:] != t_NCHW.shape[-2:]:
-                s_NCHW = F.interpolate(s_NCHW, size=t_NCHW.shape[-2:], mode="bilinear", align_corners=False)
-            yield level, s_NCHW, t_NCHW
+            yield level, resize_like(s_NCHW, t_NCHW), t_NCHW
+
+
+def resize_like(x_NCHW: Tensor, like_NCHW: Tensor) -> Tensor:
+    """Bilinear, where heights and widths differ."""
+    if x_NCHW.shape[-2:] == like_NCHW.shape[-2:]:
+        return x_NCHW
+    return F.interpolate(x_NCHW, size=like_NCHW.shape[-2:], mode="bilinear", align_corners=False)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from detdistill.config import MethodConfig, UserError, expand_method
 from detdistill.distillation.matching import Matching, match_levels
 from detdistill.distillation.methods import build_method
-from detdistill.distillation.signals import Method, Signals
-from detdistill.distillation.weighting import Weight
-from detdistill.models.base import Batch, Detector, Target
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, gradient_norm
+from detdistill.models.base import Batch, Detector, Pyramid, Raw, Target
+from detdistill.models.one_stage import OneStage
 from detdistill.seeding import mix_seed
 
 MethodLike = str | Mapping[str, Any] | MethodConfig | Method
@@ -51,6 +52,7 @@ class Pair(nn.Module):
         self._teacher = (teacher,)  # a tuple hides it from nn.Module
         self.methods = nn.ModuleDict()
         self.weights: dict[str, Weight] = {}
+        self.auto = nn.ModuleDict()
         self.matching: Matching | None = None
         self.step, self.total_steps = 0, None
         self.seed = seed
@@ -83,11 +85,22 @@ class Pair(nn.Module):
         self.step, self.total_steps = step, total_steps
 
     def current_weights(self) -> dict[str, float]:
-        """Each method's weight at this step; during a warm-up already above 0 at the first."""
+        """Each method's scheduled weight at this step; during a warm-up already above 0 at the first.
+
+        Without the factors of ``weight: auto``.
+        """
         if self.total_steps is None:
             return {name: weight.value for name, weight in self.weights.items()}
         progress = (self.step + 1) / (self.total_steps + 1)
         return {name: weight.at(progress) for name, weight in self.weights.items()}
+
+    def applied_weights(self) -> dict[str, float]:
+        """Each method's whole weight at this step, to log; waits for the device."""
+        weights = self.current_weights()
+        return {
+            name: weight * (float(self._auto(name).factor) if name in self.auto else 1.0)
+            for name, weight in weights.items()
+        }
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target], zoom: float = 1.0
@@ -101,13 +114,13 @@ class Pair(nn.Module):
         """
         batch = self.student.preprocess(images, targets, zoom)
         pyramid = self.student.pyramid(batch)
-        raw = self.student.predict(pyramid, batch)
-        losses = self.student.losses(raw, batch)
         active = {name: weight for name, weight in self.current_weights().items() if weight > 0}
+        needs = {need for name in active for need in self._method(name).needs}
+        raw = self._student_raw(pyramid, batch, hidden="hidden" in needs)
+        losses = self.student.losses(raw, batch)
         if not active or self.teacher is None:
             return losses
 
-        needs = {need for name in active for need in self._method(name).needs}
         with torch.no_grad():
             teacher_batch = self._teacher_batch(batch, images, targets, zoom)
             teacher_pyramid = self.teacher.pyramid(teacher_batch)
@@ -119,31 +132,61 @@ class Pair(nn.Module):
             teacher_batch=teacher_batch,
             student_raw=raw,
             teacher_raw=teacher_raw,
+            student_model=self.student,
+            teacher_model=self.teacher,
             generator=self._generator(batch.images_N3HW.device),
         )
+        terms = {name: self._method(name)(signals) for name in active}
+        self._measure(losses, terms, pyramid)
         for name, weight in active.items():
-            losses[name] = weight * self._method(name)(signals)
+            factor = self._auto(name).factor if name in self.auto else 1.0
+            losses[name] = weight * factor * terms[name]
         if self.training and self.total_steps is None:
             self.step += 1
         return losses
 
     def _add(self, item: MethodLike) -> None:
         assert self.matching is not None
+        assert self.teacher is not None
         if isinstance(item, Method):
-            name, weight, method = type(item).__name__.lower(), Weight(), item
+            config, method = MethodConfig(name=type(item).__name__.lower()), item
         else:
             config = item if isinstance(item, MethodConfig) else MethodConfig(**expand_method(item))
-            method = build_method(config.name, self.matching, config.options)
-            name, weight = config.name, Weight(config.weight, config.warmup, config.decay_from)
+            setting = Setting(self.student, self.teacher, self.matching)
+            method = build_method(config.name, setting, config.options)
+        name, auto = config.name, config.weight == "auto"
         if name in self.methods:
             raise UserError(f"method {name!r} is given twice")
-        if weight.value > 0:
-            self.methods[name], self.weights[name] = method, weight
+        value = 1.0 if isinstance(config.weight, str) else config.weight
+        if value > 0:
+            self.methods[name], self.weights[name] = method, Weight(value, config.warmup, config.decay_from)
+            if auto:
+                self.auto[name] = AutoWeight(config.ratio)
 
     def _method(self, name: str) -> Method:
         method = self.methods[name]
         assert isinstance(method, Method)
         return method
+
+    def _auto(self, name: str) -> AutoWeight:
+        weight = self.auto[name]
+        assert isinstance(weight, AutoWeight)
+        return weight
+
+    def _measure(self, losses: Mapping[str, Tensor], terms: Mapping[str, Tensor], pyramid: Pyramid) -> None:
+        """Now and then, let the weights that look after themselves see both gradients."""
+        names = [name for name in terms if name in self.auto]
+        if not names or self.step % AUTO_EVERY or not (self.training and torch.is_grad_enabled()):
+            return
+        task = gradient_norm(torch.stack(list(losses.values())).sum(), pyramid)
+        for name in names:
+            self._auto(name).update(task, gradient_norm(terms[name], pyramid))
+
+    def _student_raw(self, pyramid: Pyramid, batch: Batch, hidden: bool) -> Raw:
+        if not hidden:
+            return self.student.predict(pyramid, batch)
+        assert isinstance(self.student, OneStage), "a method that needs tower maps checks this when it is built"
+        return self.student.predict(pyramid, batch, hidden=True)
 
     def _teacher_batch(
         self, batch: Batch, images: Sequence[Tensor], targets: Iterable[Target], zoom: float

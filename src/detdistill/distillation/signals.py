@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from detdistill.models.base import Batch, Pyramid, Raw
+from detdistill.distillation.matching import Matching
+from detdistill.models.base import Batch, Detector, Pyramid, Raw
 
-Need = Literal["pyramid", "raw"]
+Need = Literal["raw", "hidden"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The pair that a method is built for.
+
+    Attributes:
+        student, teacher: to read facts from (kind, classes, channels); a method must not keep them, or they
+            would become part of it.
+        matching: the levels that it may use.
+    """
+
+    student: Detector
+    teacher: Detector
+    matching: Matching
 
 
 @dataclass(slots=True)
@@ -22,6 +39,7 @@ class Signals:
         student, teacher: feature maps by stride; the teacher's carry no gradient.
         student_batch, teacher_batch: the inputs, each padded and scaled as its model wants them.
         student_raw, teacher_raw: head outputs; the teacher's is None unless a method needs "raw".
+        student_model, teacher_model: the detectors; the teacher is frozen, but gradient may pass through it.
         generator: a method's only source of randomness, seeded by (seed, process, step). The global generator
             is left alone, so a student sees the same draws with and without distillation.
     """
@@ -32,17 +50,25 @@ class Signals:
     teacher_batch: Batch
     student_raw: Raw
     teacher_raw: Raw | None
+    student_model: Detector
+    teacher_model: Detector
     generator: torch.Generator
 
 
 class Method(nn.Module, ABC):
     """Binds a loss to a pair. Learnable parts are submodules: optimised and saved, never exported.
 
+    A child's constructor takes a :class:`Setting`, the loss (a module of its own, whose constructor's arguments
+    are options in recipes), and by keyword any options of the binding; all are typed, and checked by the types.
+
     Attributes:
-        needs: "pyramid", or "pyramid" and "raw"; where no method needs "raw" the teacher's head never runs.
+        needs: "raw": the teacher's head outputs (else its head never runs); "hidden": the student's tower maps.
+        presets: named sets of options. The one named after the student's kind ("anchor", "anchor_free",
+            "two_stage") is what the method's name alone means.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"pyramid"})
+    needs: frozenset[Need] = frozenset()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def forward(self, signals: Signals) -> Tensor:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ Target = dict[str, Tensor]
 
 Detections = dict[str, Tensor]
 """``boxes`` (K, 4) xyxy in pixels of the original image, ``labels`` (K,), ``scores`` (K,) falling."""
+
+Kind = Literal["anchor", "anchor_free", "two_stage"]
+"""What a detector answers from: anchors, cells, or proposals. Published settings of methods go by it."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -63,11 +66,13 @@ class DenseRaw:
         cls: (N, A·Q, H, W) class logits (A = 1 for anchor-free heads).
         box: (N, A·4, H, W) box regression, in the head's own encoding.
         centerness: (N, 1, H, W) logits, or None where the head has none.
+        hidden: where they were asked for, the class and the box tower's maps before the ReLU of each block.
     """
 
     cls: Pyramid
     box: Pyramid
     centerness: Pyramid | None = None
+    hidden: list[tuple[Pyramid, Pyramid]] | None = None
 
 
 @dataclass(slots=True)
@@ -92,6 +97,11 @@ class TwoStageRaw:
 
 
 Raw = DenseRaw | TwoStageRaw
+
+
+def dense(raw: Raw) -> DenseRaw:
+    """The outputs on the pyramid: a one-stage detector's own, a two-stage detector's proposals network."""
+    return raw.rpn if isinstance(raw, TwoStageRaw) else raw
 
 
 @dataclass(frozen=True)
@@ -180,12 +190,14 @@ class Detector(nn.Module, ABC):
     """A detector in five steps; ``forward`` composes them exactly as torchvision's detectors do.
 
     Attributes:
+        kind: what it answers from.
         classes: class names; label i means ``classes[i]``.
         preprocessor: the input convention.
         pyramid_channels: ``{stride: channels}`` of what ``pyramid`` returns.
         spec: how to build this model again (what a student file records), or None.
     """
 
+    kind: ClassVar[Kind]
     classes: tuple[str, ...]
     preprocessor: Preprocess
     pyramid_channels: dict[int, int]
@@ -212,6 +224,14 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         """Detections in pixels of the original images."""
+
+    @abstractmethod
+    def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
+        """What the dense outputs answer for, level by level: (H·W·A, 4) xyxy in network input, rows first.
+
+        The same for every image. Anchor-free heads have one square, of the stride's size, about each cell's
+        centre.
+        """
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None

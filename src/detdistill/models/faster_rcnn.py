@@ -88,6 +88,8 @@ class FasterRCNN(Detector):
     in ``predict`` and anchors in ``losses``, both from torch's global random state.
     """
 
+    kind = "two_stage"
+
     def __init__(
         self,
         backbone: Backbone,
@@ -135,19 +137,34 @@ class FasterRCNN(Detector):
         if self.training and batch.targets is not None:
             sampled = [self._sample(*pair) for pair in zip(proposals, batch.targets, strict=True)]
             proposals, labels, regression = (list(parts) for parts in zip(*sampled, strict=True))
+        logits_RQ, deltas_RQ4 = self.classify(pyramid, proposals, batch)
+        return TwoStageRaw(rpn, proposals, logits_RQ, deltas_RQ4, labels, regression)
+
+    def classify(self, pyramid: Pyramid, proposals: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the second stage says of any regions.
+
+        Args:
+            pyramid, batch: of this detector.
+            proposals: per image (R_n, 4) xyxy in network input.
+
+        Returns:
+            class logits (R, Q + 1) with the background at index 0, box deltas (R, 4·(Q + 1)).
+        """
         # The padded size, of which every level is an exact fraction, tells the pooling each level's stride.
         pooled_RC77 = self.roi_pool(
             {str(stride): x for stride, x in pyramid.items()}, proposals, [batch.padded_size] * len(proposals)
         )
-        logits_RQ, deltas_RQ4 = self.roi_head(pooled_RC77)
-        return TwoStageRaw(rpn, proposals, logits_RQ, deltas_RQ4, labels, regression)
+        return self.roi_head(pooled_RC77)
+
+    def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
+        return level_anchors(self.anchor_generator, pyramid, batch)
 
     @torch.no_grad()
     def _propose(self, rpn: DenseRaw, batch: Batch) -> list[Tensor]:
         """The regions worth a second look, (R_n, 4) for each image; no gradient flows through them."""
         limit = RPN_LIMIT[self.training]
         boxes, scores, levels = [], [], []
-        anchors = level_anchors(self.anchor_generator, rpn.cls, batch)
+        anchors = self.anchors(rpn.cls, batch)
         maps = zip(flatten_maps(rpn.cls.values(), 1), flatten_maps(rpn.box.values(), 4), anchors, strict=True)
         for level, (logits_NP1, deltas_NP4, anchors_P4) in enumerate(maps):
             top_NM, at_NM = logits_NP1.squeeze(2).topk(min(limit, len(anchors_P4)), dim=1)
@@ -202,7 +219,7 @@ class FasterRCNN(Detector):
     def _rpn_losses(self, rpn: DenseRaw, batch: Batch, targets: Sequence[Target]) -> dict[str, Tensor]:
         logits_NP = torch.cat(flatten_maps(rpn.cls.values(), 1), dim=1).squeeze(2)
         deltas_NP4 = torch.cat(flatten_maps(rpn.box.values(), 4), dim=1)
-        anchors_P4 = torch.cat(level_anchors(self.anchor_generator, rpn.cls, batch))
+        anchors_P4 = torch.cat(self.anchors(rpn.cls, batch))
         labels, wanted = [], []
         for target in targets:
             boxes_K4 = target["boxes"].float()

@@ -13,36 +13,33 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
 from detdistill.models.heads import (
     UNMATCHED,
-    best_detections,
+    DenseHead,
     flatten_maps,
     init_head,
-    level_anchors,
     one_hot_targets,
-    select_candidates,
     take_objects,
-    tower,
 )
+from detdistill.models.one_stage import OneStage
 
+CODER = BoxLinearCoder(normalize_by_size=True)
 CENTER_RADIUS = 1.5  # in strides: how far from an object's centre a cell may answer for it
 RANGE = (4.0, 8.0)  # in strides: a level's objects reach so far from the cell (64…128 at stride 16)
 
 
-class FCOSHead(nn.Module):
+class FCOSHead(DenseHead):
     """Two towers with GroupNorm, shared by the levels; centerness beside the boxes.
 
     The box output is left, top, right, bottom distance over the stride; it is cut at 0 (ReLU).
     """
 
     def __init__(self, channels: int, depth: int, num_classes: int) -> None:
-        super().__init__()
-        self.cls_tower = tower(channels, depth, group_norm=True)
-        self.box_tower = tower(channels, depth, group_norm=True)
+        super().__init__(channels, depth, group_norm=True)
         self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
@@ -52,16 +49,15 @@ class FCOSHead(nn.Module):
         assert self.box.bias is not None
         nn.init.constant_(self.box.bias, 2.0)
 
-    def forward(self, pyramid: Pyramid) -> DenseRaw:
-        box_features = {stride: self.box_tower(x) for stride, x in pyramid.items()}
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
         return DenseRaw(
-            cls={stride: self.cls(self.cls_tower(x)) for stride, x in pyramid.items()},
-            box={stride: F.relu(self.box(x)) for stride, x in box_features.items()},
-            centerness={stride: self.centerness(x) for stride, x in box_features.items()},
+            cls={stride: self.cls(x) for stride, x in cls.items()},
+            box={stride: F.relu(self.box(x)) for stride, x in box.items()},
+            centerness={stride: self.centerness(x) for stride, x in box.items()},
         )
 
 
-class FCOS(Detector):
+class FCOS(OneStage):
     """The five steps of FCOS; build it with :func:`fcos`.
 
     Losses: ``classification`` (focal, α 0.25, γ 2), ``bbox_regression`` (GIoU) and ``bbox_ctrness`` (binary
@@ -70,39 +66,7 @@ class FCOS(Detector):
     processes equal one process on the same images; every process must then call ``losses``.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        neck: FeaturePyramid,
-        head: FCOSHead,
-        anchor_generator: AnchorGenerator,
-        classes: Sequence[str],
-        preprocess: Preprocess,
-        *,
-        score_threshold: float,
-        nms_threshold: float,
-        max_detections: int,
-        topk_candidates: int,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.neck = neck
-        self.head = head
-        self.anchor_generator = anchor_generator
-        self.classes = tuple(classes)
-        self.preprocessor = preprocess
-        self.pyramid_channels = neck.channels
-        self.box_coder = BoxLinearCoder(normalize_by_size=True)
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
-        self.max_detections = max_detections
-        self.topk_candidates = topk_candidates
-
-    def pyramid(self, batch: Batch) -> Pyramid:
-        return self.neck(self.backbone(batch.images_N3HW))
-
-    def predict(self, pyramid: Pyramid, batch: Batch) -> DenseRaw:
-        return self.head(pyramid)
+    kind = "anchor_free"
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(raw, DenseRaw)
@@ -112,7 +76,7 @@ class FCOS(Detector):
             logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
             distances_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
             centerness_NP = torch.cat(flatten_maps(raw.centerness.values(), 1), dim=1).squeeze(2)
-            cells = level_anchors(self.anchor_generator, raw.cls, batch)
+            cells = self.anchors(raw.cls, batch)
             cells_P4 = torch.cat(cells)
             wanted_NPQ, boxes_NP4, positive_NP = [], [], []
             for target in batch.targets:
@@ -124,8 +88,8 @@ class FCOS(Detector):
             positive, boxes = torch.stack(positive_NP), torch.stack(boxes_NP4)
             count = _positives_of_a_process(positive)
             focal = sigmoid_focal_loss(logits_NPQ, torch.stack(wanted_NPQ), reduction="sum")
-            giou_NP = generalized_box_iou_loss(self.box_coder.decode(distances_NP4, cells_P4), boxes)
-            wanted_NP = torch.where(positive, centerness_of(self.box_coder.encode(cells_P4, boxes)), 0)
+            giou_NP = generalized_box_iou_loss(CODER.decode(distances_NP4, cells_P4), boxes)
+            wanted_NP = torch.where(positive, centerness_of(CODER.encode(cells_P4, boxes)), 0)
             bce_NP = F.binary_cross_entropy_with_logits(centerness_NP, wanted_NP, reduction="none")
             return {
                 "classification": focal / count,
@@ -133,36 +97,14 @@ class FCOS(Detector):
                 "bbox_ctrness": torch.where(positive, bce_NP, 0).sum() / count,
             }
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, DenseRaw)
+    def scores(self, raw: DenseRaw) -> list[Tensor]:
         assert raw.centerness is not None
         logits = flatten_maps(raw.cls.values(), len(self.classes))
-        distances = flatten_maps(raw.box.values(), 4)
         centerness = flatten_maps(raw.centerness.values(), 1)
-        cells = level_anchors(self.anchor_generator, raw.cls, batch)
-        detections = []
-        for i, size in enumerate(batch.sizes):
-            found = []
-            for logits_NPQ, distances_NP4, centerness_NP1, cells_P4 in zip(
-                logits, distances, centerness, cells, strict=True
-            ):
-                scores_PQ = torch.sqrt(logits_NPQ[i].sigmoid() * centerness_NP1[i].sigmoid())
-                scores, at, labels = select_candidates(scores_PQ, self.score_threshold, self.topk_candidates)
-                boxes = self.box_coder.decode(distances_NP4[i][at], cells_P4[at])
-                found.append((clip_boxes_to_image(boxes, size), scores, labels))
-            boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-            detections.append(
-                best_detections(
-                    boxes,
-                    scores,
-                    labels,
-                    self.nms_threshold,
-                    self.max_detections,
-                    size,
-                    batch.original_sizes[i],
-                )
-            )
-        return detections
+        return [torch.sqrt(a.sigmoid() * b.sigmoid()) for a, b in zip(logits, centerness, strict=True)]
+
+    def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
+        return CODER.decode(encoded, anchors)
 
 
 def match_cells(boxes_K4: Tensor, cells: Sequence[Tensor]) -> Tensor:

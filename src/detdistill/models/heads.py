@@ -7,14 +7,16 @@ rows, columns, anchors), Q classes, K objects, M candidates.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, box_iou
 
-from detdistill.models.base import Batch, Detections, Pyramid
+from detdistill.models.base import Batch, DenseRaw, Detections, Pyramid
 
 UNMATCHED, IGNORED = -1, -2
 
@@ -31,6 +33,63 @@ def tower(channels: int, depth: int, group_norm: bool) -> nn.Sequential:
         norm = [nn.GroupNorm(groups, channels)] if group_norm else []
         blocks.append(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *norm, nn.ReLU()))
     return nn.Sequential(*blocks)
+
+
+class DenseHead(nn.Module, ABC):
+    """A class tower and a box tower, shared by the levels; its child turns their maps into outputs.
+
+    Attributes:
+        bins: of the distribution of each box side (A·4·bins box channels), or None where a side is a number.
+    """
+
+    bins: int | None = None
+
+    def __init__(self, channels: int, depth: int, group_norm: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.cls_tower = tower(channels, depth, group_norm)
+        self.box_tower = tower(channels, depth, group_norm)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of a tower."""
+        return len(self.cls_tower)
+
+    @abstractmethod
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
+        """Predictions from the towers' last maps."""
+
+    def forward(self, pyramid: Pyramid, hidden: bool = False) -> DenseRaw:
+        """Predictions; with ``hidden`` also every block's maps before the ReLU."""
+        if not hidden:
+            return self.outputs(
+                {stride: self.cls_tower(x) for stride, x in pyramid.items()},
+                {stride: self.box_tower(x) for stride, x in pyramid.items()},
+            )
+        cls = box = pyramid
+        seen = []
+        for cls_block, box_block in zip(self.cls_tower, self.box_tower, strict=True):
+            seen.append((_before_relu(cls_block, cls), _before_relu(box_block, box)))
+            cls, box = (_relu(maps) for maps in seen[-1])
+        raw = self.outputs(cls, box)
+        raw.hidden = seen
+        return raw
+
+    def go_on(self, cls: Pyramid, box: Pyramid, depth: int) -> DenseRaw:
+        """Predictions from maps before the ReLU of block ``depth`` (1: the first), perhaps of another head."""
+        return self.outputs(
+            {stride: self.cls_tower[depth:](x) for stride, x in _relu(cls).items()},
+            {stride: self.box_tower[depth:](x) for stride, x in _relu(box).items()},
+        )
+
+
+def _before_relu(block: nn.Module, maps: Pyramid) -> Pyramid:
+    assert isinstance(block, nn.Sequential)
+    return {stride: block[:-1](x) for stride, x in maps.items()}
+
+
+def _relu(maps: Pyramid) -> Pyramid:
+    return {stride: F.relu(x) for stride, x in maps.items()}
 
 
 def init_head(head: nn.Module, class_layer: nn.Conv2d | None = None, prior: float = 0.01) -> None:

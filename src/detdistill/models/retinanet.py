@@ -13,45 +13,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import clip_boxes_to_image, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
 from detdistill.models.heads import (
     IGNORED,
-    best_detections,
+    DenseHead,
     flatten_maps,
     init_head,
-    level_anchors,
     match_boxes,
     one_hot_targets,
-    select_candidates,
     take_objects,
-    tower,
 )
+from detdistill.models.one_stage import OneStage
 
+CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 RATIOS = (0.5, 1.0, 2.0)
 
 
-class RetinaNetHead(nn.Module):
+class RetinaNetHead(DenseHead):
     """Two towers of convolutions, shared by the levels."""
 
     def __init__(self, channels: int, depth: int, num_anchors: int, num_classes: int) -> None:
-        super().__init__()
-        self.cls_tower = tower(channels, depth, group_norm=False)
-        self.box_tower = tower(channels, depth, group_norm=False)
+        super().__init__(channels, depth, group_norm=False)
         self.cls = nn.Conv2d(channels, num_anchors * num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
         init_head(self, class_layer=self.cls)
 
-    def forward(self, pyramid: Pyramid) -> DenseRaw:
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
         return DenseRaw(
-            cls={stride: self.cls(self.cls_tower(x)) for stride, x in pyramid.items()},
-            box={stride: self.box(self.box_tower(x)) for stride, x in pyramid.items()},
+            cls={stride: self.cls(x) for stride, x in cls.items()},
+            box={stride: self.box(x) for stride, x in box.items()},
         )
 
 
-class RetinaNet(Detector):
+class RetinaNet(OneStage):
     """The five steps of RetinaNet; build it with :func:`retinanet`.
 
     Losses: ``classification`` (focal, α 0.25, γ 2) and ``bbox_regression`` (L1 of the encoded boxes), each
@@ -59,39 +56,7 @@ class RetinaNet(Detector):
     the images. The mean over images makes N processes with equal local batches equal to one process.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        neck: FeaturePyramid,
-        head: RetinaNetHead,
-        anchor_generator: AnchorGenerator,
-        classes: Sequence[str],
-        preprocess: Preprocess,
-        *,
-        score_threshold: float,
-        nms_threshold: float,
-        max_detections: int,
-        topk_candidates: int,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.neck = neck
-        self.head = head
-        self.anchor_generator = anchor_generator
-        self.classes = tuple(classes)
-        self.preprocessor = preprocess
-        self.pyramid_channels = neck.channels
-        self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
-        self.max_detections = max_detections
-        self.topk_candidates = topk_candidates
-
-    def pyramid(self, batch: Batch) -> Pyramid:
-        return self.neck(self.backbone(batch.images_N3HW))
-
-    def predict(self, pyramid: Pyramid, batch: Batch) -> DenseRaw:
-        return self.head(pyramid)
+    kind = "anchor"
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(raw, DenseRaw)
@@ -99,7 +64,7 @@ class RetinaNet(Detector):
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
             logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
             deltas_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
-            anchors_P4 = torch.cat(level_anchors(self.anchor_generator, raw.cls, batch))
+            anchors_P4 = torch.cat(self.anchors(raw.cls, batch))
             classification, regression = [], []
             for logits_PQ, deltas_P4, target in zip(logits_NPQ, deltas_NP4, batch.targets, strict=True):
                 boxes_K4 = target["boxes"].float()
@@ -109,9 +74,7 @@ class RetinaNet(Detector):
                 wanted_PQ = one_hot_targets(matched_P, target["labels"], len(self.classes))
                 focal_PQ = sigmoid_focal_loss(logits_PQ, wanted_PQ)
                 classification.append((focal_PQ.sum(dim=1) * (matched_P != IGNORED)).sum() / count)
-                wanted_P4 = self.box_coder.encode_single(
-                    take_objects(matched_P, boxes_K4, anchors_P4), anchors_P4
-                )
+                wanted_P4 = CODER.encode_single(take_objects(matched_P, boxes_K4, anchors_P4), anchors_P4)
                 l1_P4 = F.l1_loss(deltas_P4, wanted_P4, reduction="none")
                 regression.append(torch.where(positive_P[:, None], l1_P4, 0).sum() / count)
         return {
@@ -119,33 +82,12 @@ class RetinaNet(Detector):
             "bbox_regression": torch.stack(regression).mean(),
         }
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, DenseRaw)
-        logits = flatten_maps(raw.cls.values(), len(self.classes))
-        deltas = flatten_maps(raw.box.values(), 4)
-        anchors = level_anchors(self.anchor_generator, raw.cls, batch)
-        detections = []
-        for i, size in enumerate(batch.sizes):
-            found = []
-            for logits_NPQ, deltas_NP4, anchors_P4 in zip(logits, deltas, anchors, strict=True):
-                scores, at, labels = select_candidates(
-                    logits_NPQ[i].sigmoid(), self.score_threshold, self.topk_candidates
-                )
-                boxes = self.box_coder.decode_single(deltas_NP4[i][at], anchors_P4[at])
-                found.append((clip_boxes_to_image(boxes, size), scores, labels))
-            boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-            detections.append(
-                best_detections(
-                    boxes,
-                    scores,
-                    labels,
-                    self.nms_threshold,
-                    self.max_detections,
-                    size,
-                    batch.original_sizes[i],
-                )
-            )
-        return detections
+    def scores(self, raw: DenseRaw) -> list[Tensor]:
+        return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+
+    def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
+        flat = CODER.decode_single(encoded.reshape(-1, 4), anchors.expand_as(encoded).reshape(-1, 4))
+        return flat.view_as(encoded)
 
 
 def retinanet(

@@ -214,6 +214,7 @@ class _Trainer:
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "loss": total,
             **{f"loss/{name}": value for name, value in zip(names, mean, strict=True)},
+            **{f"weight/{name}": value for name, value in self.pair.applied_weights().items()},
             "distill_share": distilled / total if total else 0.0,
             "images_per_second": images / (now - self.log_started),
         }

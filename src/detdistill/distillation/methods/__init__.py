@@ -2,67 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_type_hints
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin, get_type_hints
 
 from detdistill.config import UserError, nearest
-from detdistill.distillation.matching import Matching
-from detdistill.distillation.methods.ima import IMA, PRESETS, IMALoss
+from detdistill.distillation.methods.ima import IMA, IMALoss
 from detdistill.distillation.methods.mimic import Mimic, MimicLoss
-from detdistill.distillation.signals import Method
+from detdistill.distillation.signals import Method, Setting
 
-__all__ = ["IMA", "METHODS", "IMALoss", "Mimic", "MimicLoss", "build_method"]
+__all__ = ["IMA", "METHODS", "IMALoss", "Mimic", "MimicLoss", "build_method", "method_options"]
 
+METHODS: dict[str, type[Method]] = {
+    "ima": IMA,
+    "mimic": Mimic,
+}
 
-def _ima(matching: Matching, options: dict[str, Any]) -> Method:
-    adapt = options.pop("adapt", "auto")
-    preset = options.pop("preset", "recommended")
-    if preset not in PRESETS:
-        raise UserError(f"ima has no preset {preset!r}; {nearest(str(preset), PRESETS)}")
-    return IMA(matching, _make("ima", IMALoss, {**PRESETS[preset], **options}), adapt)
-
-
-def _mimic(matching: Matching, options: dict[str, Any]) -> Method:
-    adapt = options.pop("adapt", "auto")
-    return Mimic(matching, _make("mimic", MimicLoss, options), adapt)
+COMMON: dict[str, Any] = {"preset": str, "strides": list[int], "finest": int}
+"""Options of every method: a named set of options; the student's levels to use, or how many from the finest."""
 
 
-METHODS: dict[str, Callable[[Matching, dict[str, Any]], Method]] = {"ima": _ima, "mimic": _mimic}
-
-
-def build_method(name: str, matching: Matching, options: Mapping[str, Any] | None = None) -> Method:
-    """The method of that name, bound to the matched levels.
+def build_method(name: str, setting: Setting, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name, with the preset for the student's kind, bound to a pair.
 
     Raises:
-        UserError: no such method or option (with the nearest known one), or an option's value is wrong.
+        UserError: no such method or option (with the nearest known one), an option's value is wrong, or the
+            method makes no sense for the pair.
     """
     if name not in METHODS:
         raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
-    return METHODS[name](matching, dict(options or {}))
-
-
-def _make(name: str, loss: type[Any], options: Mapping[str, Any]) -> Any:
-    known = get_type_hints(loss.__init__)
-    known.pop("return")
+    method = METHODS[name]
+    options = dict(options or {})
+    known = {**method_options(name), **COMMON}
     for key, value in options.items():
         if key not in known:
-            extra = ["adapt", "preset"] if name == "ima" else ["adapt"]
-            raise UserError(f"{name} has no option {key!r}; {nearest(key, [*known, *extra])}")
+            raise UserError(f"{name} has no option {key!r}; {nearest(key, known)}")
         _check(f"{name}.{key}", value, known[key])
+    options = {**_preset(name, method, setting, options.pop("preset", None)), **options}
+    setting = _with_levels(setting, name, options.pop("strides", None), options.pop("finest", None))
+    hints = _hints(method)
+    loss_class = hints.pop("loss")
+    of_method = {key: options.pop(key) for key in hints if key in options}
     try:
-        return loss(**options)
+        return method(setting, loss_class(**options), **of_method)
     except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def method_options(name: str) -> dict[str, Any]:
+    """A method's own options and their types: those of its binding and those of its loss."""
+    hints = _hints(METHODS[name])
+    loss_class = hints.pop("loss")
+    return {**hints, **_hints(loss_class)}
+
+
+def _hints(of: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(of.__init__)
+    return {key: hint for key, hint in hints.items() if key not in ("return", "setting")}
+
+
+def _preset(name: str, method: type[Method], setting: Setting, given: str | None) -> Mapping[str, Any]:
+    if given is None:
+        return method.presets.get(setting.student.kind, {})
+    if given not in method.presets:
+        raise UserError(f"{name} has no preset {given!r}; {nearest(given, method.presets)}")
+    return method.presets[given]
+
+
+def _with_levels(setting: Setting, name: str, strides: list[int] | None, finest: int | None) -> Setting:
+    matched = [level.student_stride for level in setting.matching.levels]
+    if strides is None:
+        strides = matched[:finest]
+    try:
+        return Setting(setting.student, setting.teacher, setting.matching.only(strides))
+    except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
 
 def _check(where: str, value: Any, hint: Any) -> None:
     """Refuse a value of the wrong type, before anything is built."""
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where} is {value!r}; give a list")
+        for i, item in enumerate(value):
+            _check(f"{where}[{i}]", item, get_args(hint)[0])
+        return
     kinds = get_args(hint) or (hint,)
     if all(isinstance(kind, str) for kind in kinds):
         if value not in kinds:
             raise UserError(f"{where} is {value!r}; {nearest(str(value), kinds)}")
-    elif isinstance(value, bool) != (bool in kinds) or not (
+    elif (isinstance(value, bool) and bool not in kinds) or not (
         isinstance(value, kinds) or (float in kinds and isinstance(value, int))
     ):
-        names = " or ".join(kind.__name__ for kind in kinds)
+        names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise UserError(f"{where} is {value!r}; give a {names}")

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from detdistill.distillation.matching import Adapt, LevelAligner, Matching
-from detdistill.distillation.signals import Method, Signals
+from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.regions import boxes_in_cells
+from detdistill.distillation.signals import Method, Setting, Signals
 
 POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
 IGNORED_LABEL = 255
@@ -334,23 +335,17 @@ class IMALoss(nn.Module):
 class IMA(Method):
     """Sum of :class:`IMALoss` over the matched levels."""
 
-    def __init__(self, matching: Matching, loss: IMALoss, adapt: Adapt = "auto") -> None:
+    presets = PRESETS
+
+    def __init__(self, setting: Setting, loss: IMALoss, *, adapt: Adapt = "auto") -> None:
         super().__init__()
-        self.align = LevelAligner(matching, adapt)
+        self.align = LevelAligner(setting.matching, adapt)
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
-        batch = signals.teacher_batch
         terms = []
         for _, student, teacher in self.align(signals.student, signals.teacher):
-            boxes = None
-            if self.loss.instance == "box":
-                # Feature maps cover the padded input, so boxes are mapped by the padded size.
-                ratio_y, ratio_x = (
-                    cells / pixels for cells, pixels in zip(teacher.shape[-2:], batch.padded_size, strict=True)
-                )
-                ratios = teacher.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=torch.float32)
-                boxes = [target["boxes"] * ratios for target in batch.targets or []]
+            boxes = boxes_in_cells(signals.teacher_batch, teacher) if self.loss.instance == "box" else None
             terms.append(self.loss(student, teacher, boxes=boxes, generator=signals.generator))
         return torch.stack(terms).sum()
 

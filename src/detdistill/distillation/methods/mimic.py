@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner, Matching
-from detdistill.distillation.signals import Method, Signals
+from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.signals import Method, Setting, Signals
 
 
 class MimicLoss(nn.Module):
@@ -26,18 +27,18 @@ class MimicLoss(nn.Module):
         super().__init__()
         self.alpha = alpha
 
+    @in_full_precision
     def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor) -> Tensor:
         """Both (N, C, H, W); the teacher is detached. Returns a scalar."""
-        with torch.autocast(student_NCHW.device.type, enabled=False):
-            return self.alpha * F.mse_loss(student_NCHW.float(), teacher_NCHW.detach().float())
+        return self.alpha * F.mse_loss(student_NCHW, teacher_NCHW.detach())
 
 
 class Mimic(Method):
     """Sum of :class:`MimicLoss` over the matched levels."""
 
-    def __init__(self, matching: Matching, loss: MimicLoss, adapt: Adapt = "auto") -> None:
+    def __init__(self, setting: Setting, loss: MimicLoss, *, adapt: Adapt = "auto") -> None:
         super().__init__()
-        self.align = LevelAligner(matching, adapt)
+        self.align = LevelAligner(setting.matching, adapt)
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
