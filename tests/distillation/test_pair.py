@@ -7,66 +7,10 @@ import copy
 import pytest
 import torch
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
-from detdistill.models import build_model
 
-CLASSES = ("a", "b", "c")
-
-
-def detector(family="fcos", channels=16, seed=0, **options):
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        family=family, backbone="mobilenetv3_small_050", channels=channels, head_depth=1, **options
-    )
-    return build_model(config, CLASSES)
-
-
-def batch(n=2, size=64, seed=0, empty=False):
-    generator = torch.Generator().manual_seed(seed)
-    images = [torch.rand(3, size, size, generator=generator) for _ in range(n)]
-    box = torch.zeros(0, 4) if empty else torch.tensor([[5.0, 5.0, 40.0, 50.0], [20.0, 30.0, 60.0, 60.0]])
-    return images, [{"boxes": box.clone(), "labels": torch.arange(len(box))} for _ in range(n)]
-
-
-def take_steps(pair, steps=2, lr=0.05, weight_decay=0.0):
-    pair.train()
-    optimizer = torch.optim.SGD(pair.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
-    for step in range(steps):
-        torch.manual_seed(step)
-        losses = pair(*batch(seed=step))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-    return losses
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("method", ["ima", "mimic"])
-def test_teacher_stays_and_adapters_move(method):
-    strides = (8, 16, 32)
-    teacher = detector(channels=24, seed=1, strides=strides)
-    teacher.train()  # as a careless user leaves it
-    pair = Pair(detector(strides=strides), teacher, [method])
-    teacher_before, adapters_before = snapshot(teacher), snapshot(pair.methods)
-    losses = take_steps(pair)
-    assert losses[method] > 0
-    assert_same(teacher_before, snapshot(teacher))
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert not any(module.training for module in teacher.modules())
-    # IMA standardises what an adapter gives, so that its bias has no say.
-    moved = {
-        name for name, value in pair.methods.state_dict().items() if not value.equal(adapters_before[name])
-    }
-    assert moved >= {f"{method}.align.adapters.{stride}.weight" for stride in strides}
+from .pairs import assert_same, batch, detector, snapshot, take_steps
 
 
 def test_teacher_is_no_part_of_the_pair_but_follows_it():
@@ -207,3 +151,71 @@ def test_mistakes_are_told():
         Pair(student, teacher, ["ima", "ima"])
     with pytest.raises(UserError, match="need a teacher"):
         Pair(student, None, ["ima"])
+
+
+# --- weights that look after themselves ------------------------------------------------------------------
+
+
+def pyramid_gradient(pair, name):
+    """‖∂(term)/∂pyramid‖ of one returned term, by backward instead of the pair's own way."""
+    maps = {}
+    pair.student.neck.register_forward_hook(lambda module, inputs, output: maps.update(output))
+    losses = pair(*batch())
+    wanted = losses[name] if name in losses else sum(v for k, v in losses.items() if k not in pair.methods)
+    gradients = torch.autograd.grad(wanted, list(maps.values()), allow_unused=True)
+    return torch.cat([g.flatten() for g in gradients if g is not None]).norm().item()
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1.0, 100.0])
+def test_auto_weight_gives_the_gradient_its_ratio_whatever_the_scale(alpha):
+    pair = Pair(
+        detector(),
+        detector(channels=24, seed=1),
+        [{"mimic": {"weight": "auto", "ratio": 0.5, "alpha": alpha}}, {"ima": {"weight": "auto"}}],
+    ).train()
+    pair.student.eval()  # the same numbers at each call
+    pair.at_step(0, 100)
+    pair(*batch())
+    task = pyramid_gradient(pair, "task")
+    pair.at_step(1, 100)  # not measured anew
+    assert pyramid_gradient(pair, "mimic") == pytest.approx(0.5 * task, rel=1e-3)
+    pair.at_step(0, 100)
+    assert pyramid_gradient(pair, "ima") == pytest.approx(task, rel=1e-3)
+
+
+def test_auto_weight_trains_alike_from_any_scale():
+    teacher, ends = detector(channels=24, seed=1), []
+    for alpha in (0.01, 100.0):
+        pair = Pair(detector(), teacher, [{"mimic": {"weight": "auto", "alpha": alpha}}])
+        take_steps(pair, steps=3)
+        ends.append(torch.cat([p.detach().flatten() for p in pair.parameters()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
+
+
+def test_auto_weight_is_measured_now_and_then_and_saved():
+    from detdistill.distillation.weighting import AUTO_EVERY
+
+    pair = Pair(detector(), detector(channels=24, seed=1), [{"mimic": {"weight": "auto"}}]).train()
+    seen = []
+    for step in range(AUTO_EVERY + 1):
+        if step in (0, 1, AUTO_EVERY):
+            pair.at_step(step, 1000)
+            pair(*batch(seed=step))
+            seen.append(pair.applied_weights()["mimic"])
+    assert seen[0] == seen[1] != seen[2]
+    again = Pair(detector(), detector(channels=24, seed=1), [{"mimic": {"weight": "auto"}}])
+    again.load_state_dict(pair.state_dict())
+    assert again.applied_weights()["mimic"] == seen[2]
+
+
+def test_auto_weight_passes_over_a_gradient_of_zero_or_nan():
+    from detdistill.distillation.weighting import AutoWeight
+
+    weight = AutoWeight(ratio=2.0)
+    for task, term in ((1.0, 0.0), (float("nan"), 1.0), (0.0, 1.0)):
+        weight.update(torch.tensor(task), torch.tensor(term))
+        assert weight.factor == 1
+    weight.update(torch.tensor(3.0), torch.tensor(1.0))
+    assert weight.factor.item() == pytest.approx(6.0)  # the first measurement counts whole
+    weight.update(torch.tensor(3.0), torch.tensor(4.0))
+    assert weight.factor.item() == pytest.approx(3.0)  # half the way from 6 to 1.5, in logarithms

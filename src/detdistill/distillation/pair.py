@@ -121,6 +121,8 @@ class Pair(nn.Module):
         if not active or self.teacher is None:
             return losses
 
+        if self.teacher.training:
+            self.teacher.eval()  # whoever called train() on it
         with torch.no_grad():
             teacher_batch = self._teacher_batch(batch, images, targets, zoom)
             teacher_pyramid = self.teacher.pyramid(teacher_batch)

@@ -1,4 +1,4 @@
-"""Losses run in float32 under autocast: variances, norms and softmaxes over a map round badly in half precision."""
+"""Losses run in float32 under autocast: variances, norms and softmaxes over a map round badly otherwise."""
 
 from __future__ import annotations
 
