@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from detdistill.distillation.correlation import covariances
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.regions import boxes_in_cells
 from detdistill.distillation.signals import Method, Setting, Signals
@@ -247,12 +248,9 @@ class IMALoss(nn.Module):
         r is the correlation of student and teacher in a channel of an instance; a_s and a_t are the energies
         var / (var + eps) of the standardised maps, 1 but for silent channels.
         """
-        t = self._standardize(teacher, None, None)
-        variance_s = student.var((-2, -1), correction=0)
-        a_s, a_t = variance_s / (variance_s + self.eps), t.square().mean((-2, -1))
-        r = (student * t).mean((-2, -1)) * torch.rsqrt(
-            variance_s + self.eps
-        )  # t has no mean: s needs no centring
+        variance_s, variance_t, covariance = covariances(student, teacher)
+        a_s, a_t = variance_s / (variance_s + self.eps), variance_t / (variance_t + self.eps)
+        r = covariance * torch.rsqrt((variance_s + self.eps) * (variance_t + self.eps))
         gamma: Tensor | float = 1.0
         if self.importance != "none":
             cosine = r.sum(1) * torch.rsqrt((a_s.sum(1) * a_t.sum(1)).clamp(min=1e-16))
@@ -285,10 +283,7 @@ class IMALoss(nn.Module):
         if self.domain == "dct":
             rows, columns = (dct_basis(side, x.device) for side in size)
             return rows.T @ (keep * (rows @ x @ columns.T)) @ columns
-        if self.hermitian:
-            half = size[1] // 2 + 1
-            return torch.fft.irfft2(torch.fft.rfft2(x) * keep[..., :half], s=size)
-        return torch.fft.ifft2(torch.fft.fft2(x) * keep).real
+        return SpectralFilter.apply(x, keep)
 
     def _standardize(self, x: Tensor, weight: Tensor | None, regions: Tensor | None) -> Tensor:
         """Eq. 5-7 with the biased variance; √(var + eps) has a finite gradient on constant maps."""
@@ -348,6 +343,34 @@ class IMA(Method):
             boxes = boxes_in_cells(signals.teacher_batch, teacher) if self.loss.instance == "box" else None
             terms.append(self.loss(student, teacher, boxes=boxes, generator=signals.generator))
         return torch.stack(terms).sum()
+
+
+class SpectralFilter(torch.autograd.Function):
+    """The real part of F⁻¹(M ⊙ F(x)), for x (N, C, H, W) and a mask M that broadcasts to it.
+
+    Taking the real part of a real map's filtering is the same as filtering with the mean of M(k) and M(-k):
+    half of the spectrum is enough, and the filter is its own adjoint, so that the gradient costs what the value
+    does (autograd's own goes through the whole complex spectrum).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor) -> Tensor:
+        half = x.shape[-1] // 2 + 1
+        both = (keep.float() + keep.flip(-2, -1).roll((1, 1), (-2, -1)))[..., :half] / 2
+        ctx.save_for_backward(both)
+        return _filter_half(x, both)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (both,) = ctx.saved_tensors
+        return _filter_half(gradient, both), None
+
+
+def _filter_half(x: Tensor, both: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft2(x)
+    torch.view_as_real(spectrum).mul_(both[..., None])  # a product with a complex mask would take twice as long
+    return torch.fft.irfft2(spectrum, s=x.shape[-2:])
 
 
 def hermitian(random: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""What each method's own computation costs, forward and backward, as a ratio to plain imitation (`mimic`).
+
+    python benchmarks/loss_cost.py
+    python benchmarks/loss_cost.py --only ima pkd fgd --batch 2
+
+The maps are those of a RetinaNet: 256 channels at strides 8 to 128 of an 800×1088 image. Only the method runs:
+backbones and necks do not, head outputs are made before the clock starts. Backward goes to the student's maps
+(or head outputs) and to the method's parts. All methods take a turn in each round, so that a machine whose
+speed drifts treats them alike. Memory is the peak over what was there before (CUDA: of tensors; CPU: of the
+process, Linux only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detdistill.config import ModelConfig, UserError
+from detdistill.distillation.methods import METHODS
+from detdistill.distillation.pair import Pair
+from detdistill.distillation.signals import Method, Signals
+from detdistill.models import build_model
+from detdistill.models.base import Batch, Detector
+from detdistill.models.one_stage import OneStage
+
+CLASSES = [str(i) for i in range(80)]
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+BOXES = 7  # objects in an image, as in COCO
+
+
+def make_detector(seed: int, args: argparse.Namespace) -> Detector:
+    torch.manual_seed(seed)
+    config = ModelConfig(family=args.family, backbone="mobilenetv3_small_050", channels=args.channels)
+    return build_model(config, CLASSES)
+
+
+def make_signals(
+    student: Detector, teacher: Detector, args: argparse.Namespace, device: torch.device
+) -> Signals:
+    height, width = args.size
+    generator = torch.Generator().manual_seed(0)
+    corners = (torch.rand(args.batch, BOXES, 2, 2, generator=generator)).sort(dim=2).values
+    boxes = (corners * torch.tensor([width, height]) + torch.tensor([[0, 0], [8, 8]])).flatten(2).to(device)
+    labels = torch.randint(len(CLASSES), (args.batch, BOXES), generator=generator).to(device)
+    targets = [{"boxes": b, "labels": k} for b, k in zip(boxes, labels, strict=True)]
+    images = [torch.zeros(3, height, width, device=device) for _ in range(args.batch)]
+    batch = student.preprocess(images, targets)
+    maps = [make_maps(student, batch, generator, device) for _ in range(2)]
+    maps[0] = {stride: x.requires_grad_() for stride, x in maps[0].items()}
+    with torch.no_grad():
+        teacher_raw = teacher.predict(maps[1], batch)
+    hidden = isinstance(student, OneStage)
+    student_raw = student.predict(maps[0], batch, hidden=True) if hidden else student.predict(maps[0], batch)
+    return Signals(
+        student=maps[0],
+        teacher=maps[1],
+        student_batch=batch,
+        teacher_batch=batch,
+        student_raw=student_raw,
+        teacher_raw=teacher_raw,
+        student_model=student,
+        teacher_model=teacher,
+        generator=torch.Generator(device).manual_seed(0),
+    )
+
+
+def make_maps(
+    model: Detector, batch: Batch, generator: torch.Generator, device: torch.device
+) -> dict[int, Tensor]:
+    height, width = batch.padded_size
+    return {
+        stride: torch.randn(
+            len(batch.sizes), channels, -(-height // stride), -(-width // stride), generator=generator
+        ).to(device)
+        for stride, channels in model.pyramid_channels.items()
+    }
+
+
+def run(method: Method, signals: Signals) -> float:
+    """Seconds of one forward and backward."""
+    start = time.perf_counter()
+    # The head's graph is kept for the next method; the parts' and maps' gradients are thrown away.
+    inputs = [*signals.student.values(), *method.parameters()]
+    torch.autograd.grad(method(signals), inputs, retain_graph=True, allow_unused=True)
+    if next(iter(signals.student.values())).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_mib(method: Method, signals: Signals) -> float:
+    """MiB that one forward and backward needs over what was there before."""
+    if next(iter(signals.student.values())).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(method, signals)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    libc = ctypes.CDLL(None)
+    libc.mallopt(
+        M_MMAP_THRESHOLD, 2**16
+    )  # what is freed goes back to the system, or the next method inherits it
+    libc.malloc_trim(0)
+    status = Path("/proc/self/status")
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    run(method, signals)
+    return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 2**10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="retinanet")
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", help="only these methods (and mimic)")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student, teacher = (make_detector(seed, args).to(device).train() for seed in (0, 1))
+    methods: dict[str, Method] = {}
+    for name in METHODS:
+        if args.only and name not in {*args.only, "mimic"}:
+            continue
+        try:
+            pair = Pair(student, teacher, [name]).to(device).train()
+        except UserError as error:
+            print(f"{name}: {error}\n")
+            continue
+        methods[name] = pair.methods[name]  # type: ignore[assignment]
+    signals = make_signals(student, teacher, args, device)
+
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(args.rounds + 1):
+        for name, method in methods.items():
+            value = run(method, signals)
+            if turn:  # the first round warms up
+                seconds[name].append(value)
+    memory = {name: peak_mib(method, signals) for name, method in methods.items()}
+
+    height, width = args.size
+    print(
+        f"{args.family}, {args.channels} channels, batch {args.batch} of {height}×{width}, {device.type}, "
+        f"{torch.get_num_threads()} threads, {args.rounds} rounds\n"
+    )
+    print("| method | median ms | to mimic, round by round | peak MiB | to mimic |")
+    print("|---|---|---|---|---|")
+    for name in sorted(methods, key=lambda name: statistics.median(seconds[name])):
+        ratios = [a / b for a, b in zip(seconds[name], seconds["mimic"], strict=True)]
+        print(
+            f"| {name} | {1000 * statistics.median(seconds[name]):.0f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f}–{max(ratios):.2f}) | {memory[name]:.0f} "
+            f"| {memory[name] / memory['mimic']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
