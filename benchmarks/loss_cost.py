@@ -16,7 +16,9 @@ import argparse
 import ctypes
 import statistics
 import time
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
 from detdistill.models import build_model
-from detdistill.models.base import Batch, Detector
+from detdistill.models.base import Batch, DenseRaw, Detector, TwoStageRaw
 from detdistill.models.one_stage import OneStage
 
 CLASSES = [str(i) for i in range(80)]
@@ -54,9 +56,11 @@ def make_signals(
     maps = [make_maps(student, batch, generator, device) for _ in range(2)]
     maps[0] = {stride: x.requires_grad_() for stride, x in maps[0].items()}
     with torch.no_grad():
-        teacher_raw = teacher.predict(maps[1], batch)
-    hidden = isinstance(student, OneStage)
-    student_raw = student.predict(maps[0], batch, hidden=True) if hidden else student.predict(maps[0], batch)
+        kept = isinstance(student, OneStage)
+        student_raw = student.predict(maps[0], batch, hidden=True) if kept else student.predict(maps[0], batch)
+        teacher_raw = teacher.predict(maps[1], batch, hidden=True) if kept else teacher.predict(maps[1], batch)
+    for x in tensors_in(student_raw):
+        x.requires_grad_()
     return Signals(
         student=maps[0],
         teacher=maps[1],
@@ -82,12 +86,23 @@ def make_maps(
     }
 
 
+def tensors_in(raw: Any) -> list[Tensor]:
+    """Every head output that can carry gradient."""
+    if isinstance(raw, Tensor):
+        return [raw] if raw.is_floating_point() else []
+    if isinstance(raw, DenseRaw | TwoStageRaw):
+        outputs = [getattr(raw, field.name) for field in fields(raw) if field.name != "proposals"]
+        return [x for value in outputs for x in tensors_in(value)]
+    if isinstance(raw, dict):
+        raw = raw.values()
+    return [x for value in raw or () for x in tensors_in(value)]
+
+
 def run(method: Method, signals: Signals) -> float:
     """Seconds of one forward and backward."""
     start = time.perf_counter()
-    # The head's graph is kept for the next method; the parts' and maps' gradients are thrown away.
-    inputs = [*signals.student.values(), *method.parameters()]
-    torch.autograd.grad(method(signals), inputs, retain_graph=True, allow_unused=True)
+    inputs = [*signals.student.values(), *tensors_in(signals.student_raw), *method.parameters()]
+    torch.autograd.grad(method(signals), inputs, allow_unused=True)
     if next(iter(signals.student.values())).is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -76,7 +76,8 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["--version"], ["train", "--help"], ["methods"], ["models"]]
+    "arguments",
+    [[], ["--help"], ["--version"], ["train", "--help"], ["methods"], ["methods", "fgd"], ["models"]],
 )
 def test_what_succeeds_is_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
@@ -90,6 +91,7 @@ def test_what_succeeds_is_0(arguments: list[str], capsys: pytest.CaptureFixture[
     [
         (["trian"], "No such command 'trian'"),
         (["train"], "RECIPE"),
+        (["methods", "imma"], "did you mean 'ima'?"),
         (["train", "nowhere.yaml"], "nowhere.yaml: no such recipe"),
         (["train", "tiny.yaml", "--fersh"], "--fersh"),
         (["train", "tiny.yaml", "training.epochs=x"], "override 'training.epochs=x': training.epochs: "),

@@ -180,13 +180,20 @@ def demo(
 
 
 @app.command()
-def methods() -> None:
-    """List the distillation methods."""
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Say all of this one: equation, options, presets.")] = None,
+) -> None:
+    """List the distillation methods, or describe one."""
     from importlib import import_module
 
-    from detdistill.distillation.methods import METHODS
-    from detdistill.printing import first_line, show
+    from detdistill.distillation.methods import METHODS, option_table
+    from detdistill.printing import first_line, say, show
 
+    if name is not None:
+        columns, rows = option_table(name)
+        say((import_module(f"detdistill.distillation.methods.{name}").__doc__ or "").strip() + "\n")
+        show(columns, rows, text_columns=len(columns))
+        return
     files = {name: import_module(f"detdistill.distillation.methods.{name}") for name in METHODS}
     show(
         ("method", "what it is"),

@@ -18,17 +18,31 @@ from .pairs import assert_same, batch, detector, make_pair, snapshot, take_steps
 
 FAMILIES = ("fcos", "retinanet", "faster_rcnn")
 
-REFUSED: set[tuple[str, str]] = set()
+REFUSED = {("crosskd", "faster_rcnn"), ("gid", "faster_rcnn"), *(("ld", family) for family in FAMILIES)}
 """(method, student's family) that make no sense, and say so."""
 
-STILL: dict[str, str] = {
+STILL = {
     # Standardised maps, and softmaxes over a map, do not see a constant: the adapter's bias has no say.
     "ima": ".bias",
+    "pkd": ".bias",
+    "cwd": ".bias",
 }
 """Learnable parts that no gradient moves, by the end of their names, with the reason."""
 
-NOT_ZERO: dict[str, str] = {}
-"""Methods whose loss is not 0 when student and teacher are equal, with the reason."""
+NOT_ZERO = {
+    "cofd": "connectors stand between equal maps too",
+    "defeat": "adapters stand between equal maps too",
+    "dist": "the published epsilon shows on scores that are nearly constant",
+    "fgfi": "adapters stand between equal maps too",
+    "fkd": "adapters and blocks stand between equal maps too",
+    "frs": "adapters stand between equal maps too, and cross-entropy keeps the teacher's entropy",
+    "gid": "cross-entropy with soft targets keeps the teacher's entropy",
+    "maskd": "adapters stand between equal maps too",
+    "mgd": "a generator that has not learned yet",
+    "scalekd": "it imitates an assistant of its own",
+}
+"""Methods whose loss is not 0 when student and teacher are equal, with the reason; their own tests show where it
+is 0."""
 
 
 def combinations():
@@ -63,7 +77,12 @@ def test_every_part_is_optimised_moved_and_saved_and_the_teacher_stays(method, f
     assert all(p.grad is None and not p.requires_grad for p in pair.teacher.parameters())
     assert not any(module.training for module in pair.teacher.modules())
     parts = dict(pair.methods.named_parameters())
-    still = {name for name in parts if parts[name].detach().equal(parts_before[name])}
+    # A step may be too small for float32: a gradient is as good.
+    still = {
+        name
+        for name, part in parts.items()
+        if part.detach().equal(parts_before[name]) and (part.grad is None or not part.grad.any())
+    }
     allowed = {name for name in parts if method in STILL and name.endswith(STILL[method])}
     assert still <= allowed
     assert {f"methods.{name}" for name in snapshot(pair.methods)} <= set(pair.state_dict())

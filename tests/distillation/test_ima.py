@@ -11,7 +11,8 @@ import torch
 from scipy import fft as scipy_fft
 from torch.nn import functional as F
 
-from detdistill.distillation.methods.ima import LADDER, PRESETS, IMALoss, dct_basis, hermitian
+from detdistill.distillation.methods.ima import LADDER, PRESETS, IMALoss
+from detdistill.distillation.spectrum import dct_basis, hermitian
 
 PLAIN = LADDER["plain imitation"]
 

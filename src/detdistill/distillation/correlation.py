@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+PART = 2**18  # numbers of a map, taken at a time on a CPU
+
 
 def covariances(
     student_NCHW: Tensor, teacher_NCHW: Tensor, over: Literal["instance", "batch"] = "instance"
@@ -31,19 +33,20 @@ class _Covariances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, over: str) -> tuple[Tensor, Tensor, Tensor]:
         dims = (2, 3) if over == "instance" else (0, 2, 3)
-        # Centred before anything is squared: E[x²] - E[x]² would lose a small variance beside a large mean.
-        s, t = (x - x.mean(dims, keepdim=True) for x in (student, teacher))
-        ctx.save_for_backward(s, t)
-        ctx.count = student.shape[-2] * student.shape[-1] * (1 if over == "instance" else student.shape[0])
-        s_flat, t_flat = s.flatten(2), t.flatten(2)
-        sums = [
-            torch.linalg.vector_norm(s_flat, dim=-1).square(),
-            torch.linalg.vector_norm(t_flat, dim=-1).square(),
-            torch.linalg.vecdot(s_flat, t_flat),
-        ]
-        if over == "batch":
-            sums = [x.sum(0, keepdim=True) for x in sums]
-        var_s, var_t, covariance = (x / ctx.count for x in sums)
+        n, channels, height, width = student.shape
+        ctx.count = height * width * (1 if over == "instance" else n)
+        sums, means = student.new_empty(3, n, channels), []
+        for part in channel_parts(student):
+            # Centred before anything is squared: E[x²] - E[x]² would lose a small variance beside a large mean.
+            here = student[:, part], teacher[:, part]
+            means.append([x.mean(dims, keepdim=True) for x in here])
+            s, t = ((x - mean).flatten(2) for x, mean in zip(here, means[-1], strict=True))
+            sums[0, :, part] = torch.linalg.vector_norm(s, dim=-1).square_()
+            sums[1, :, part] = torch.linalg.vector_norm(t, dim=-1).square_()
+            sums[2, :, part] = torch.linalg.vecdot(s, t)
+        mean_s, mean_t = (torch.cat(parts, dim=1) for parts in zip(*means, strict=True))
+        ctx.save_for_backward(student, teacher, mean_s, mean_t)
+        var_s, var_t, covariance = (sums if over == "instance" else sums.sum(1, keepdim=True)) / ctx.count
         ctx.mark_non_differentiable(var_t)
         return var_s, var_t, covariance
 
@@ -52,6 +55,17 @@ class _Covariances(torch.autograd.Function):
     def backward(
         ctx: Any, of_var_s: Tensor, of_var_t: Tensor, of_covariance: Tensor
     ) -> tuple[Tensor, None, None]:
-        s, t = ctx.saved_tensors
-        gradient = s * (2 / ctx.count * of_var_s)[..., None, None]
-        return gradient.addcmul_(t, (of_covariance / ctx.count)[..., None, None]), None, None
+        student, teacher, mean_s, mean_t = ctx.saved_tensors
+        by_s, by_t = ((g / ctx.count)[..., None, None] for g in (2 * of_var_s, of_covariance))
+        gradient = torch.empty_like(student)
+        for part in channel_parts(student):
+            here = torch.sub(student[:, part], mean_s[:, part], out=gradient[:, part])
+            here.mul_(by_s[:, part]).addcmul_(teacher[:, part] - mean_t[:, part], by_t[:, part])
+        return gradient, None, None
+
+
+def channel_parts(x: Tensor) -> list[slice]:
+    """All channels (dimension 1), a few at a time: a CPU then finds in its cache what it has just written."""
+    channels = x.shape[1]
+    step = channels if x.device.type != "cpu" else max(1, PART * channels // max(1, x.numel()))
+    return [slice(start, start + step) for start in range(0, channels, step)]

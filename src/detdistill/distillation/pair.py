@@ -60,11 +60,13 @@ class Pair(nn.Module):
             if methods:
                 raise UserError("methods need a teacher")
             return
-        if teacher.preprocessor.size != student.preprocessor.size:
-            raise UserError(
-                f"the teacher takes images of size {teacher.preprocessor.size}, the student of "
-                f"{student.preprocessor.size}: give both the same `size`"
-            )
+        for what in ("size", "divisor"):
+            ours, theirs = (getattr(model.preprocessor, what) for model in (student, teacher))
+            if ours != theirs:
+                # Maps of one stride would differ in size, and lie over each other out of register.
+                raise UserError(
+                    f"the teacher's input {what} is {theirs}, the student's {ours}: give both the same `{what}`"
+                )
         teacher.eval().requires_grad_(False)
         self.matching = match_levels(student.pyramid_channels, teacher.pyramid_channels)
         for item in [methods] if isinstance(methods, str | Mapping | MethodConfig | Method) else methods:
@@ -89,9 +91,9 @@ class Pair(nn.Module):
 
         Without the factors of ``weight: auto``.
         """
-        if self.total_steps is None:
+        progress = self._progress()
+        if progress is None:
             return {name: weight.value for name, weight in self.weights.items()}
-        progress = (self.step + 1) / (self.total_steps + 1)
         return {name: weight.at(progress) for name, weight in self.weights.items()}
 
     def applied_weights(self) -> dict[str, float]:
@@ -116,7 +118,8 @@ class Pair(nn.Module):
         pyramid = self.student.pyramid(batch)
         active = {name: weight for name, weight in self.current_weights().items() if weight > 0}
         needs = {need for name in active for need in self._method(name).needs}
-        raw = self._student_raw(pyramid, batch, hidden="hidden" in needs)
+        hidden = "hidden" in needs
+        raw = _predict(self.student, pyramid, batch, hidden)
         losses = self.student.losses(raw, batch)
         if not active or self.teacher is None:
             return losses
@@ -126,7 +129,7 @@ class Pair(nn.Module):
         with torch.no_grad():
             teacher_batch = self._teacher_batch(batch, images, targets, zoom)
             teacher_pyramid = self.teacher.pyramid(teacher_batch)
-            teacher_raw = self.teacher.predict(teacher_pyramid, teacher_batch) if "raw" in needs else None
+            teacher_raw = _predict(self.teacher, teacher_pyramid, teacher_batch, hidden) if needs else None
         signals = Signals(
             student=pyramid,
             teacher=teacher_pyramid,
@@ -137,6 +140,7 @@ class Pair(nn.Module):
             student_model=self.student,
             teacher_model=self.teacher,
             generator=self._generator(batch.images_N3HW.device),
+            progress=self._progress(),
         )
         terms = {name: self._method(name)(signals) for name in active}
         self._measure(losses, terms, pyramid)
@@ -175,6 +179,9 @@ class Pair(nn.Module):
         assert isinstance(weight, AutoWeight)
         return weight
 
+    def _progress(self) -> float | None:
+        return None if self.total_steps is None else (self.step + 1) / (self.total_steps + 1)
+
     def _measure(self, losses: Mapping[str, Tensor], terms: Mapping[str, Tensor], pyramid: Pyramid) -> None:
         """Now and then, let the weights that look after themselves see both gradients."""
         names = [name for name in terms if name in self.auto]
@@ -183,12 +190,6 @@ class Pair(nn.Module):
         task = gradient_norm(torch.stack(list(losses.values())).sum(), pyramid)
         for name in names:
             self._auto(name).update(task, gradient_norm(terms[name], pyramid))
-
-    def _student_raw(self, pyramid: Pyramid, batch: Batch, hidden: bool) -> Raw:
-        if not hidden:
-            return self.student.predict(pyramid, batch)
-        assert isinstance(self.student, OneStage), "a method that needs tower maps checks this when it is built"
-        return self.student.predict(pyramid, batch, hidden=True)
 
     def _teacher_batch(
         self, batch: Batch, images: Sequence[Tensor], targets: Iterable[Target], zoom: float
@@ -209,3 +210,10 @@ class Pair(nn.Module):
             self.teacher._apply(fn)
         super()._apply(fn, recurse)
         return self
+
+
+def _predict(model: Detector, pyramid: Pyramid, batch: Batch, hidden: bool) -> Raw:
+    if not hidden:
+        return model.predict(pyramid, batch)
+    assert isinstance(model, OneStage), "a method that needs tower maps checks this when it is built"
+    return model.predict(pyramid, batch, hidden=True)

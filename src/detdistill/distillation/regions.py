@@ -18,15 +18,17 @@ CANONICAL_SIDE, CANONICAL_STRIDE = 224.0, 16  # FPN (Lin et al. 2017), Eq. 1: Im
 
 def boxes_in_cells(batch: Batch, map_NCHW: Tensor) -> list[Tensor]:
     """Every image's objects as (K, 4) float32 xyxy in cells of the map; none where there are no targets."""
-    height, width = batch.padded_size
-    y, x = map_NCHW.shape[-2] / height, map_NCHW.shape[-1] / width
     if batch.targets is None:
         return [map_NCHW.new_zeros(0, 4, dtype=torch.float32) for _ in batch.sizes]
+    return [in_cells(target["boxes"].float(), batch, map_NCHW) for target in batch.targets]
+
+
+def in_cells(boxes_K4: Tensor, batch: Batch, map_NCHW: Tensor) -> Tensor:
+    """Boxes (K, 4) xyxy from network input to cells of the map."""
+    height, width = batch.padded_size
+    y, x = map_NCHW.shape[-2] / height, map_NCHW.shape[-1] / width
     # four scalar products: a tensor of the ratios would have to be copied to the device at every step
-    return [
-        torch.stack([b[:, 0] * x, b[:, 1] * y, b[:, 2] * x, b[:, 3] * y], dim=1)
-        for b in (target["boxes"].float() for target in batch.targets)
-    ]
+    return torch.stack([boxes_K4[:, i] * scale for i, scale in enumerate((x, y, x, y))], dim=1)
 
 
 def touched_cells(boxes_K4: Tensor, height: int, width: int) -> Tensor:

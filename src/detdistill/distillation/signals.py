@@ -42,6 +42,7 @@ class Signals:
         student_model, teacher_model: the detectors; the teacher is frozen, but gradient may pass through it.
         generator: a method's only source of randomness, seeded by (seed, process, step). The global generator
             is left alone, so a student sees the same draws with and without distillation.
+        progress: the share of training that is over, above 0 at the first step; None: its length is unknown.
     """
 
     student: Pyramid
@@ -53,6 +54,7 @@ class Signals:
     student_model: Detector
     teacher_model: Detector
     generator: torch.Generator
+    progress: float | None = None
 
 
 class Method(nn.Module, ABC):
@@ -62,7 +64,8 @@ class Method(nn.Module, ABC):
     are options in recipes), and by keyword any options of the binding; all are typed, and checked by the types.
 
     Attributes:
-        needs: "raw": the teacher's head outputs (else its head never runs); "hidden": the student's tower maps.
+        needs: "raw": the teacher's head outputs (else its head never runs); "hidden": both towers' maps in the
+            raw outputs, for one-stage pairs.
         presets: named sets of options. The one named after the student's kind ("anchor", "anchor_free",
             "two_stage") is what the method's name alone means.
     """

@@ -11,9 +11,10 @@ Shape legend: N images, C channels, H W rows and columns, K objects of an image,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -194,6 +195,8 @@ class Detector(nn.Module, ABC):
         classes: class names; label i means ``classes[i]``.
         preprocessor: the input convention.
         pyramid_channels: ``{stride: channels}`` of what ``pyramid`` returns.
+        pyramid_norms: ``{stride: BatchNorm}`` of the levels whose map is the very output of a BatchNorm; none
+            unless a detector says so.
         spec: how to build this model again (what a student file records), or None.
     """
 
@@ -201,6 +204,7 @@ class Detector(nn.Module, ABC):
     classes: tuple[str, ...]
     preprocessor: Preprocess
     pyramid_channels: dict[int, int]
+    pyramid_norms: Mapping[int, nn.BatchNorm2d] = MappingProxyType({})
     spec: dict[str, Any] | None = None
 
     def preprocess(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -22,6 +22,7 @@ from detdistill.models.heads import (
     DenseHead,
     flatten_maps,
     init_head,
+    normaliser,
     one_hot_targets,
     take_objects,
 )
@@ -81,12 +82,12 @@ class FCOS(OneStage):
             wanted_NPQ, boxes_NP4, positive_NP = [], [], []
             for target in batch.targets:
                 boxes_K4 = target["boxes"].float()
-                matched_P = match_cells(boxes_K4, cells)
+                matched_P = self.match(boxes_K4, cells)
                 wanted_NPQ.append(one_hot_targets(matched_P, target["labels"], len(self.classes)))
                 boxes_NP4.append(take_objects(matched_P, boxes_K4, cells_P4))
                 positive_NP.append(matched_P >= 0)
             positive, boxes = torch.stack(positive_NP), torch.stack(boxes_NP4)
-            count = _positives_of_a_process(positive)
+            count = normaliser(positive.sum())
             focal = sigmoid_focal_loss(logits_NPQ, torch.stack(wanted_NPQ), reduction="sum")
             giou_NP = generalized_box_iou_loss(CODER.decode(distances_NP4, cells_P4), boxes)
             wanted_NP = torch.where(positive, centerness_of(CODER.encode(cells_P4, boxes)), 0)
@@ -96,6 +97,9 @@ class FCOS(OneStage):
                 "bbox_regression": torch.where(positive, giou_NP, 0).sum() / count,
                 "bbox_ctrness": torch.where(positive, bce_NP, 0).sum() / count,
             }
+
+    def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
+        return match_cells(boxes_K4, anchors)
 
     def scores(self, raw: DenseRaw) -> list[Tensor]:
         assert raw.centerness is not None
@@ -147,14 +151,6 @@ def centerness_of(distances: Tensor) -> Tensor:
     """Centerness (FCOS, equation 3) of left, top, right, bottom distances (..., 4); NaN outside the box."""
     across, along = distances[..., [0, 2]], distances[..., [1, 3]]
     return torch.sqrt(across.amin(dim=-1) / across.amax(dim=-1) * (along.amin(dim=-1) / along.amax(dim=-1)))
-
-
-def _positives_of_a_process(positive_NP: Tensor) -> Tensor:
-    count = positive_NP.sum().float()
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return count.clamp(min=1)
-    distributed.all_reduce(count)
-    return count.clamp(min=1) / distributed.get_world_size()
 
 
 def fcos(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, box_iou
@@ -158,6 +158,19 @@ def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Te
         labels_P = labels_K[matched_P.clamp(min=0)]
         targets_PQ.scatter_(1, labels_P[:, None], (matched_P >= 0).float()[:, None])
     return targets_PQ
+
+
+def normaliser(total: Tensor) -> Tensor:
+    """What a sum over the batch is divided by: the batch's total, such as its number of matches, at least 1.
+
+    Under torch.distributed the total is averaged over the processes, so that after the mean of gradients N
+    processes equal one process on the same images; every process must then call this.
+    """
+    total = total.detach().float().clone()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return total.clamp(min=1)
+    distributed.all_reduce(total)
+    return total.clamp(min=1) / distributed.get_world_size()
 
 
 def select_candidates(scores_PQ: Tensor, threshold: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:

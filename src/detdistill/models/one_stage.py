@@ -65,6 +65,18 @@ class OneStage(Detector):
         return level_anchors(self.anchor_generator, pyramid, batch)
 
     @abstractmethod
+    def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
+        """Which object each anchor answers for in training.
+
+        Args:
+            boxes_K4: objects in network input; K may be 0.
+            anchors: of each level, as :meth:`anchors` gives them.
+
+        Returns:
+            (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronisation.
+        """
+
+    @abstractmethod
     def scores(self, raw: DenseRaw) -> list[Tensor]:
         """Level by level (N, P, Q) in [0, 1]: by what detections are chosen."""
 

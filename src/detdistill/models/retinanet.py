@@ -64,11 +64,12 @@ class RetinaNet(OneStage):
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
             logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
             deltas_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
-            anchors_P4 = torch.cat(self.anchors(raw.cls, batch))
+            anchors = self.anchors(raw.cls, batch)
+            anchors_P4 = torch.cat(anchors)
             classification, regression = [], []
             for logits_PQ, deltas_P4, target in zip(logits_NPQ, deltas_NP4, batch.targets, strict=True):
                 boxes_K4 = target["boxes"].float()
-                matched_P = match_boxes(boxes_K4, anchors_P4, high=0.5, low=0.4, keep_best=True)
+                matched_P = self.match(boxes_K4, anchors)
                 positive_P = matched_P >= 0
                 count = positive_P.sum().clamp(min=1)
                 wanted_PQ = one_hot_targets(matched_P, target["labels"], len(self.classes))
@@ -81,6 +82,9 @@ class RetinaNet(OneStage):
             "classification": torch.stack(classification).mean(),
             "bbox_regression": torch.stack(regression).mean(),
         }
+
+    def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
+        return match_boxes(boxes_K4, torch.cat(list(anchors)), high=0.5, low=0.4, keep_best=True)
 
     def scores(self, raw: DenseRaw) -> list[Tensor]:
         return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]

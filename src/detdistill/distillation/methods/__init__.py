@@ -3,18 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, get_args, get_origin, get_type_hints
 
 from detdistill.config import UserError, nearest
+from detdistill.distillation.methods.at import AT, ATLoss
+from detdistill.distillation.methods.cofd import COFD, COFDLoss
+from detdistill.distillation.methods.crosskd import CrossKD, CrossKDLoss
+from detdistill.distillation.methods.cwd import CWD, CWDLoss
+from detdistill.distillation.methods.defeat import DeFeat, DeFeatLoss
+from detdistill.distillation.methods.dist import DIST, DISTLoss
+from detdistill.distillation.methods.fgd import FGD, FGDLoss
+from detdistill.distillation.methods.fgfi import FGFI, FGFILoss
+from detdistill.distillation.methods.fkd import FKD, FKDLoss
+from detdistill.distillation.methods.frs import FRS, FRSLoss
+from detdistill.distillation.methods.gid import GID, GIDLoss
 from detdistill.distillation.methods.ima import IMA, IMALoss
+from detdistill.distillation.methods.kd import KD, KDLoss
+from detdistill.distillation.methods.ld import LD, LDLoss
+from detdistill.distillation.methods.maskd import MasKD, MasKDLoss
+from detdistill.distillation.methods.mgd import MGD, MGDLoss
 from detdistill.distillation.methods.mimic import Mimic, MimicLoss
+from detdistill.distillation.methods.pkd import PKD, PKDLoss
+from detdistill.distillation.methods.scalekd import ScaleKD, ScaleKDLoss
+from detdistill.distillation.methods.skd import SKD, SKDLoss
 from detdistill.distillation.signals import Method, Setting
 
-__all__ = ["IMA", "METHODS", "IMALoss", "Mimic", "MimicLoss", "build_method", "method_options"]
+__all__ = [
+    "AT",
+    "COFD",
+    "CWD",
+    "DIST",
+    "FGD",
+    "FGFI",
+    "FKD",
+    "FRS",
+    "GID",
+    "IMA",
+    "KD",
+    "LD",
+    "METHODS",
+    "MGD",
+    "PKD",
+    "SKD",
+    "ATLoss",
+    "COFDLoss",
+    "CWDLoss",
+    "CrossKD",
+    "CrossKDLoss",
+    "DISTLoss",
+    "DeFeat",
+    "DeFeatLoss",
+    "FGDLoss",
+    "FGFILoss",
+    "FKDLoss",
+    "FRSLoss",
+    "GIDLoss",
+    "IMALoss",
+    "KDLoss",
+    "LDLoss",
+    "MGDLoss",
+    "MasKD",
+    "MasKDLoss",
+    "Mimic",
+    "MimicLoss",
+    "PKDLoss",
+    "SKDLoss",
+    "ScaleKD",
+    "ScaleKDLoss",
+    "build_method",
+    "method_options",
+]
 
 METHODS: dict[str, type[Method]] = {
     "ima": IMA,
     "mimic": Mimic,
+    "at": AT,
+    "cofd": COFD,
+    "crosskd": CrossKD,
+    "cwd": CWD,
+    "defeat": DeFeat,
+    "dist": DIST,
+    "fgd": FGD,
+    "fgfi": FGFI,
+    "fkd": FKD,
+    "frs": FRS,
+    "gid": GID,
+    "kd": KD,
+    "ld": LD,
+    "maskd": MasKD,
+    "mgd": MGD,
+    "pkd": PKD,
+    "scalekd": ScaleKD,
+    "skd": SKD,
 }
 
 COMMON: dict[str, Any] = {"preset": str, "strides": list[int], "finest": int}
@@ -53,6 +134,42 @@ def method_options(name: str) -> dict[str, Any]:
     hints = _hints(METHODS[name])
     loss_class = hints.pop("loss")
     return {**hints, **_hints(loss_class)}
+
+
+def option_table(name: str) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows that say a method's options: type, default, and what each preset gives instead.
+
+    Raises:
+        UserError: no such method.
+    """
+    if name not in METHODS:
+        raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
+    method = METHODS[name]
+    defaults = {
+        key: parameter.default
+        for of in (method, get_type_hints(method.__init__)["loss"])
+        for key, parameter in signature(of).parameters.items()
+    }
+    options = {**method_options(name), **COMMON}
+    rows = [
+        [
+            option,
+            _type_name(hint),
+            "" if defaults.get(option) is None else str(defaults[option]),
+            *(str(preset.get(option, "")) for preset in method.presets.values()),
+        ]
+        for option, hint in options.items()
+    ]
+    return ["option", "type", "default", *method.presets], rows
+
+
+def _type_name(hint: Any) -> str:
+    kinds = get_args(hint) if get_origin(hint) is not list else ()
+    if not kinds:
+        return str(hint).replace("list[int]", "list of int") if get_origin(hint) else hint.__name__
+    return " | ".join(
+        kind if isinstance(kind, str) else "null" if kind is type(None) else kind.__name__ for kind in kinds
+    )
 
 
 def _hints(of: type[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Instance Mask Alignment (IMA): the paper's Eq. 2-10 as a loss on two feature maps, and its method.
+"""IMA: Instance Mask Alignment, the paper's Eq. 2-10 as a loss on two feature maps, and its method.
 
 A step of the cascade after the other (Algorithm 1): a random mask removes frequencies of the student's map
 (Eq. 2-3), instance standardisation gives every channel of every instance zero mean and unit variance
@@ -14,9 +14,7 @@ Shape legend: N instances, C channels, H W rows and columns, G regions, P pooled
 
 from __future__ import annotations
 
-import math
 import warnings
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -28,6 +26,7 @@ from detdistill.distillation.correlation import covariances
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.regions import boxes_in_cells
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
 
 POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
 IGNORED_LABEL = 255
@@ -343,54 +342,6 @@ class IMA(Method):
             boxes = boxes_in_cells(signals.teacher_batch, teacher) if self.loss.instance == "box" else None
             terms.append(self.loss(student, teacher, boxes=boxes, generator=signals.generator))
         return torch.stack(terms).sum()
-
-
-class SpectralFilter(torch.autograd.Function):
-    """The real part of F⁻¹(M ⊙ F(x)), for x (N, C, H, W) and a mask M that broadcasts to it.
-
-    Taking the real part of a real map's filtering is the same as filtering with the mean of M(k) and M(-k):
-    half of the spectrum is enough, and the filter is its own adjoint, so that the gradient costs what the value
-    does (autograd's own goes through the whole complex spectrum).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor) -> Tensor:
-        half = x.shape[-1] // 2 + 1
-        both = (keep.float() + keep.flip(-2, -1).roll((1, 1), (-2, -1)))[..., :half] / 2
-        ctx.save_for_backward(both)
-        return _filter_half(x, both)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (both,) = ctx.saved_tensors
-        return _filter_half(gradient, both), None
-
-
-def _filter_half(x: Tensor, both: Tensor) -> Tensor:
-    spectrum = torch.fft.rfft2(x)
-    torch.view_as_real(spectrum).mul_(both[..., None])  # a product with a complex mask would take twice as long
-    return torch.fft.irfft2(spectrum, s=x.shape[-2:])
-
-
-def hermitian(random: Tensor) -> Tensor:
-    """Give frequencies k and -k one random number, so that a mask cut from it is conjugate-symmetric.
-
-    Each frequency keeps a uniform number: of a pair, the one that comes first in memory is copied.
-    """
-    height, width = random.shape[-2:]
-    mirrored = random.flip(-2, -1).roll((1, 1), (-2, -1))
-    index = torch.arange(height * width, device=random.device).view(height, width)
-    return torch.where(index <= index.flip(-2, -1).roll((1, 1), (-2, -1)), random, mirrored)
-
-
-@lru_cache(maxsize=64)
-def dct_basis(size: int, device: torch.device) -> Tensor:
-    """The orthonormal DCT-II as a (size, size) matrix: rows are frequencies."""
-    k = torch.arange(size, dtype=torch.float64)
-    basis = torch.cos(math.pi / size * torch.outer(k, k + 0.5)) * math.sqrt(2 / size)
-    basis[0] /= math.sqrt(2)
-    return basis.to(device, torch.float32)
 
 
 def _pool(maps: Tensor, boxes: list[Tensor]) -> Tensor:

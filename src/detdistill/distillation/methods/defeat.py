@@ -1,0 +1,130 @@
+"""DeFeat: objects and background decoupled, on features and regions (Guo et al., CVPR 2021).
+
+Features of objects and of the background are imitated with a weight each; so are, between two-stage detectors,
+the class scores of the regions that are objects and of those that are background::
+
+    M      = 1 on the cells that the objects of this level touch; the rule of FPN says which level an object has
+    L_neck = 1/levels · Σ_levels w_o / (2 N_o) Σ M (φ(S) - T)² + w_b / (2 N_b) Σ (1 - M)(φ(S) - T)²
+    L_head = h_o · mean over object regions of KL(T || S) + h_b · mean over background regions of KL(T || S)
+
+N_o and N_b count elements, channels included. Of the paper's ways to sample regions, ours is the student's: the
+teacher's second stage is asked about the regions that the student sampled for its own loss.
+
+Shape legend: N images, C channels, H W rows and columns, R regions of the batch, Q classes and the background.
+Reduction: "sum/mask", over the batch, then the mean over the levels. The published code takes that mean, the
+paper's equation does not say; we follow the code, whose weights (VOC: 3, 12; 2, 2) are the defaults.
+
+φ is a 3×3 convolution without the code's ReLU, which would hold back the negative half of a pyramid's map. The
+code's masks reach one cell further on each box; ours are the cells that the box touches. What lies in the
+padding counts as background, as in the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
+from detdistill.distillation.responses import require_same_classes
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.base import Batch, TwoStageRaw
+from detdistill.models.faster_rcnn import FasterRCNN
+
+
+class DeFeatLoss(nn.Module):
+    """The neck's term of one level, and in :meth:`head` the regions' term.
+
+    Args:
+        object_weight, background_weight: of the neck's term (w_o, w_b).
+        head_object_weight, head_background_weight: of the regions' term (h_o, h_b); both 0: no such term.
+    """
+
+    def __init__(
+        self,
+        *,
+        object_weight: float = 3.0,
+        background_weight: float = 12.0,
+        head_object_weight: float = 2.0,
+        head_background_weight: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.object_weight, self.background_weight = object_weight, background_weight
+        self.head_object_weight, self.head_background_weight = head_object_weight, head_background_weight
+
+    @in_full_precision
+    def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor, object_NHW: Tensor) -> Tensor:
+        """Maps (N, C, H, W), the teacher is detached; the mask bool, True on objects. Returns a scalar."""
+        # the mean over channels first: masks are one for all of them
+        squares_NHW = (student_NCHW - teacher_NCHW.detach()).square().mean(dim=1)
+        objects, background = _mean_of(squares_NHW, object_NHW), _mean_of(squares_NHW, ~object_NHW)
+        return (self.object_weight * objects + self.background_weight * background) / 2
+
+    @in_full_precision
+    def head(self, student_RQ: Tensor, teacher_RQ: Tensor, object_R: Tensor) -> Tensor:
+        """Class logits of the same regions, the teacher is detached; the mask bool, True for objects."""
+        logs_s_RQ, logs_t_RQ = student_RQ.log_softmax(dim=1), teacher_RQ.detach().log_softmax(dim=1)
+        kl_R = F.kl_div(logs_s_RQ, logs_t_RQ, reduction="none", log_target=True).sum(dim=1)
+        objects, background = _mean_of(kl_R, object_R), _mean_of(kl_R, ~object_R)
+        return self.head_object_weight * objects + self.head_background_weight * background
+
+
+class DeFeat(Method):
+    """Mean of :class:`DeFeatLoss` over the matched levels, and its head term where both are two-stage.
+
+    Presets: "neck" leaves the head term out. Pairs that are not two-stage have none anyway.
+
+    Args:
+        adapt: where φ stands between the maps.
+    """
+
+    presets: ClassVar = {"neck": {"head_object_weight": 0.0, "head_background_weight": 0.0}}
+
+    def __init__(self, setting: Setting, loss: DeFeatLoss, *, adapt: Adapt = "always") -> None:
+        super().__init__()
+        two_stage = isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN)
+        self.with_head = two_stage and bool(loss.head_object_weight or loss.head_background_weight)
+        if self.with_head:
+            require_same_classes(setting, "defeat", instead="use `preset: neck` for the features alone")
+        self.align = LevelAligner(setting.matching, adapt, conv3x3)
+        self.loss = loss
+
+    def forward(self, signals: Signals) -> Tensor:
+        strides = [level.teacher_stride for level in self.align.levels]
+        terms = [
+            self.loss(s, t, level_mask(signals.teacher_batch, t, level.teacher_stride, strides))
+            for level, s, t in self.align(signals.student, signals.teacher)
+        ]
+        neck = torch.stack(terms).mean()
+        return neck + self._head(signals) if self.with_head else neck
+
+    def _head(self, signals: Signals) -> Tensor:
+        raw, teacher = signals.student_raw, signals.teacher_model
+        assert isinstance(raw, TwoStageRaw)
+        assert isinstance(teacher, FasterRCNN)
+        assert raw.roi_labels is not None, "the student samples regions in training mode"
+        # Regions are in network input, which has one scale for both models: they differ in padding at most.
+        with torch.no_grad():
+            logits_RQ, _ = teacher.classify(signals.teacher, raw.proposals, signals.teacher_batch)
+        return self.loss.head(raw.roi_logits_RQ, logits_RQ, torch.cat(raw.roi_labels) > 0)
+
+
+def level_mask(batch: Batch, map_NCHW: Tensor, stride: int, strides: Sequence[int]) -> Tensor:
+    """(N, H, W) bool: the cells touched by the objects that, of these strides, belong to this one."""
+    height, width = map_NCHW.shape[-2:]
+    assert batch.targets is not None
+    masks = []
+    for target, cells_K4 in zip(batch.targets, boxes_in_cells(batch, map_NCHW), strict=True):
+        here_K = stride_of_boxes(target["boxes"].float(), strides) == stride
+        masks.append((touched_cells(cells_K4, height, width) & here_K[:, None, None]).any(dim=0))
+    return torch.stack(masks)
+
+
+def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the values under the mask, 0 where there are none."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,108 @@
+"""DIST: relations between classes and between cells (Huang et al., NeurIPS 2022).
+
+With scores y (sigmoid of the logits in one-stage detectors, softmax in two-stage ones) as a table of rows and
+classes, and r Pearson's correlation::
+
+    L = τ² · ( inter_weight · (1 - mean over rows of r(y_S, y_T) along the classes)
+             + intra_weight · (1 - mean over classes of r(y_S, y_T) along the rows) )
+
+Only relations count: a student may be less sure than its teacher throughout. The rows are the cells of a level,
+over the batch, with K = A·Q columns of anchors and classes; or the regions that the student samples, with the
+background among the Q + 1 classes, for which the teacher's second stage is run.
+
+Shape legend: N images, H W rows and columns of a map, A anchors a cell, Q classes, K columns, R regions.
+Reduction: "mean", between 0 and 2 for each term; the levels are summed.
+
+We follow the published code: τ = 1, and an eps of 1e-8 beside the product of norms, for which (nearly) constant
+rows give r = 0 and so a loss of 1, of equal models too: early in training scores are that even. A single class
+without anchors has no relation between classes: that term is then a constant.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.responses import region_responses, require_alike_heads, require_same_classes
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.base import DenseRaw
+from detdistill.models.faster_rcnn import FasterRCNN
+
+EPS = 1e-8
+
+
+class DISTLoss(nn.Module):
+    """L of the module's equation.
+
+    Args:
+        inter_weight, intra_weight: β and γ, factors on the relations between classes and between rows.
+        temperature: τ, of the scores.
+        scores: "sigmoid" for logits of classes on their own, "softmax" for those of one choice.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        inter_weight: float = 1.0,
+        intra_weight: float = 1.0,
+        temperature: float = 1.0,
+        scores: Literal["sigmoid", "softmax"] = "sigmoid",
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.inter_weight, self.intra_weight = inter_weight, intra_weight
+        self.temperature, self.scores = temperature, scores
+
+    @in_full_precision
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Logits with their classes in dimension 1, (N, K, H, W) or (R, K); the teacher's are detached."""
+        s, t = (
+            x.sigmoid() if self.scores == "sigmoid" else x.softmax(dim=1)
+            for x in (student / self.temperature, teacher.detach() / self.temperature)
+        )
+        rows = [dim for dim in range(s.ndim) if dim != 1]
+        inter = 1 - correlation(s, t, [1]).mean()
+        intra = 1 - correlation(s, t, rows).mean()
+        return self.temperature**2 * (self.inter_weight * inter + self.intra_weight * intra)
+
+
+class DIST(Method):
+    """Sum of :class:`DISTLoss` over the matched levels' class logits; of two-stage pairs, on the regions'."""
+
+    presets: ClassVar = {
+        "anchor": {"scores": "sigmoid"},
+        "anchor_free": {"scores": "sigmoid"},
+        "two_stage": {"scores": "softmax"},
+    }
+
+    def __init__(self, setting: Setting, loss: DISTLoss) -> None:
+        super().__init__()
+        if isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN):
+            require_same_classes(setting, "dist")
+        else:
+            require_alike_heads(setting, "dist")
+            self.needs = frozenset({"raw"})
+        self.strides = [level.student_stride for level in setting.matching.levels]
+        self.loss = loss
+
+    def forward(self, signals: Signals) -> Tensor:
+        student, teacher = signals.student_raw, signals.teacher_raw
+        if not isinstance(student, DenseRaw):
+            raw, logits_RQ, _ = region_responses(signals)
+            return self.loss(raw.roi_logits_RQ, logits_RQ)
+        assert isinstance(teacher, DenseRaw)
+        return torch.stack([self.loss(student.cls[s], teacher.cls[s]) for s in self.strides]).sum()
+
+
+def correlation(a: Tensor, b: Tensor, dims: list[int]) -> Tensor:
+    """Pearson's r along these dimensions, which disappear. Nothing is transposed, so that nothing is copied."""
+    a, b = (x - x.mean(dim=dims, keepdim=True) for x in (a, b))
+    sizes = [torch.linalg.vector_norm(x, dim=dims) for x in (a, b)]
+    return (a * b).sum(dim=dims) / (sizes[0] * sizes[1] + EPS)

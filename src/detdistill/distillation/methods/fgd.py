@@ -1,0 +1,293 @@
+"""FGD: focal and global distillation, by boxes, attention and context (Yang et al., CVPR 2022).
+
+Objects and background apart, each pixel and channel by the teacher's attention; the student's attention; and
+the maps after a block of global context::
+
+    A_s(F) = H·W · softmax over pixels of mean_c |F| / τ    A_c(F) = C · softmax over channels of mean_p |F| / τ
+    M_f    = max over the boxes on a cell of 1 / (h w)      M_b    = 1 / (cells without a box) on those cells
+    L      = 1/N · ( α Σ M_f A_s(T) A_c(T) (S - T)² + β Σ M_b A_s(T) A_c(T) (S - T)²
+                     + γ (|A_s(T) - A_s(S)|₁ + |A_c(T) - A_c(S)|₁) + λ Σ (R_S(S) - R_T(T))² )
+    R(F)   = F + W₂ ReLU(LN(W₁ Σ_p softmax_p(W_k F) F_p))   R_S and R_T have weights of their own, all trained
+
+S is the student's map after a 1×1 convolution where channels differ.
+Shape legend: N images, C channels, H W rows and columns, P = H·W pixels, K objects of an image.
+Reduction: "sum/N" for each level; the levels are summed.
+
+We follow the published code where the paper's settings differ (γ for one-stage detectors is 1e-3 in the paper,
+and τ 0.5 everywhere), but not its masks: h and w are of the cells that the box touches (the code's reach one
+cell further), and boxes are mapped by the padded size, which the map covers (the code's by the unpadded one).
+W_k has no bias: a softmax does not see it. Their runs clip gradients at a norm of 35, and may start from the
+teacher's neck and head ("inheriting"), which is not part of the method here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from detdistill.distillation.correlation import channel_parts
+from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import boxes_in_cells, touched_cells
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.base import Batch
+
+
+class FGDLoss(nn.Module):
+    """L of the module's equation, for one level.
+
+    Args:
+        foreground_weight, background_weight: α and β, of the features on and off the objects.
+        attention_weight: γ, of the attention maps.
+        relation_weight: λ, of the maps with their global context; 0: no context blocks are made.
+        tau: temperature of the attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        foreground_weight: float = 1e-3,
+        background_weight: float = 5e-4,
+        attention_weight: float = 5e-4,
+        relation_weight: float = 5e-6,
+        tau: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if tau <= 0:
+            raise ValueError(f"tau must be positive, got {tau}")
+        self.foreground_weight, self.background_weight = foreground_weight, background_weight
+        self.attention_weight, self.relation_weight = attention_weight, relation_weight
+        self.tau = tau
+
+    @in_full_precision
+    def forward(
+        self,
+        student_NCHW: Tensor,
+        teacher_NCHW: Tensor,
+        foreground_NHW: Tensor,
+        background_NHW: Tensor,
+        student_context_NC: Tensor | None = None,
+        teacher_context_NC: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
+            foreground_NHW, background_NHW: M_f and M_b.
+            student_context_NC, teacher_context_NC: R(F) - F of each, one number for a channel; None: 0.
+        """
+        s_NCP, t_NCP = student_NCHW.flatten(2), teacher_NCHW.detach().flatten(2)
+        n, _, pixels = s_NCP.shape
+        pixels_t_NP, channels_t_NC = self._attention(*_sizes(t_NCP))
+
+        focus_NHW = self.foreground_weight * foreground_NHW + self.background_weight * background_NHW
+        focus_NP = focus_NHW.flatten(1).to(s_NCP.dtype) * pixels_t_NP
+        size_NP, size_NC, difference_NC, squares_NC, focal_NC = _MapSums.apply(s_NCP, t_NCP, focus_NP)
+
+        focal = (focal_NC * channels_t_NC).sum()
+        pixels_s_NP, channels_s_NC = self._attention(size_NP, size_NC)
+        attention = (pixels_t_NP - pixels_s_NP).abs().sum() + (channels_t_NC - channels_s_NC).abs().sum()
+        relation = squares_NC.sum()
+        if student_context_NC is not None and teacher_context_NC is not None:
+            shift_NC = student_context_NC - teacher_context_NC  # Σ (difference + shift)², multiplied out
+            relation = relation + (shift_NC * (2 * difference_NC + pixels * shift_NC)).sum()
+        return (focal + self.attention_weight * attention + self.relation_weight * relation) / n
+
+    def _attention(self, size_NP: Tensor, size_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """A_s (N, P) and A_c (N, C) from Σ_c |F| and Σ_p |F|."""
+        pixels, channels = size_NP.shape[1], size_NC.shape[1]
+        pixels_NP = pixels * (size_NP / (channels * self.tau)).softmax(dim=1)
+        return pixels_NP, channels * (size_NC / (pixels * self.tau)).softmax(dim=1)
+
+
+class GlobalContext(nn.Module):
+    """R(F) - F: what a block of global context (GcBlock, Cao et al. 2019) adds to all pixels of a map.
+
+    It starts at 0, as there.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        middle = max(1, channels // 2)
+        self.key_C = nn.Parameter(torch.randn(channels) * (2 / channels) ** 0.5)  # He et al.'s, as in the code
+        self.transform = nn.Sequential(
+            nn.Linear(channels, middle), nn.LayerNorm(middle), nn.ReLU(), nn.Linear(middle, channels)
+        )
+        for parameter in self.transform[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    @in_full_precision
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C)."""
+        return self.transform(_AttentionPool.apply(x_NCHW.flatten(2), self.key_C))
+
+
+class FGD(Method):
+    """Sum of :class:`FGDLoss` over the matched levels.
+
+    Presets: one for each kind; "reppoints" and "yolox" are the code's for those detectors.
+
+    Args:
+        adapt: where a 1×1 convolution stands between the maps.
+    """
+
+    presets: ClassVar = {
+        "anchor": {
+            "foreground_weight": 1e-3,
+            "background_weight": 5e-4,
+            "attention_weight": 5e-4,
+            "relation_weight": 5e-6,
+            "tau": 0.5,
+        },
+        "anchor_free": {
+            "foreground_weight": 1.6e-3,
+            "background_weight": 8e-4,
+            "attention_weight": 8e-4,
+            "relation_weight": 8e-6,
+            "tau": 0.8,
+        },
+        "two_stage": {
+            "foreground_weight": 5e-5,
+            "background_weight": 2.5e-5,
+            "attention_weight": 5e-5,
+            "relation_weight": 5e-7,
+            "tau": 0.5,
+            "finest": 4,
+        },
+        "reppoints": {
+            "foreground_weight": 1.6e-3,
+            "background_weight": 8e-4,
+            "attention_weight": 8e-4,
+            "relation_weight": 8e-6,
+            "tau": 0.5,
+        },
+        "yolox": {
+            "foreground_weight": 2e-3,
+            "background_weight": 1e-3,
+            "attention_weight": 1e-3,
+            "relation_weight": 1e-5,
+            "tau": 0.5,
+        },
+    }
+
+    def __init__(self, setting: Setting, loss: FGDLoss, *, adapt: Adapt = "auto") -> None:
+        super().__init__()
+        self.align = LevelAligner(setting.matching, adapt)
+        self.loss = loss
+        self.student_context, self.teacher_context = nn.ModuleDict(), nn.ModuleDict()
+        if loss.relation_weight:
+            for level in setting.matching.levels:
+                self.student_context[str(level.student_stride)] = GlobalContext(level.teacher_channels)
+                self.teacher_context[str(level.student_stride)] = GlobalContext(level.teacher_channels)
+
+    def forward(self, signals: Signals) -> Tensor:
+        terms = []
+        for level, s, t in self.align(signals.student, signals.teacher):
+            key = str(level.student_stride)
+            context = []
+            if self.loss.relation_weight:
+                context = [self.student_context[key](s), self.teacher_context[key](t)]
+            terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context))
+        return torch.stack(terms).sum()
+
+
+def focal_masks(batch: Batch, map_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """M_f and M_b of the module's equation, (N, H, W) float32 each."""
+    height, width = map_NCHW.shape[-2:]
+    foreground = []
+    for boxes_K4 in boxes_in_cells(batch, map_NCHW):
+        touched_KHW = touched_cells(boxes_K4, height, width).float()
+        shares_KHW = touched_KHW / touched_KHW.sum(dim=(1, 2), keepdim=True)
+        nothing_1HW = shares_KHW.new_zeros(1, height, width)  # where there are no boxes
+        foreground.append(torch.cat([nothing_1HW, shares_KHW]).amax(dim=0))
+    foreground_NHW = torch.stack(foreground)
+    free_NHW = (foreground_NHW == 0).float()
+    return foreground_NHW, free_NHW / free_NHW.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+
+
+# The student's map is read in the two functions below alone, with gradients by hand: left to autograd, each use
+# of a map makes a map of gradients, and FGD's many uses cost several times as much. Weighted sums are matrix
+# products with the weights as a row; as a column they are ten times slower on a CPU.
+
+
+class _MapSums(torch.autograd.Function):
+    """Of a student's and a teacher's map (N, C, P), with d = s - t and weights of pixels (N, P):
+
+    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d². Differentiable by s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(s_NCP, t_NCP, weights_NP)
+        sums = s_NCP.new_empty(3, *s_NCP.shape[:2])
+        for part in channel_parts(s_NCP):
+            work_NCP = s_NCP[:, part] - t_NCP[:, part]
+            sums[0, :, part] = work_NCP.sum(dim=2)
+            sums[1, :, part] = work_NCP.square_().sum(dim=2)
+            sums[2, :, part] = _sum_pixels(work_NCP, weights_NP)
+        return (*_sizes(s_NCP), *sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        s_NCP, t_NCP, weights_NP = ctx.saved_tensors
+        size_N1P = gradients[0][:, None]
+        size_NC1, difference_NC1, squares_NC1, weighted_NC1 = (g[:, :, None] for g in gradients[1:])
+        gradient_NCP = torch.empty_like(s_NCP)
+        for part in channel_parts(s_NCP):
+            factor_NCP = torch.addcmul(2 * squares_NC1[:, part], weights_NP[:, None], 2 * weighted_NC1[:, part])
+            work_NCP = s_NCP[:, part] - t_NCP[:, part]
+            here = torch.addcmul(difference_NC1[:, part], factor_NCP, work_NCP, out=gradient_NCP[:, part])
+            torch.sgn(s_NCP[:, part], out=work_NCP)
+            here.addcmul_(work_NCP, torch.add(size_N1P, size_NC1[:, part], out=factor_NCP))
+        return gradient_NCP, None, None
+
+
+def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_c |x| (N, P) and Σ_p |x| (N, C)."""
+    n, channels, pixels = x_NCP.shape
+    size_NP, size_NC = x_NCP.new_zeros(n, pixels), x_NCP.new_empty(n, channels)
+    for part in channel_parts(x_NCP):
+        work_NCP = x_NCP[:, part].abs()
+        size_NP += work_NCP.sum(dim=1)
+        size_NC[:, part] = work_NCP.sum(dim=2)
+    return size_NP, size_NC
+
+
+class _AttentionPool(torch.autograd.Function):
+    """Σ_p softmax_p(Σ_c key_c x_cp) x_p: a map (N, C, P) and a key (C,) to (N, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NCP: Tensor, key_C: Tensor) -> Tensor:
+        attention_NP = _sum_channels(x_NCP, key_C.expand(len(x_NCP), -1)).softmax(dim=1)
+        ctx.save_for_backward(x_NCP, key_C, attention_NP)
+        return _sum_pixels(x_NCP, attention_NP)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor | None, Tensor]:
+        x_NCP, key_C, attention_NP = ctx.saved_tensors
+        by_attention_NP = _sum_channels(x_NCP, gradient_NC)
+        mean_N1 = (attention_NP * by_attention_NP).sum(dim=1, keepdim=True)
+        by_score_NP = attention_NP * (by_attention_NP - mean_N1)
+        by_key_C = _sum_pixels(x_NCP, by_score_NP).sum(dim=0)
+        if not ctx.needs_input_grad[0]:
+            return None, by_key_C
+        gradient_NCP = torch.empty_like(x_NCP)
+        for part in channel_parts(x_NCP):
+            here = torch.mul(gradient_NC[:, part, None], attention_NP[:, None], out=gradient_NCP[:, part])
+            here.addcmul_(key_C[part, None], by_score_NP[:, None])
+        return gradient_NCP, by_key_C
+
+
+def _sum_pixels(x_NCP: Tensor, weights_NP: Tensor) -> Tensor:
+    """(N, C)."""
+    return (weights_NP[:, None] @ x_NCP.transpose(1, 2)).squeeze(1)
+
+
+def _sum_channels(x_NCP: Tensor, weights_NC: Tensor) -> Tensor:
+    """(N, P)."""
+    return (weights_NC[:, None] @ x_NCP).squeeze(1)

@@ -1,0 +1,104 @@
+"""FRS: features and scores where the teacher sees something (Du et al., "Feature Richness", NeurIPS 2021).
+
+Where the teacher is sure of any class, its features and scores count more, object or not::
+
+    m_ij   = max over anchors and classes of sigmoid(teacher's logits at ij)
+    L_feat = feature_weight · Σ m (φ(S) - T)² / Σ m
+    L_cls  = cls_weight · Σ m BCE(student's logits, sigmoid(teacher's logits)) / Σ m
+
+The logits are those on the pyramid: of a two-stage detector, its proposals network's objectness.
+
+Shape legend: N images, C channels, H W rows and columns, A anchors a cell, Q classes.
+Reduction: "sum/mask", over the batch, for each level; the levels are summed. Neither C nor A·Q is divided by.
+
+Weights, reduction and φ, a 3×3 convolution on each level, are the published code's. Its BCE takes
+probabilities, ours logits: the same number without the overflow. It warms up over 500 steps: give `warmup`.
+BCE with soft targets is not 0 for an equal student: what is left is the teacher's entropy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.responses import require_alike_heads
+from detdistill.distillation.signals import Method, Need, Setting, Signals
+from detdistill.models.base import dense
+
+
+class FRSLoss(nn.Module):
+    """The features' term of one level, and in :meth:`scores` the class scores' term.
+
+    Args:
+        feature_weight, cls_weight: factors on the terms; 0 leaves the term out.
+    """
+
+    def __init__(self, *, feature_weight: float = 0.005, cls_weight: float = 0.02) -> None:
+        super().__init__()
+        self.feature_weight, self.cls_weight = feature_weight, cls_weight
+
+    @in_full_precision
+    def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor, richness_NHW: Tensor) -> Tensor:
+        """Maps (N, C, H, W), the teacher is detached; m from :func:`richness`. Returns a scalar."""
+        squares_NHW = (student_NCHW - teacher_NCHW.detach()).square().sum(dim=1)
+        return self.feature_weight * _weighted(squares_NHW, richness_NHW)
+
+    @in_full_precision
+    def scores(self, student_NAQHW: Tensor, teacher_NAQHW: Tensor, richness_NHW: Tensor) -> Tensor:
+        """Class logits (N, A·Q, H, W), the teacher is detached. Returns a scalar."""
+        bce = F.binary_cross_entropy_with_logits(
+            student_NAQHW, teacher_NAQHW.detach().sigmoid(), reduction="none"
+        )
+        return self.cls_weight * _weighted(bce.sum(dim=1), richness_NHW)
+
+
+class FRS(Method):
+    """Sum of :class:`FRSLoss` over the matched levels.
+
+    Presets: one for each kind, and "gfl" for detectors with a quality focal loss.
+
+    Args:
+        adapt: where φ stands between the maps.
+    """
+
+    needs: frozenset[Need] = frozenset({"raw"})
+    presets: ClassVar = {
+        "anchor": {"feature_weight": 0.005, "cls_weight": 0.02},
+        "anchor_free": {"feature_weight": 0.01, "cls_weight": 0.05},
+        "two_stage": {"feature_weight": 0.002, "cls_weight": 0.1},
+        "gfl": {"feature_weight": 0.1, "cls_weight": 0.05},
+    }
+
+    def __init__(self, setting: Setting, loss: FRSLoss, *, adapt: Adapt = "always") -> None:
+        super().__init__()
+        if loss.cls_weight:
+            require_alike_heads(setting, "frs", instead="use `cls_weight: 0` for the features alone")
+        self.align = LevelAligner(setting.matching, adapt, conv3x3)
+        self.loss = loss
+
+    def forward(self, signals: Signals) -> Tensor:
+        assert signals.teacher_raw is not None
+        student_cls, teacher_cls = dense(signals.student_raw).cls, dense(signals.teacher_raw).cls
+        terms = []
+        for level, s, t in self.align(signals.student, signals.teacher):
+            logits = teacher_cls[level.teacher_stride]
+            m_NHW = richness(logits)
+            terms.append(self.loss(s, t, m_NHW))
+            if self.loss.cls_weight:
+                terms.append(self.loss.scores(student_cls[level.student_stride], logits, m_NHW))
+        return torch.stack(terms).sum()
+
+
+def richness(logits_NAQHW: Tensor) -> Tensor:
+    """(N, H, W) float32 or float64: the highest score of each cell (m in the module's equation)."""
+    highest_NHW = logits_NAQHW.detach().amax(dim=1)
+    return highest_NHW.to(torch.promote_types(highest_NHW.dtype, torch.float32)).sigmoid()
+
+
+def _weighted(values_NHW: Tensor, weights_NHW: Tensor) -> Tensor:
+    return (values_NHW * weights_NHW).sum() / weights_NHW.sum().clamp(min=1e-12)

@@ -1,0 +1,161 @@
+"""KD: the teacher's class scores and boxes as soft targets (Hinton et al., 2015, for detectors).
+
+One-stage detectors score each class by itself: the soft target of an anchor is a number for each class::
+
+    w     = max over classes of sigmoid(t)           how much of an object the teacher sees at an anchor
+    n     = max(1, sum of w)                         how many it sees in the batch
+    L_cls = cls_weight · τ² · sum of w · KL(sigmoid(t / τ) || sigmoid(s / τ)) / n
+    L_box = box_weight · sum of w · |b_S - b_T|₁ / n                        b in the head's own encoding
+
+The weight w keeps the background, of which there is a thousand times more, from being all that is learned, and
+n, unlike a mean over anchors and classes, does not change with the size of the image or the number of classes.
+
+Two-stage detectors share one softmax among classes and background. Both second stages answer for the regions
+that the student samples; the teacher's is run on them::
+
+    L_cls = cls_weight · τ² · mean over regions of KL(softmax(t / τ) || softmax(s / τ))
+    L_box = box_weight · sum of p · |Δ_S - Δ_T|₁ / max(1, sum of p)     p = the teacher's share of each class
+
+There is no single source for detectors: KL, τ² and soft targets are Hinton's, the weights and n are ours. The
+centre-ness of FCOS is not distilled. Shape legend: N images, P anchors, Q classes, R regions.
+Reduction: "sum/mask" (the mask is w, or p) over all levels together; the classes of regions "mean".
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detdistill.config import UserError
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.responses import (
+    box_outputs,
+    class_logits,
+    on_levels,
+    region_responses,
+    require_alike_heads,
+    require_same_classes,
+    tempered_kl,
+)
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.base import DenseRaw
+from detdistill.models.faster_rcnn import FasterRCNN
+from detdistill.models.one_stage import OneStage
+
+
+class KDLoss(nn.Module):
+    """L_cls + L_box of the module's equations: one-stage, and in :meth:`regions` two-stage.
+
+    Args:
+        cls_weight, box_weight: factors on the terms; a term of weight 0 is not computed.
+        temperature: τ; above 1 it brings out what lies between the classes.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    def __init__(self, *, cls_weight: float = 1.0, box_weight: float = 1.0, temperature: float = 1.0) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.cls_weight, self.box_weight, self.temperature = cls_weight, box_weight, temperature
+
+    @in_full_precision
+    def forward(
+        self,
+        student_NPQ: Tensor,
+        teacher_NPQ: Tensor,
+        student_NP4: Tensor | None = None,
+        teacher_NP4: Tensor | None = None,
+    ) -> Tensor:
+        """Class logits (N, P, Q) and encoded boxes (N, P, 4), the teacher's are detached. Returns a scalar.
+
+        Without boxes there is no box term.
+        """
+        teacher_NPQ = teacher_NPQ.detach()
+        weight_NP = teacher_NPQ.amax(dim=2).sigmoid()
+        count = weight_NP.sum().clamp(min=1)
+        loss = student_NPQ.new_zeros(())
+        if self.cls_weight:
+            s, t = student_NPQ / self.temperature, teacher_NPQ / self.temperature
+            # KL of two Bernoullis from logits: nothing here overflows, and it is exactly 0 where they agree
+            kl_NPQ = F.softplus(s) - F.softplus(t) - t.sigmoid() * (s - t)
+            kl = (weight_NP * kl_NPQ.sum(dim=2)).sum() / count
+            loss = loss + self.cls_weight * self.temperature**2 * kl
+        if self.box_weight and student_NP4 is not None and teacher_NP4 is not None:
+            l1_NP = (student_NP4 - teacher_NP4.detach()).abs().sum(dim=2)
+            loss = loss + self.box_weight * (weight_NP * l1_NP).sum() / count
+        return loss
+
+    @in_full_precision
+    def regions(
+        self, student_RQ: Tensor, teacher_RQ: Tensor, student_RQ4: Tensor, teacher_RQ4: Tensor
+    ) -> Tensor:
+        """The same for regions, the teacher's are detached. Returns a scalar.
+
+        Args:
+            student_RQ, teacher_RQ: class logits (R, Q + 1), the background's first; R may be 0.
+            student_RQ4, teacher_RQ4: box deltas (R, 4·(Q + 1)).
+        """
+        teacher_RQ, teacher_RQ4 = teacher_RQ.detach(), teacher_RQ4.detach()
+        loss = student_RQ.new_zeros(())
+        if self.cls_weight:
+            kl_R = tempered_kl(student_RQ, teacher_RQ, self.temperature)
+            loss = loss + self.cls_weight * kl_R.sum() / max(1, len(kl_R))
+        if self.box_weight:
+            share_RQ = teacher_RQ.softmax(dim=1)[:, 1:]
+            l1_RQ = (student_RQ4 - teacher_RQ4).abs().unflatten(1, (-1, 4)).sum(dim=2)[:, 1:]
+            loss = loss + self.box_weight * (share_RQ * l1_RQ).sum() / share_RQ.sum().clamp(min=1)
+        return loss
+
+
+class KD(Method):
+    """:class:`KDLoss` between the predictions of two detectors of one family.
+
+    One-stage: on the matched levels, which may be fewer by `finest` or `strides`. Two-stage: on all regions.
+    """
+
+    # Box sides of FCOS are in strides, about four times as large as an anchor's deltas.
+    presets: ClassVar = {
+        "anchor": {"box_weight": 1.0},
+        "anchor_free": {"box_weight": 0.25},
+        "two_stage": {"box_weight": 1.0},
+    }
+
+    def __init__(self, setting: Setting, loss: KDLoss) -> None:
+        super().__init__()
+        if isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN):
+            require_same_classes(setting, "kd")
+        else:
+            require_alike_heads(setting, "kd")
+            require_numbers(setting, "kd", loss.box_weight)
+            self.needs = frozenset({"raw"})
+        self.strides = [level.student_stride for level in setting.matching.levels]
+        self.num_classes = len(setting.student.classes)
+        self.loss = loss
+
+    def forward(self, signals: Signals) -> Tensor:
+        student, teacher = signals.student_raw, signals.teacher_raw
+        if not isinstance(student, DenseRaw):
+            raw, logits_RQ, deltas_RQ4 = region_responses(signals)
+            return self.loss.regions(raw.roi_logits_RQ, logits_RQ, raw.roi_deltas_RQ4, deltas_RQ4)
+        assert isinstance(teacher, DenseRaw)
+        student, teacher = (on_levels(raw, self.strides) for raw in (student, teacher))
+        logits = [class_logits(raw, self.num_classes) for raw in (student, teacher)]
+        boxes = [box_outputs(raw) for raw in (student, teacher)] if self.loss.box_weight else []
+        return self.loss(*logits, *boxes)
+
+
+def require_numbers(setting: Setting, name: str, box_weight: float) -> None:
+    """Refuse to compare box sides that a head gives as distributions.
+
+    Raises:
+        UserError: the student's head has bins, and the term is on.
+    """
+    if box_weight and isinstance(setting.student, OneStage) and setting.student.head.bins is not None:
+        raise UserError(
+            f"{name} compares box sides as numbers, but this head predicts distributions: use `box_weight: 0`, "
+            "and ld beside it"
+        )

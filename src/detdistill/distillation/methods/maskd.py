@@ -1,0 +1,206 @@
+"""MasKD: masks of tokens that learned where the teacher's detections come from (Huang et al., ICLR 2023).
+
+Stage 1, the teacher frozen: m tokens E per level cut its map T into soft regions, and learn what its detections
+need, without overlapping::
+
+    M_i = sigmoid(E_i · T)      p = softmax over tokens of linear(mean of T over pixels)
+    L_1 = the teacher's ground-truth losses on Σ_i p_i M_i T in place of T
+          + mean over pairs i ≠ j of the Dice coefficient 2 Σ M_i M_j / (Σ M_i² + Σ M_j²)
+
+Stage 2, the tokens frozen, with S after a 1×1 convolution::
+
+    L   = alpha · mean over images of Σ_i p_i · Σ_pixels M_i² mean_c (S - T)² / Σ_pixels M_i
+
+Both happen in one run. Until `token_fraction` of training is over (where its length is unknown: always) the
+tokens follow the gradient of L_1, which reaches nothing else, while the student already learns from the masks
+as they are: they begin near 1/2 everywhere, plain imitation. After that L_1 is not computed, which saves a run
+of the teacher's head, forward and backward, in each step. From `student_masks_from` on, M_i(T) is multiplied by
+M_i(S), without gradient. What is reported is L, to which L_1 adds its gradient but not its value; the method's
+weight scales both.
+
+Shape legend: N images, C channels, H W rows and columns, P pixels, T tokens.
+Reduction: "sum/mask"; the levels are summed.
+
+Paper and code: we follow the code, which squares masks (they multiply both maps) but divides by their plain
+sum; the weights are for that. It first trains the tokens for 2000 steps with Adam at 0.01, in a program of its
+own, where here they share the student's optimiser, and uses the student's masks from step 5000 to 7330 on, of
+180000. The code's p has a 3×3 convolution before the mean, which but for the border is again a linear map of
+the mean. Some of its configurations add an L1 term on box outputs: put `kd` with `cls_weight: 0` beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.responses import own_draws
+from detdistill.distillation.signals import Method, Setting, Signals
+
+EPS = 1e-12  # beside sums over masks, which are some cells
+
+
+class MasKDLoss(nn.Module):
+    """L of the module's equation, for one level.
+
+    Args:
+        alpha: factor on the loss.
+    """
+
+    def __init__(self, *, alpha: float = 10.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    @in_full_precision
+    def forward(
+        self, student_NCHW: Tensor, teacher_NCHW: Tensor, masks_NTHW: Tensor, shares_NT: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
+            masks_NTHW: in (0, 1), detached.
+            shares_NT: p, detached; None: every token counts the same.
+        """
+        # the masks are one for all channels: no tensor of N, T, C, H, W is needed
+        squares_NP = (student_NCHW - teacher_NCHW.detach()).square().mean(dim=1).flatten(1)
+        masks_NTP = masks_NTHW.detach().flatten(2).to(squares_NP.dtype)
+        sums_NT = (masks_NTP.square() @ squares_NP[:, :, None]).squeeze(2)
+        means_NT = sums_NT / (masks_NTP.sum(dim=2) + EPS)
+        if shares_NT is None:
+            return self.alpha * means_NT.mean()
+        return self.alpha * (means_NT * shares_NT.detach()).sum(dim=1).mean()
+
+    @in_full_precision
+    def overlap(self, masks_NTHW: Tensor) -> Tensor:
+        """Stage 1's Dice term, a scalar: the mean over images and pairs; 0 where there is one token."""
+        masks_NTP = masks_NTHW.flatten(2)
+        products_NTT = masks_NTP @ masks_NTP.transpose(1, 2)
+        squares_NT = products_NTT.diagonal(dim1=1, dim2=2)
+        dice_NTT = 2 * products_NTT / (squares_NT[:, :, None] + squares_NT[:, None] + EPS)
+        images, tokens = masks_NTP.shape[:2]
+        others_TT = 1 - torch.eye(tokens, device=masks_NTP.device, dtype=masks_NTP.dtype)
+        return (dice_NTT * others_TT).sum() / (images * max(1, tokens * (tokens - 1)))
+
+
+class ReceptiveTokens(nn.Module):
+    """A level's tokens, and how much each counts."""
+
+    def __init__(self, channels: int, tokens: int, weighted: bool) -> None:
+        super().__init__()
+        self.tokens_TC = nn.Parameter(0.01 * torch.randn(tokens, channels))
+        self.share = nn.Linear(channels, tokens) if weighted else None
+        if self.share is not None:  # at first all count the same
+            nn.init.zeros_(self.share.weight)
+            nn.init.zeros_(self.share.bias)
+
+    def masks(self, x_NCHW: Tensor) -> Tensor:
+        """M, (N, T, H, W)."""
+        return (self.tokens_TC @ x_NCHW.flatten(2)).sigmoid().unflatten(2, x_NCHW.shape[2:])
+
+    def shares(self, x_NCHW: Tensor) -> Tensor | None:
+        """p, (N, T)."""
+        return None if self.share is None else self.share(x_NCHW.mean(dim=(2, 3))).softmax(dim=1)
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the teacher's map: the masked map, and the masks (N, T, H, W)."""
+        masks_NTHW, shares_NT = self.masks(x_NCHW), self.shares(x_NCHW)
+        weighted_NTHW = masks_NTHW if shares_NT is None else masks_NTHW * shares_NT[:, :, None, None]
+        return x_NCHW * weighted_NTHW.sum(dim=1, keepdim=True), masks_NTHW
+
+
+class MasKD(Method):
+    """Sum of :class:`MasKDLoss` over the matched levels, and stage 1 beside it.
+
+    Args:
+        adapt: where a 1×1 convolution stands between the maps; published: everywhere.
+        tokens: m, of each level.
+        token_shares: tokens count by p; without, by 1 in the masked map and by 1/m in L.
+        token_fraction: of training, in which the tokens learn; 1: always.
+        student_masks_from: the share of training from which the student's masks count too; 1: never.
+
+    The tokens in use are buffers, copied from those that learn for as long as these do: a decaying weight or an
+    optimiser's momentum cannot move them later, and a resumed run goes on with the same.
+    """
+
+    presets: ClassVar = {"anchor": {"alpha": 7.0}, "anchor_free": {"alpha": 10.0}, "two_stage": {"alpha": 1.0}}
+
+    def __init__(
+        self,
+        setting: Setting,
+        loss: MasKDLoss,
+        *,
+        adapt: Adapt = "always",
+        tokens: int = 6,
+        token_shares: bool = True,
+        token_fraction: float = 0.2,
+        student_masks_from: float = 0.04,
+    ) -> None:
+        super().__init__()
+        if tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}")
+        for name, value in (("token_fraction", token_fraction), ("student_masks_from", student_masks_from)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        self.align = LevelAligner(setting.matching, adapt)
+        self.loss = loss
+        self.token_fraction, self.student_masks_from = token_fraction, student_masks_from
+        self.learning, self.in_use = nn.ModuleDict(), nn.ModuleDict()
+        for level in setting.matching.levels:
+            learning = ReceptiveTokens(level.teacher_channels, tokens, token_shares)
+            self.learning[str(level.student_stride)] = learning
+            self.in_use[str(level.student_stride)] = as_buffers(learning)
+
+    def forward(self, signals: Signals) -> Tensor:
+        progress = signals.progress
+        learns = self.training and (progress is None or progress <= self.token_fraction)
+        if learns:
+            self.in_use.load_state_dict(self.learning.state_dict())
+        terms = []
+        for level, student, teacher in self.align(signals.student, signals.teacher):
+            tokens = self.in_use[str(level.student_stride)]
+            assert isinstance(tokens, ReceptiveTokens)
+            with torch.no_grad():
+                masks_NTHW = tokens.masks(teacher)
+                if progress is None or progress > self.student_masks_from:
+                    masks_NTHW = masks_NTHW * tokens.masks(student)
+                shares_NT = tokens.shares(teacher)
+            terms.append(self.loss(student, teacher, masks_NTHW, shares_NT))
+        loss = torch.stack(terms).sum()
+        if learns:
+            stage_1 = self._stage_1(signals)
+        else:  # DistributedDataParallel wants a gradient for every parameter, at every step
+            stage_1 = torch.stack([parameter.sum() for parameter in self.learning.parameters()]).sum() * 0
+        return loss + stage_1 - stage_1.detach()
+
+    def _stage_1(self, signals: Signals) -> Tensor:
+        pyramid, overlaps = dict(signals.teacher), []
+        for level in self.align.levels:
+            stride = level.teacher_stride
+            # two of the student's levels may meet one of the teacher's: it is then masked twice
+            pyramid[stride], masks_NTHW = self.learning[str(level.student_stride)](pyramid[stride])
+            overlaps.append(self.loss.overlap(masks_NTHW))
+        teacher, batch = signals.teacher_model, signals.teacher_batch
+        try:
+            # The flag of the detector alone: a two-stage one then samples regions as in training, while the
+            # layers below stay in evaluation mode.
+            teacher.training = True
+            with own_draws(signals.generator):
+                losses = teacher.losses(teacher.predict(pyramid, batch), batch)
+        finally:
+            teacher.training = False
+        return torch.stack([*losses.values(), *overlaps]).sum()
+
+
+def as_buffers(module: ReceptiveTokens) -> ReceptiveTokens:
+    """A copy with the same state dict, of which nothing is trained."""
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach().clone())
+    return module

@@ -1,0 +1,92 @@
+"""What is special to DeFeat: objects by their level, the background, and the term of two-stage heads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from detdistill.config import ModelConfig, UserError
+from detdistill.distillation.methods.defeat import DeFeatLoss, level_mask
+from detdistill.distillation.pair import Pair
+from detdistill.models import build_model
+from detdistill.models.base import Batch
+
+from .pairs import batch, detector, make_pair
+
+
+def test_an_object_is_on_the_level_that_the_rule_of_fpn_gives_it():
+    boxes = torch.tensor([[0.0, 0, 60, 60], [100, 100, 220, 220], [0, 0, 250, 250]])  # strides 4, 8, 16
+    inputs = Batch(torch.zeros(1, 3, 256, 256), [(256, 256)], [(256, 256)], [{"boxes": boxes}])
+    strides = [4, 8, 16]
+    masks = {s: level_mask(inputs, torch.zeros(1, 1, 256 // s, 256 // s), s, strides)[0] for s in strides}
+    assert masks[4].sum() == 15 * 15
+    assert masks[8].sum() == 16 * 16
+    assert masks[8][12:28, 12:28].all()
+    assert masks[16].sum() == 16 * 16
+
+
+def test_levels_beyond_those_distilled_fall_to_the_nearest():
+    boxes = torch.tensor([[0.0, 0, 20, 20], [0, 0, 256, 256]])
+    inputs = Batch(torch.zeros(1, 3, 256, 256), [(256, 256)], [(256, 256)], [{"boxes": boxes}])
+    assert level_mask(inputs, torch.zeros(1, 1, 32, 32), 8, [8]).all()
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_no_background_or_no_object(everything):
+    student = torch.randn(2, 3, 4, 5, requires_grad=True)
+    mask = torch.full((2, 4, 5), everything)
+    loss = DeFeatLoss()(student, torch.zeros(2, 3, 4, 5), mask)
+    loss.backward()
+    weight = 3.0 if everything else 12.0
+    torch.testing.assert_close(loss, weight / 2 * student.square().mean())
+    assert student.grad.isfinite().all()
+
+
+def test_regions_that_are_all_background():
+    logits = torch.randn(6, 4, requires_grad=True)
+    loss = DeFeatLoss().head(logits, torch.randn(6, 4), torch.zeros(6, dtype=torch.bool))
+    loss.backward()
+    assert loss > 0
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "preset", "expected"),
+    [
+        ("faster_rcnn", "faster_rcnn", None, True),
+        ("faster_rcnn", "faster_rcnn", "neck", False),
+        ("faster_rcnn", "retinanet", None, False),
+        ("fcos", "fcos", None, False),
+    ],
+)
+def test_the_head_has_a_term_between_two_stage_detectors(student, teacher, preset, expected):
+    pair = make_pair([{"defeat": {"preset": preset} if preset else {}}], student, teacher).train()
+    assert pair.methods["defeat"].with_head == expected
+    pair(*batch())["defeat"].backward()
+    if student == "faster_rcnn":
+        gradient = pair.student.roi_head.cls.weight.grad
+        assert (gradient is not None and bool(gradient.any())) == expected
+
+
+def test_the_teacher_is_asked_about_the_students_regions():
+    pair = make_pair(["defeat"], "faster_rcnn").train()
+    seen = []
+    classify = pair.teacher.classify
+    pair.teacher.classify = lambda pyramid, proposals, *rest: (
+        seen.append(proposals) or classify(pyramid, proposals, *rest)
+    )
+    predict = pair.student.predict
+    pair.student.predict = lambda *args: seen.append(predict(*args)) or seen[-1]
+    pair(*batch())
+    raw, proposals = seen
+    assert all(torch.equal(a, b) for a, b in zip(raw.proposals, proposals, strict=True))
+
+
+def test_other_classes_are_refused_until_the_head_is_left_out():
+    config = ModelConfig(
+        family="faster_rcnn", backbone="mobilenetv3_small_050", channels=24, strides=(8, 16, 32)
+    )
+    teacher = build_model(config, ("x", "y"))
+    with pytest.raises(UserError, match="use `preset: neck`"):
+        Pair(detector("faster_rcnn"), teacher, ["defeat"])
+    Pair(detector("faster_rcnn"), teacher, [{"defeat": {"preset": "neck"}}])
