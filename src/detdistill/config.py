@@ -219,7 +219,9 @@ class MethodConfig(_Section):
         1.0, description="outer weight; 0 trains the plain student, bit for bit; `auto` looks after itself"
     )
     ratio: float = Field(
-        1.0, gt=0, description="`weight: auto`: the method's gradient over the task's, at the student's pyramid"
+        10.0,
+        gt=0,
+        description="`weight: auto`: the method's gradient over the task's, at the student's pyramid",
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(

@@ -41,8 +41,7 @@ NOT_ZERO = {
     "mgd": "a generator that has not learned yet",
     "scalekd": "it imitates an assistant of its own",
 }
-"""Methods whose loss is not 0 when student and teacher are equal, with the reason; their own tests show where it
-is 0."""
+"""Methods whose loss is not 0 when student and teacher are equal, and why; their own tests show when it is."""
 
 
 def combinations():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PART = 2**18  # numbers of a map, taken at a time on a CPU
+PART = 2**19  # numbers of a map, taken at a time on a CPU
 
 
 def covariances(

@@ -67,7 +67,7 @@ class Method(nn.Module, ABC):
         needs: "raw": the teacher's head outputs (else its head never runs); "hidden": both towers' maps in the
             raw outputs, for one-stage pairs.
         presets: named sets of options. The one named after the student's kind ("anchor", "anchor_free",
-            "two_stage") is what the method's name alone means.
+            "two_stage"), else "recommended", is what the method's name alone means.
     """
 
     needs: frozenset[Need] = frozenset()

@@ -7,7 +7,7 @@ the mean squared error to the teacher's map is taken (Eq. 4). An instance is an 
 maps as N×C×H×W with "N the number of instances".
 
 Where the equations leave a choice, :class:`IMALoss` has an option; docs/ima.md says what each does, and how
-the defaults were measured.
+the recommended preset was measured.
 
 Shape legend: N instances, C channels, H W rows and columns, G regions, P pooled side.
 """
@@ -32,17 +32,18 @@ POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
 IGNORED_LABEL = 255
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {},
+    "recommended": {"mask_ratio": 0.0, "alpha": 100.0},
+    "paper": {},
     "literal": {
         "hermitian": False,
         "standardize_teacher": False,
         "importance_source": "raw",
         "gamma_min": None,
         "detach_importance": False,
-        "alpha": 10.0,
     },
 }
-"""Named sets of options: "recommended" is the defaults; "literal" is Eq. 2-10 to the letter."""
+"""Named sets of options: "recommended" is what measured best (docs/ima.md), "paper" the defaults of
+:class:`IMALoss`, Eq. 2-10 where they are stable, "literal" Eq. 2-10 to the letter."""
 
 LADDER: dict[str, dict[str, Any]] = {
     "plain imitation": {
@@ -59,8 +60,8 @@ LADDER: dict[str, dict[str, Any]] = {
         "importance": "none",
         "keep_dc": True,
     },
-    "+ standardisation": {"importance": "none"},
-    "+ scale deflation": {},
+    "+ standardisation": {"alpha": 100.0, "importance": "none"},
+    "+ scale deflation": {"alpha": 100.0},
 }
 """The paper's Table 5, each row as options of :class:`IMALoss`."""
 
@@ -90,8 +91,7 @@ class IMALoss(nn.Module):
         detach_importance: γ is a weight, not a way to lower the loss.
         scale_target: γ scales the "student" (Eq. 10) or "both".
         distance: "mse" (the paper's L2) or "l1".
-        alpha, loss_weight: factors on the loss. The paper says 10 and 1; 100 was measured to be better, since γ
-            begins at its floor (docs/ima.md).
+        alpha, loss_weight: factors on the loss; the paper's 10 and 1.
         instance: "image" (Eq. 1), "box" (each box pooled from both maps), or "class_region" (γ for each
             class's region; the paper's segmentation).
         region_stats: with "class_region", standardise within each region too; this deletes the class mean.
@@ -118,7 +118,7 @@ class IMALoss(nn.Module):
         detach_importance: bool = True,
         scale_target: Literal["student", "both"] = "student",
         distance: Literal["mse", "l1"] = "mse",
-        alpha: float = 100.0,
+        alpha: float = 10.0,
         loss_weight: float = 1.0,
         instance: Literal["image", "box", "class_region"] = "image",
         region_stats: bool = False,
