@@ -32,7 +32,7 @@ from detdistill.models.base import Batch, DenseRaw, Detector, TwoStageRaw
 from detdistill.models.one_stage import OneStage
 
 CLASSES = [str(i) for i in range(80)]
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 BOXES = 7  # objects in an image, as in COCO
 
 
@@ -137,6 +137,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="only these methods (and mimic)")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        # What is freed is kept, as it is after some steps of a training run: else new pages are what is timed.
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
     student, teacher = (make_detector(seed, args).to(device).train() for seed in (0, 1))
     methods: dict[str, Method] = {}
     for name in METHODS:

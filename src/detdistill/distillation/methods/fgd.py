@@ -213,39 +213,6 @@ def focal_masks(batch: Batch, map_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 # products with the weights as a row; as a column they are ten times slower on a CPU.
 
 
-class _MapSums(torch.autograd.Function):
-    """Of a student's and a teacher's map (N, C, P), with d = s - t and weights of pixels (N, P):
-
-    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d². Differentiable by s.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(s_NCP, t_NCP, weights_NP)
-        sums = s_NCP.new_empty(3, *s_NCP.shape[:2])
-        for part in channel_parts(s_NCP):
-            work_NCP = s_NCP[:, part] - t_NCP[:, part]
-            sums[0, :, part] = work_NCP.sum(dim=2)
-            sums[1, :, part] = work_NCP.square_().sum(dim=2)
-            sums[2, :, part] = _sum_pixels(work_NCP, weights_NP)
-        return (*_sizes(s_NCP), *sums)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        s_NCP, t_NCP, weights_NP = ctx.saved_tensors
-        size_N1P = gradients[0][:, None]
-        size_NC1, difference_NC1, squares_NC1, weighted_NC1 = (g[:, :, None] for g in gradients[1:])
-        gradient_NCP = torch.empty_like(s_NCP)
-        for part in channel_parts(s_NCP):
-            factor_NCP = torch.addcmul(2 * squares_NC1[:, part], weights_NP[:, None], 2 * weighted_NC1[:, part])
-            work_NCP = s_NCP[:, part] - t_NCP[:, part]
-            here = torch.addcmul(difference_NC1[:, part], factor_NCP, work_NCP, out=gradient_NCP[:, part])
-            torch.sgn(s_NCP[:, part], out=work_NCP)
-            here.addcmul_(work_NCP, torch.add(size_N1P, size_NC1[:, part], out=factor_NCP))
-        return gradient_NCP, None, None
-
-
 def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_c |x| (N, P) and Σ_p |x| (N, C)."""
     n, channels, pixels = x_NCP.shape
@@ -255,6 +222,44 @@ def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
         size_NP += work_NCP.sum(dim=1)
         size_NC[:, part] = work_NCP.sum(dim=2)
     return size_NP, size_NC
+
+
+class _MapSums(torch.autograd.Function):
+    """Of a student's and a teacher's map (N, C, P), with d = s - t and weights of pixels (N, P):
+
+    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d². Differentiable by s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(s_NCP, t_NCP, weights_NP)
+        n, channels, pixels = s_NCP.shape
+        size_NP, sums = s_NCP.new_zeros(n, pixels), s_NCP.new_empty(4, n, channels)
+        for part in channel_parts(s_NCP):
+            work_NCP = s_NCP[:, part].abs()
+            size_NP += work_NCP.sum(dim=1)
+            sums[0, :, part] = work_NCP.sum(dim=2)
+            torch.sub(s_NCP[:, part], t_NCP[:, part], out=work_NCP)
+            sums[1, :, part] = work_NCP.sum(dim=2)
+            sums[2, :, part] = work_NCP.square_().sum(dim=2)
+            sums[3, :, part] = _sum_pixels(work_NCP, weights_NP)
+        return (size_NP, *sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        s_NCP, t_NCP, weights_NP = ctx.saved_tensors
+        size_N1P = gradients[0][:, None]
+        size_NC1, difference_NC1, squares_NC1, weighted_NC1 = (g[:, :, None] for g in gradients[1:])
+        gradient_NCP = torch.empty_like(s_NCP)
+        for part in channel_parts(s_NCP):
+            work_NCP = s_NCP[:, part] - t_NCP[:, part]
+            factor_NCP = (2 * weighted_NC1[:, part]) * weights_NP[:, None]
+            factor_NCP.add_(2 * squares_NC1[:, part]).mul_(work_NCP)
+            here = torch.add(factor_NCP, difference_NC1[:, part], out=gradient_NCP[:, part])
+            torch.sgn(s_NCP[:, part], out=work_NCP)
+            here.add_(torch.mul(work_NCP, size_NC1[:, part], out=factor_NCP)).add_(work_NCP.mul_(size_N1P))
+        return gradient_NCP, None, None
 
 
 class _AttentionPool(torch.autograd.Function):
