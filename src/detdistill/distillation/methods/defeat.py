@@ -26,14 +26,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
-from detdistill.distillation.responses import require_same_classes
+from detdistill.distillation.responses import region_responses, require_same_classes, tempered_kl
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.base import Batch, TwoStageRaw
+from detdistill.models.base import Batch
 from detdistill.models.faster_rcnn import FasterRCNN
 
 
@@ -68,8 +67,7 @@ class DeFeatLoss(nn.Module):
     @in_full_precision
     def head(self, student_RQ: Tensor, teacher_RQ: Tensor, object_R: Tensor) -> Tensor:
         """Class logits of the same regions, the teacher is detached; the mask bool, True for objects."""
-        logs_s_RQ, logs_t_RQ = student_RQ.log_softmax(dim=1), teacher_RQ.detach().log_softmax(dim=1)
-        kl_R = F.kl_div(logs_s_RQ, logs_t_RQ, reduction="none", log_target=True).sum(dim=1)
+        kl_R = tempered_kl(student_RQ, teacher_RQ.detach(), temperature=1.0)
         objects, background = _mean_of(kl_R, object_R), _mean_of(kl_R, ~object_R)
         return self.head_object_weight * objects + self.head_background_weight * background
 
@@ -104,13 +102,8 @@ class DeFeat(Method):
         return neck + self._head(signals) if self.with_head else neck
 
     def _head(self, signals: Signals) -> Tensor:
-        raw, teacher = signals.student_raw, signals.teacher_model
-        assert isinstance(raw, TwoStageRaw)
-        assert isinstance(teacher, FasterRCNN)
+        raw, logits_RQ, _ = region_responses(signals)
         assert raw.roi_labels is not None, "the student samples regions in training mode"
-        # Regions are in network input, which has one scale for both models: they differ in padding at most.
-        with torch.no_grad():
-            logits_RQ, _ = teacher.classify(signals.teacher, raw.proposals, signals.teacher_batch)
         return self.loss.head(raw.roi_logits_RQ, logits_RQ, torch.cat(raw.roi_labels) > 0)
 
 
