@@ -215,7 +215,7 @@ class MethodConfig(_Section):
     """One distillation method: its name, its weight over time, and the options of its own loss."""
 
     name: str = Field(description="`detdistill methods` lists them")
-    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    weight: float | Literal["auto"] = Field(
         1.0, description="outer weight; 0 trains the plain student, bit for bit; `auto` looks after itself"
     )
     ratio: float = Field(
@@ -228,6 +228,14 @@ class MethodConfig(_Section):
         None, ge=0, lt=1, description="fraction of the run from which the weight falls to 0 at the end"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the method's loss")
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+        if not is_number and value != "auto":
+            raise ValueError(f"give a number of at least 0, or auto; got {value!r}")
+        return value
 
 
 class Recipe(_Section):

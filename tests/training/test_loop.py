@@ -51,7 +51,14 @@ def test_interrupted_and_resumed_is_uninterrupted(
         training={"optimizer": {"name": optimizer, "lr": 0.001}, "accumulate": 2},
         student={"norm": "batch", "family": "faster_rcnn", "strides": None},
         teacher=str(teacher_file),
-        methods=["ima", "mimic"],
+        # masks of their own, a running margin, tokens that stop learning, a weight that is measured
+        methods=[
+            {"ima": {"preset": "paper"}},
+            {"mgd": {"strides": [16]}},
+            {"cofd": {"strides": [16]}},
+            {"maskd": {"strides": [16], "token_fraction": 0.5}},
+            {"mimic": {"weight": "auto"}},
+        ],
     )
     train(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -205,7 +212,7 @@ def shareable(make_recipe, teacher_file):
     def make(steps):
         return make_recipe(
             teacher=str(teacher_file),
-            methods=[{"ima": {"mask_ratio": 0, "importance": "none"}}, "mimic"],
+            methods=[{"ima": {"mask_ratio": 0, "importance": "none"}}, {"mimic": {"weight": "auto"}}],
             training={"optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}, "max_steps": steps},
         )
 

@@ -191,7 +191,7 @@ class Detector(nn.Module, ABC):
     """A detector in five steps; ``forward`` composes them exactly as torchvision's detectors do.
 
     Attributes:
-        kind: what it answers from.
+        kind: what it answers from; None, something else: methods then have their plain defaults.
         classes: class names; label i means ``classes[i]``.
         preprocessor: the input convention.
         pyramid_channels: ``{stride: channels}`` of what ``pyramid`` returns.
@@ -200,7 +200,7 @@ class Detector(nn.Module, ABC):
         spec: how to build this model again (what a student file records), or None.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[Kind | None] = None
     classes: tuple[str, ...]
     preprocessor: Preprocess
     pyramid_channels: dict[int, int]
@@ -228,14 +228,6 @@ class Detector(nn.Module, ABC):
     @abstractmethod
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         """Detections in pixels of the original images."""
-
-    @abstractmethod
-    def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
-        """What the dense outputs answer for, level by level: (H·W·A, 4) xyxy in network input, rows first.
-
-        The same for every image. Anchor-free heads have one square, of the stride's size, about each cell's
-        centre.
-        """
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None

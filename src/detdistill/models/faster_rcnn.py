@@ -157,6 +157,7 @@ class FasterRCNN(Detector):
         return self.roi_head(pooled_RC77)
 
     def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
+        """What the RPN answers for, level by level: (H·W·A, 4) xyxy in network input, rows first."""
         return level_anchors(self.anchor_generator, pyramid, batch)
 
     @torch.no_grad()

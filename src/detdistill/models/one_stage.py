@@ -62,6 +62,11 @@ class OneStage(Detector):
         return self.head(pyramid, hidden)
 
     def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
+        """What the dense outputs answer for, level by level: (H·W·A, 4) xyxy in network input, rows first.
+
+        The same for every image. Anchor-free heads have one square, of the stride's size, about each cell's
+        centre.
+        """
         return level_anchors(self.anchor_generator, pyramid, batch)
 
     @abstractmethod

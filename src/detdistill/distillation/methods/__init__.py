@@ -179,7 +179,7 @@ def _hints(of: type[Any]) -> dict[str, Any]:
 
 def _preset(name: str, method: type[Method], setting: Setting, given: str | None) -> Mapping[str, Any]:
     if given is None:
-        return method.presets.get(setting.student.kind, method.presets.get("recommended", {}))
+        return method.presets.get(setting.student.kind or "", method.presets.get("recommended", {}))
     if given not in method.presets:
         raise UserError(f"{name} has no preset {given!r}; {nearest(given, method.presets)}")
     return method.presets[given]

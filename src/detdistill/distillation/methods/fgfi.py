@@ -28,6 +28,8 @@ from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import object_mask
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.faster_rcnn import FasterRCNN
+from detdistill.models.one_stage import OneStage
 
 
 class FGFILoss(nn.Module):
@@ -75,7 +77,7 @@ class FGFI(Method):
     def _masks(self, signals: Signals) -> dict[int, Tensor]:
         """The cells to imitate, (N, H, W) bool for each of the teacher's strides."""
         model, batch = signals.teacher_model, signals.teacher_batch
-        if model.kind == "anchor_free" or batch.targets is None:
+        if not isinstance(model, OneStage | FasterRCNN) or model.kind == "anchor_free" or batch.targets is None:
             return {stride: object_mask(batch, x) for stride, x in signals.teacher.items()}
         masks = {}
         anchors = model.anchors(signals.teacher, batch)
