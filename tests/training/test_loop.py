@@ -92,6 +92,14 @@ def test_weight_zero_is_the_plain_run_bit_for_bit(make_recipe, teacher_file, tmp
         assert_same_student(tmp_path / "plain", tmp_path / "on")
 
 
+def test_a_method_that_drowns_the_task_is_told_once(make_recipe, teacher_file, tmp_path, capsys):
+    for alpha, warnings in ((1e6, 1), (1.0, 0)):
+        method = {"mimic": {"alpha": alpha}}
+        train(make_recipe(teacher=str(teacher_file), methods=[method]), tmp_path / str(alpha))
+        said = capsys.readouterr().out
+        assert said.count("the task is hardly heard") == said.count("`mimic: {weight: auto}`") == warnings
+
+
 def test_what_a_run_leaves(make_recipe, teacher_file, tmp_path):
     recipe = make_recipe(teacher=str(teacher_file), methods=["ima"], training={"evaluate_every": 1})
     result = train(recipe, tmp_path)

@@ -39,6 +39,7 @@ from detdistill.training.schedules import learning_rate_factor
 from detdistill.training.step import StepOutcome, build_optimizer, optimisation_step
 
 LOG_EVERY = 20  # steps; the only regular moment at which the host waits for the device
+DROWNING, DROWNING_SHARE = 10, 0.9  # of a gradient over clip_norm and of the loss: then a warning is due
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 
 
@@ -125,6 +126,7 @@ class _Trainer:
         self.best, self.evaluations_since_best = -1.0, 0
         self.seconds = 0.0
         self.pending: list[StepOutcome] = []
+        self.warned = False
 
     # --- the loop --------------------------------------------------------------------------------------
 
@@ -218,10 +220,27 @@ class _Trainer:
             "distill_share": distilled / total if total else 0.0,
             "images_per_second": images / (now - self.log_started),
         }
+        norms = [outcome.gradient_norm for outcome in self.pending if outcome.gradient_norm is not None]
+        if norms:
+            row["gradient_norm"] = float(torch.stack(norms).mean())
+            self._warn_of_drowning(row)
         self.pending.clear()
         self._log(row)
         self.display.update(self.step, row)
         self.log_started = time.perf_counter()
+
+    def _warn_of_drowning(self, row: Row) -> None:
+        """Say once that a method's gradient is cut down so far that the task is hardly heard."""
+        limit, share = self.config.clip_norm, row["distill_share"]
+        if self.warned or limit is None or row["gradient_norm"] < DROWNING * limit or share < DROWNING_SHARE:
+            return
+        self.warned = True
+        worst = max(self.pair.methods, key=lambda name: row.get(f"loss/{name}", 0.0))
+        self.display.note(
+            f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to "
+            f"{limit:.0f}, and {share:.0%} of the loss is distillation: the task is hardly heard. Lower the "
+            f"weight of {worst}, or give `{worst}: {{weight: auto}}`"
+        )
 
     def _refuse_non_finite(self, values: Tensor, names: list[str]) -> None:
         for outcome, row in zip(self.pending, values, strict=True):

@@ -25,6 +25,7 @@ class StepOutcome:
 
     step: int
     terms: dict[str, Tensor]
+    gradient_norm: Tensor | None  # of the whole gradient, before it was clipped; None: it is not clipped
     indices: list[Tensor]  # positions of its images in the training split
 
     @property
@@ -56,12 +57,13 @@ def optimisation_step(
             accelerator.backward(torch.stack(list(losses.values())).sum() / len(micro_batches))
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
+    norm = None
     if config.clip_norm is not None:
-        accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     indices = [target["index"] for _, targets in micro_batches for target in targets]
-    return StepOutcome(step, totals, indices)
+    return StepOutcome(step, totals, norm, indices)
 
 
 def to_device(
