@@ -217,14 +217,13 @@ def models(
         return
     import inspect
 
-    from detdistill.models import faster_rcnn, fcos, retinanet
+    from detdistill.models.build import FAMILIES
     from detdistill.printing import first_line, say, show
 
     rows = []
-    for build in (retinanet, fcos, faster_rcnn):
+    for name, build in FAMILIES.items():
         strides = inspect.signature(build).parameters["strides"].default
-        about = first_line(sys.modules[build.__module__].__doc__)
-        rows.append((build.__name__, " ".join(map(str, strides)), about))
+        rows.append((name, " ".join(map(str, strides)), first_line(build.__doc__)))
     show(("family", "strides", "what it is"), rows, text_columns=3)
     say("backbone: any timm model with feature maps; `detdistill models --backbones 'resnet*'` lists names")
 

@@ -94,12 +94,24 @@ class AugmentConfig(_Section):
         return value
 
 
+Family = Literal[
+    "retinanet",
+    "fcos",
+    "gfl",
+    "reppoints",
+    "faster_rcnn",
+    "mask_rcnn",
+    "cascade_rcnn",
+    "cascade_mask_rcnn",
+    "rtdetr_v2",
+    "d_fine",
+]
+
+
 class ModelConfig(_Section):
     """A detector: family, backbone, sizes, and where its weights come from."""
 
-    family: Literal["retinanet", "fcos", "faster_rcnn"] = Field(
-        "retinanet", description="one-stage with anchors, one-stage without, two-stage"
-    )
+    family: Family = Field("retinanet", description="kind of detector; `detdistill models` lists them")
     backbone: str = Field("resnet50", description="any timm model that gives feature maps")
     backbone_weights: str | None = Field(
         None, description="`imagenet` (timm downloads them), a file of timm's layout, or none"

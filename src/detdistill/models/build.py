@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from detdistill.models.weights import (
 )
 
 logger = logging.getLogger(__name__)
+
+FAMILIES: Mapping[str, Callable[..., Detector]] = {
+    "retinanet": retinanet,
+    "fcos": fcos,
+    "faster_rcnn": faster_rcnn,
+}
+"""How a family's detector is built: over a backbone, with keyword options of :class:`ModelConfig`'s names."""
 
 ARCHITECTURE = ("family", "backbone", "channels", "head_depth", "strides", "anchor_scale")
 
@@ -110,10 +118,10 @@ def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] 
     for name in ("head_depth", "strides", "anchor_scale"):
         if getattr(config, name) is not None:
             options[name] = getattr(config, name)
-    if config.family == "fcos" and options.pop("anchor_scale", None) is not None:
-        raise UserError("anchor_scale is given, but fcos has no anchors: leave it out")
-    families: dict[str, Any] = {"retinanet": retinanet, "fcos": fcos, "faster_rcnn": faster_rcnn}
-    model = families[config.family](config.backbone, **options)
+    build = FAMILIES[config.family]
+    for name in sorted(options.keys() - inspect.signature(build).parameters.keys()):
+        raise UserError(f"{name} is given, but {config.family} has none: leave it out")
+    model: Any = build(config.backbone, **options)
     mean, std = _normalisation(config, model, spec)
     model.preprocessor = Preprocess(size=config.size, mean=mean, std=std)
     if config.backbone_weights not in (None, "imagenet"):
