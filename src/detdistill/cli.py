@@ -18,9 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from detdistill.experiments.compare import Study
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 ISSUES = (
@@ -45,6 +48,15 @@ Overrides = Annotated[
 ]
 Weights = Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A run folder or a .safetensors file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Devices = Annotated[
+    list[str] | None, typer.Option("--device", help="Spread the runs: --device cuda:0 --device cuda:1.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0, 1, …; a verdict needs at least 2.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+AllowUnequal = Annotated[
+    bool, typer.Option("--allow-unequal", help="Let the arms' budgets differ, and say so.")
+]
+TableOnly = Annotated[bool, typer.Option("--table", help="Train nothing: tell what is there.")]
 
 
 class Metric(str, Enum):
@@ -108,6 +120,116 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     result = check_recipe(settings)
     print_check(result)
     if not result.ok:
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe with a teacher, or a study file.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[METHOD]... [KEY=VALUE]...", help="More methods, and settings for all arms."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Arms: none (the student alone) and methods, as --methods none mimic ima."),
+    ] = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/compare/RECIPE unless given.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Instead of the recipe's: a run, a file, or a recipe to train first.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Of the runs' results.")] = "AP",
+    jobs: Jobs = 1,
+    device: Devices = None,
+    allow_unequal: AllowUnequal = False,
+    table: TableOnly = False,
+) -> None:
+    """Train arms that differ in the method alone, over seeds, and say what the difference is worth."""
+    from detdistill.config import UserError
+    from detdistill.experiments import compare as engine
+
+    overrides = [word for word in words or [] if "=" in word]
+    names = [*(methods or []), *(word for word in words or [] if "=" not in word)]
+    if engine.is_study(recipe):
+        if names or teacher is not None:
+            raise UserError(f"{recipe} is a study and names its own arms and teacher: leave them out")
+        study = engine.read_study(recipe, overrides, out)
+    else:
+        out = out or Path("runs/compare") / recipe.stem
+        if teacher is not None:
+            overrides.append(f"teacher={engine.trained_teacher(teacher, out)}")
+        study = engine.plan_methods(recipe, names or ["none", "ima"], overrides, range(seeds), out)
+    _run_study(study, metric, jobs, device, allow_unequal, table)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    setting: Annotated[
+        str,
+        typer.Argument(metavar="KEY=A,B,C", help="As distill.weight=0.1,1,10 or methods.ima.options.alpha=…"),
+    ],
+    overrides: Overrides = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/sweep/RECIPE unless given.")
+    ] = None,
+    jobs: Jobs = 1,
+    device: Devices = None,
+    allow_unequal: AllowUnequal = False,
+    table: TableOnly = False,
+) -> None:
+    """Compare the values of one setting with the student alone (Table 8 of the paper)."""
+    from detdistill.experiments import compare as engine
+
+    key, _, values = setting.partition("=")
+    folder = out or Path("runs/sweep") / f"{recipe.stem}-{key}"
+    study = engine.plan_sweep(
+        recipe, key, [v for v in values.split(",") if v], overrides or (), range(seeds), folder
+    )
+    _run_study(study, "AP", jobs, device, allow_unequal, table)
+
+
+@app.command()
+def ablate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/ablate/RECIPE unless given.")
+    ] = None,
+    jobs: Jobs = 1,
+    device: Devices = None,
+    table: TableOnly = False,
+) -> None:
+    """IMA's parts, one after another (Table 5 of the paper)."""
+    from detdistill.experiments import compare as engine
+
+    folder = out or Path("runs/ablate") / recipe.stem
+    study = engine.plan_ablation(recipe, overrides or (), range(seeds), folder)
+    _run_study(study, "AP", jobs, device, False, table)
+
+
+def _run_study(
+    study: Study, metric: str, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool
+) -> None:
+    from detdistill.experiments.compare import run_study
+    from detdistill.printing import print_comparison, say
+
+    comparison = run_study(
+        study,
+        jobs=jobs,
+        devices=devices or (),
+        metric=metric,
+        allow_unequal=allow_unequal,
+        train=not table,
+        say=say,
+    )
+    print_comparison(comparison)
+    if any(arm.failed for arm in comparison.arms):
         raise typer.Exit(USER_ERROR)
 
 

@@ -19,6 +19,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from detdistill.evaluation.detector import Evaluation
     from detdistill.experiments.check import Check
+    from detdistill.experiments.compare import Comparison
 
 SHOWN_OF_A_KIND = 10
 STYLES = {"error": "red", "warning": "yellow"}
@@ -96,6 +97,13 @@ def print_check(result: Check) -> None:
     for problem in result.problems:
         say(f"error: {problem}", style=STYLES["error"])
     say("this recipe can run" if result.ok else "this recipe cannot run as it is: mend the errors above")
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Arms by seeds, what each is worth against the baseline, and the verdict."""
+    show(comparison.columns(), comparison.rows())
+    say(comparison.verdict)
+    say(f"runs, table.md and comparison.json: {comparison.study.out}")
 
 
 def _levels(levels: Mapping[int, int]) -> str:

@@ -80,13 +80,7 @@ def expand_method(item: Any) -> Any:
 def _read_layers(path: Path, above: Sequence[Path]) -> tuple[Tree, Lines]:
     if path.resolve() in above:
         raise UserError(f"{path}: `base` goes in a circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
-    tree, lines = _parse(_expand_environment(text, path), str(path))
+    tree, lines = _read(path)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise UserError(f"{path}: a recipe is a mapping with keys such as data, student, training")
     base = tree.pop("base", None)
@@ -94,6 +88,25 @@ def _read_layers(path: Path, above: Sequence[Path]) -> tuple[Tree, Lines]:
         base_tree, base_lines = _read_layers(path.parent / str(base), (*above, path.resolve()))
         tree, lines = _merge(base_tree, tree), {**base_lines, **lines}
     return expand_short_forms(tree), lines
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says, ``${NAME:-default}`` replaced by the environment's value.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[Any, Lines]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    return _parse(_expand_environment(text, path), str(path))
 
 
 class _Loader(yaml.SafeLoader):

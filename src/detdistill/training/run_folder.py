@@ -20,7 +20,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,7 @@ from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
 Row = dict[str, float | int]
 
 # Settings that may differ between the parts of one run: they do not change what is computed.
-_FREE = ("workers", "device", "max_time", "checkpoint_every")
+FREE = ("workers", "device", "max_time", "checkpoint_every")
 
 
 class RunFolder:
@@ -63,7 +63,7 @@ class RunFolder:
         elif self.recipe_file.exists() and (
             self.checkpoint_file.exists() or self.result_file.exists() or self.metrics_file.exists()
         ):
-            differing = _differences(self.recipe(), recipe)
+            differing = differences(self.recipe(), recipe)
             if differing:
                 raise UserError(
                     f"{self.path} holds a run of another recipe ({', '.join(differing[:5])} differ): choose "
@@ -151,10 +151,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _differences(old: Recipe, new: Recipe) -> list[str]:
+def differences(old: Recipe, new: Recipe, free: Sequence[str] = FREE) -> list[str]:
+    """The settings, as ``training.epochs``, in which two recipes differ; ``free`` ones of the training are not told."""
     a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    free = {f"training.{key}" for key in _FREE} | {"name"}
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in free)
+    untold = {f"training.{key}" for key in free} | {"name"}
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in untold)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,450 @@
+"""``compare``, ``sweep``, ``ablate``: arms of one recipe over seeds, under one budget, seed by seed.
+
+Every arm is the recipe with a few settings laid over it; every seed gives all arms the same initialisation,
+order of data and augmentation. Each run is a process of its own (``detdistill train``) in ``OUT/ARM/SEED``: an
+interrupted comparison goes on where it stopped, and runs may be spread over devices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detdistill.config import Recipe, UserError, load_recipe, nearest
+from detdistill.evaluation.paired import Paired, paired
+from detdistill.models.weights import STUDENT_FILE
+from detdistill.recipe_file import read_yaml
+from detdistill.training.run_folder import RunFolder, differences, write_atomically
+
+ALONE = "alone"
+PREEMPTED = 75
+
+# Table 5 of the paper: plain imitation, then one part of IMA after another. Raw maps have the teacher's own
+# scale, on which α = 1 is what `mimic` has; standardised ones have the paper's 10.
+_RAW = {"importance": "none", "alpha": 1.0, "standardize_student": False, "standardize_teacher": False}
+ABLATION: Mapping[str, Any] = {
+    "KD": {"ima": {**_RAW, "mask_ratio": 0.0}},
+    "+ mask": {"ima": {**_RAW, "mask_ratio": 0.5, "keep_dc": True}},
+    "+ standardisation": {"ima": {"preset": "paper", "importance": "none"}},
+    "+ scale deflation": {"ima": {"preset": "paper"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        recipe: the file that every arm starts from.
+        arms: by name, the overrides that make it; the first is the baseline.
+        seeds: of the runs.
+        out: folder of the runs and the tables.
+        unequal: settings of the budget that differ between the arms, where that was allowed.
+    """
+
+    recipe: Path
+    arms: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    out: Path
+    unequal: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+    def run_folder(self, arm: str, seed: int) -> Path:
+        return self.out / arm.replace("/", "÷") / str(seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One arm's numbers.
+
+    Attributes:
+        name: of the arm.
+        metrics: by seed, those of the finished runs.
+        paired: its AP (in points) against the baseline's; None for the baseline itself.
+        failed: seeds whose run ended without a result.
+    """
+
+    name: str
+    metrics: dict[int, dict[str, float]]
+    paired: Paired | None = None
+    failed: tuple[int, ...] = ()
+
+    def points(self, metric: str) -> dict[int, float]:
+        """A metric by seed, times 100."""
+        return {seed: 100 * of[metric] for seed, of in self.metrics.items() if metric in of}
+
+    def mean(self, metric: str) -> float:
+        values = [value for value in self.points(metric).values() if math.isfinite(value)]
+        return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came out of a study, as far as it has been run."""
+
+    study: Study
+    metric: str
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """In words, a line for each arm: what the seeds can tell of it."""
+        others = [arm for arm in self.arms if arm.paired is not None]
+        if not others:
+            return "nothing to compare yet: no seed has been run by the baseline and another arm"
+        base = self.study.baseline
+        lines = []
+        for arm in others:
+            assert arm.paired is not None
+            said = arm.paired.verdict
+            if said in ("better", "worse"):
+                said = f"{said} than {base}"
+            lines.append(
+                f"{arm.name}: {said} ({arm.paired} {self.metric}, {_seeds(len(arm.paired.differences))})"
+            )
+        if self.study.unequal:
+            lines.append(f"not a fair comparison: the arms differ in {', '.join(self.study.unequal)}")
+        return "\n".join(lines)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """(arm, each seed, mean, paired difference, wins, verdict), as printed."""
+        rows = []
+        for arm in self.arms:
+            by_seed = arm.points(self.metric)
+            cells = [
+                f"{by_seed[s]:.1f}" if s in by_seed else "failed" if s in arm.failed else ""
+                for s in self.study.seeds
+            ]
+            if arm.paired is None:
+                gain = wins = verdict = ""
+            else:
+                gain, verdict = str(arm.paired), arm.paired.verdict
+                won = sum(d > 0 for d in arm.paired.differences.values())
+                wins = f"{won}/{len(arm.paired.differences)}"
+            mean = arm.mean(self.metric)
+            rows.append((arm.name, *cells, "" if math.isnan(mean) else f"{mean:.1f}", gain, wins, verdict))
+        return rows
+
+    def columns(self) -> tuple[str, ...]:
+        seeds = (f"seed {seed}" for seed in self.study.seeds)
+        return ("arm", *seeds, "mean", f"paired difference in {self.metric} (95%)", "wins", "verdict")
+
+    def markdown(self) -> str:
+        lines = [self.columns(), ("---",) * len(self.columns()), *self.rows()]
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# --- what to compare -------------------------------------------------------------------------------------
+
+
+def plan_methods(
+    recipe: Path, methods: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path
+) -> Study:
+    """One arm for each method; ``none`` is the student alone, and comes first as the baseline.
+
+    Raises:
+        UserError: a method twice, or no method.
+    """
+    names = [ALONE if name in ("none", ALONE) else name for name in methods]
+    if len(set(names)) < len(names) or set(names) <= {ALONE}:
+        raise UserError(f"--methods {' '.join(methods)}: name at least one method, and each once")
+    names.sort(key=lambda name: name != ALONE)
+    arms = {name: (*overrides, *_arm_overrides(None if name == ALONE else name)) for name in names}
+    return Study(recipe, arms, tuple(seeds), out)
+
+
+def plan_sweep(
+    recipe: Path, key: str, values: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path
+) -> Study:
+    """The student alone, and one arm for each value of a setting (Table 8 sweeps ``distill.weight``).
+
+    ``distill.KEY`` is a setting of the recipe's only method. A setting of the training gives no common
+    baseline: the first value is it.
+
+    Raises:
+        UserError: no values, or ``distill`` where there is not exactly one method.
+    """
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{key}: give several values, each once, as {key}=0.1,1,10")
+    base = load_recipe(recipe, overrides)
+    arms: dict[str, tuple[str, ...]] = {}
+    if key.startswith("distill."):
+        if len(base.methods) != 1:
+            raise UserError(f"{key}: the recipe has {len(base.methods)} methods; say methods.NAME.KEY=…")
+        setting, name = key.removeprefix("distill."), base.methods[0].name
+        own = setting in type(base.methods[0]).model_fields
+        key = f"methods.{name}.{setting}" if own else f"methods.{name}.options.{setting}"
+    if key.startswith("methods."):
+        arms[ALONE] = (*overrides, *_arm_overrides(None))
+    short = key.rpartition(".")[2]
+    arms |= {f"{short} {value}": (*overrides, f"{key}={value}") for value in values}
+    return Study(recipe, arms, tuple(seeds), out)
+
+
+def plan_ablation(recipe: Path, overrides: Sequence[str], seeds: Sequence[int], out: Path) -> Study:
+    """Table 5: the student alone, imitation, and IMA's parts one after another."""
+    arms = {ALONE: _arm_overrides(None), **{name: _arm_overrides(arm) for name, arm in ABLATION.items()}}
+    return Study(recipe, {name: (*overrides, *changes) for name, changes in arms.items()}, tuple(seeds), out)
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Study:
+    """A study file: ``recipe``, ``seeds`` and ``arms``; ``teacher`` is laid over the recipe.
+
+    An arm is an entry of ``methods``, null for the student alone, or a list of overrides. Paths are relative to
+    the working folder.
+
+    Raises:
+        UserError: the file cannot be read, or says something else.
+    """
+    tree = read_yaml(path)
+    known = {"recipe", "teacher", "seeds", "arms"}
+    if not isinstance(tree, dict) or not {"recipe", "arms"} <= tree.keys() <= known or not tree["arms"]:
+        raise UserError(f"{path}: a study has the keys recipe, arms and perhaps teacher, seeds")
+    teacher = [f"teacher={tree['teacher']}"] if tree.get("teacher") else []
+    arms = {
+        str(name): (*overrides, *(teacher if arm is not None else []), *_arm_overrides(arm))
+        for name, arm in tree["arms"].items()
+    }
+    seeds = tuple(int(seed) for seed in tree.get("seeds", (0, 1, 2)))
+    return Study(Path(tree["recipe"]), arms, seeds, out or Path("runs/studies") / path.stem)
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file is a study and no recipe."""
+    try:
+        tree = read_yaml(path)
+    except UserError:
+        return False
+    return isinstance(tree, dict) and "arms" in tree
+
+
+def _arm_overrides(arm: Any) -> tuple[str, ...]:
+    if arm is None:
+        return ("teacher=null", "methods=[]")
+    if isinstance(arm, list):
+        return tuple(str(item) for item in arm)
+    return (f"methods={json.dumps([arm])}",)
+
+
+# --- running it ------------------------------------------------------------------------------------------
+
+
+def run_study(
+    study: Study,
+    *,
+    jobs: int = 1,
+    devices: Sequence[str] = (),
+    metric: str = "AP",
+    allow_unequal: bool = False,
+    train: bool = True,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Run what is missing of a study, and compare.
+
+    Args:
+        study: from one of the ``plan_`` functions or :func:`read_study`.
+        jobs: runs at a time; with devices, as many as there are devices.
+        devices: as ``cuda:0``; each takes one run at a time. None: the recipe's own.
+        metric: of the runs' results, by which the arms are compared.
+        allow_unequal: let the arms' budgets differ; the table then says so.
+        train: False compares what is there.
+        say: takes a line for each run that ends.
+
+    Raises:
+        UserError: an arm cannot be read, or the budgets differ; nothing has been run then.
+        SystemExit: with code 75 when it was stopped by SIGTERM; every run has saved.
+    """
+    recipes = {name: load_recipe(study.recipe, overrides) for name, overrides in study.arms.items()}
+    unequal = unequal_budgets(recipes)
+    if unequal and not allow_unequal:
+        raise UserError(
+            f"the arms' budgets differ in {', '.join(unequal)}: a gain would mean nothing; give all arms the "
+            "same, or --allow-unequal"
+        )
+    study = Study(study.recipe, study.arms, study.seeds, study.out, tuple(unequal))
+    failed: set[tuple[str, int]] = set()
+    if train:
+        failed = _train_missing(study, jobs, devices, say)
+    comparison = read_comparison(study, metric, failed)
+    if any(arm.metrics for arm in comparison.arms):
+        _write(comparison)
+    return comparison
+
+
+def unequal_budgets(recipes: Mapping[str, Recipe]) -> list[str]:
+    """Settings of data, student and training in which recipes differ."""
+    first, *others = recipes.values()
+    found = {
+        key
+        for other in others
+        for key in differences(first, other, free=("seed", "workers", "device", "checkpoint_every"))
+        if key.partition(".")[0] in ("data", "student", "training")
+    }
+    return sorted(found)
+
+
+def _train_missing(
+    study: Study, jobs: int, devices: Sequence[str], say: Callable[[str], None]
+) -> set[tuple[str, int]]:
+    missing = [
+        (arm, seed)
+        for seed in study.seeds
+        for arm in study.arms
+        if RunFolder(study.run_folder(arm, seed)).result() is None
+    ]
+    jobs = len(devices) or max(1, jobs)
+    free: queue.Queue[str | None] = queue.Queue()
+    for device in devices or [None] * jobs:
+        free.put(device)
+    children: set[subprocess.Popen[bytes]] = set()
+    stopped = threading.Event()
+    failed: set[tuple[str, int]] = set()
+
+    def run(arm: str, seed: int) -> None:
+        if stopped.is_set():
+            return
+        device = free.get()
+        try:
+            folder = study.run_folder(arm, seed)
+            code = _train(study, arm, seed, folder, device, jobs, children)
+            if code == PREEMPTED:
+                stopped.set()
+            elif code != 0:
+                failed.add((arm, seed))
+            outcome = {0: "done", PREEMPTED: "stopped, saved"}.get(code, f"failed: see {folder / 'log.txt'}")
+            say(f"{arm}, seed {seed}: {outcome}")
+        finally:
+            free.put(device)
+
+    def stop(signum: int, frame: object) -> None:
+        stopped.set()
+        for child in list(children):
+            child.send_signal(signal.SIGTERM)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda job: run(*job), missing))
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+    if stopped.is_set():
+        raise SystemExit(PREEMPTED)
+    return failed
+
+
+def _train(
+    study: Study,
+    arm: str,
+    seed: int,
+    folder: Path,
+    device: str | None,
+    jobs: int,
+    children: set[subprocess.Popen[bytes]],
+) -> int:
+    changes = [*study.arms[arm], f"training.seed={seed}", f"name={study.out.name}-{arm}-{seed}"]
+    if device is not None:
+        changes.append(f"training.device={device}")
+    command = [sys.executable, "-m", "detdistill", "train", str(study.recipe), *changes, "--out", str(folder)]
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    with (folder / "log.txt").open("ab") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        children.add(child)
+        try:
+            return child.wait()
+        finally:
+            children.discard(child)
+
+
+def read_comparison(study: Study, metric: str = "AP", failed: Iterable[tuple[str, int]] = ()) -> Comparison:
+    """The numbers of the runs that are finished.
+
+    Raises:
+        UserError: finished runs have no such metric.
+    """
+    failed = set(failed)
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for name in study.arms:
+        results = {seed: RunFolder(study.run_folder(name, seed)).result() for seed in study.seeds}
+        found[name] = {seed: result["metrics"] for seed, result in results.items() if result is not None}
+    known = {key for runs in found.values() for metrics in runs.values() for key in metrics}
+    if known and metric not in known:
+        raise UserError(f"the runs have no metric {metric!r}; {nearest(metric, known)}")
+    base = Arm(study.baseline, found[study.baseline]).points(metric)
+    arms = []
+    for name, metrics in found.items():
+        arm = Arm(name, metrics)
+        against = paired(arm.points(metric), base) if name != study.baseline else None
+        lost = tuple(seed for seed in study.seeds if (name, seed) in failed)
+        arms.append(Arm(name, metrics, against, lost))
+    return Comparison(study, metric, arms)
+
+
+def _write(comparison: Comparison) -> None:
+    """``table.md`` and ``comparison.json`` beside the runs."""
+    study = comparison.study
+    write_atomically(study.out / "table.md", f"{comparison.markdown()}\n\n{comparison.verdict}\n")
+    content = {
+        "recipe": str(study.recipe),
+        "seeds": list(study.seeds),
+        "baseline": study.baseline,
+        "metric": comparison.metric,
+        "unequal": list(study.unequal),
+        "arms": [
+            {
+                "name": arm.name,
+                "overrides": list(study.arms[arm.name]),
+                "runs": {
+                    str(s): str(study.run_folder(arm.name, s).relative_to(study.out)) for s in arm.metrics
+                },
+                "metrics": {str(s): _finite(m) for s, m in arm.metrics.items()},
+                "failed": list(arm.failed),
+                "paired": None
+                if arm.paired is None
+                else {
+                    "differences": {str(s): d for s, d in arm.paired.differences.items()},
+                    "mean": arm.paired.mean,
+                    "interval": arm.paired.interval,
+                    "verdict": arm.paired.verdict,
+                },
+            }
+            for arm in comparison.arms
+        ],
+        "verdict": comparison.verdict,
+    }
+    write_atomically(study.out / "comparison.json", json.dumps(content, indent=1))
+
+
+def trained_teacher(teacher: Path, out: Path) -> Path:
+    """A teacher for every arm: a run or file as it is; a recipe is trained first, once, in OUT/teacher."""
+    if teacher.suffix not in (".yaml", ".yml"):
+        return teacher
+    from detdistill.experiments.train import train
+
+    train(teacher, out=out / "teacher")
+    return out / "teacher" / STUDENT_FILE
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"

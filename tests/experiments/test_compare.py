@@ -1,0 +1,174 @@
+"""Comparisons: what is planned, what is refused, and that what is run is run once and read back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from detdistill.cli import main
+from detdistill.config import UserError, load_recipe
+from detdistill.experiments.compare import (
+    ALONE,
+    Study,
+    plan_ablation,
+    plan_methods,
+    plan_sweep,
+    read_comparison,
+    read_study,
+    run_study,
+    unequal_budgets,
+)
+
+RECIPE = """
+name: tiny
+data: {format: digits, train_size: 8, val_size: 4, image_size: 64}
+student: {family: fcos, backbone: mobilenetv3_small_050, channels: 16, head_depth: 1, strides: [8, 16, 32]}
+teacher: TEACHER
+methods: [{ima: {weight: 0.5}}]
+training: {max_steps: 2, batch_size: 4, workers: 0, evaluate_every: 0, device: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "teacher.yaml").write_text(
+        RECIPE.replace("teacher: TEACHER", "").replace("methods: [{ima: {weight: 0.5}}]", "")
+    )
+    assert main(["train", str(folder / "teacher.yaml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def recipe(tmp_path, teacher):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(RECIPE.replace("TEACHER", str(teacher)))
+    return file
+
+
+def resolved(study: Study, arm: str):
+    return load_recipe(study.recipe, study.arms[arm])
+
+
+def test_an_arm_for_each_method_and_the_student_alone_first(recipe, tmp_path) -> None:
+    study = plan_methods(recipe, ["mimic", "none", "ima"], (), range(2), tmp_path)
+    assert list(study.arms) == [ALONE, "mimic", "ima"]
+    assert resolved(study, ALONE).teacher is None
+    assert resolved(study, "mimic").methods[0].name == "mimic"
+    recipes = {name: resolved(study, name) for name in study.arms}
+    assert unequal_budgets(recipes) == []
+    assert len({r.training.model_dump_json() for r in recipes.values()}) == 1
+
+
+def test_sweep_of_the_weight_of_the_only_method(recipe, tmp_path) -> None:
+    study = plan_sweep(recipe, "distill.weight", ["0.1", "10"], (), range(1), tmp_path)
+    assert list(study.arms) == [ALONE, "weight 0.1", "weight 10"]
+    assert [resolved(study, a).methods[0].weight for a in list(study.arms)[1:]] == [0.1, 10]
+    study = plan_sweep(recipe, "distill.alpha", ["1", "5"], (), range(1), tmp_path)
+    assert resolved(study, "alpha 5").methods[0].options == {"alpha": 5}
+
+
+def test_ablation_has_the_rows_of_table_5(recipe, tmp_path) -> None:
+    study = plan_ablation(recipe, (), range(1), tmp_path)
+    assert list(study.arms) == [ALONE, "KD", "+ mask", "+ standardisation", "+ scale deflation"]
+    options = [resolved(study, arm).methods[0].options for arm in list(study.arms)[1:]]
+    assert options[0]["mask_ratio"] == 0
+    assert options[1]["mask_ratio"] == 0.5
+    assert options[2] == {"preset": "paper", "importance": "none"}
+    assert options[3] == {"preset": "paper"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("training.max_steps=4", "training.max_steps"),
+        ("training.max_time=5", "training.max_time"),
+        ("data.train_size=16", "data.train_size"),
+        ("student.channels=32", "student.channels"),
+        ("training.augment.flip=0", "training.augment.flip"),
+    ],
+)
+def test_unequal_budgets_are_refused_before_anything_runs(recipe, tmp_path, change, told) -> None:
+    study = Study(recipe, {"a": (), "b": (change,)}, (0,), tmp_path / "out")
+    with pytest.raises(UserError, match=told):
+        run_study(study)
+    assert not study.out.exists()
+
+
+@pytest.mark.slow
+def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    command = ["compare", str(recipe), "--methods", "none", "ima", "--seeds", "2", "--out", str(out)]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert first.count("done") == 4
+    content = json.loads((out / "comparison.json").read_text())
+    assert [arm["name"] for arm in content["arms"]] == ["alone", "ima"]
+    ima = content["arms"][1]
+    alone = content["arms"][0]["metrics"]
+    assert ima["paired"]["differences"] == {
+        seed: pytest.approx(100 * (ima["metrics"][seed]["AP"] - alone[seed]["AP"])) for seed in ("0", "1")
+    }
+    assert "| ima |" in (out / "table.md").read_text()
+
+    result = out / "ima" / "1" / "result.json"
+    result.unlink()
+    assert main([*command, "--table"]) == 0
+    assert "done" not in capsys.readouterr().out
+    assert not result.exists()
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("done") == 1
+
+
+def test_a_failed_run_is_told_and_the_rest_goes_on(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    (out / "mimic").mkdir(parents=True)
+    (out / "mimic" / "0").mkdir()
+    (out / "mimic" / "0" / "student.safetensors").mkdir()  # cannot be written
+    assert main(["compare", str(recipe), "none", "mimic", "--seeds", "1", "--out", str(out)]) == 2
+    printed = capsys.readouterr().out
+    assert "mimic, seed 0: failed" in printed
+    assert "alone, seed 0: done" in printed
+    assert "failed" in (out / "table.md").read_text()
+
+
+def test_allowed_inequality_is_written_in_the_table(recipe, tmp_path) -> None:
+    study = Study(recipe, {"a": (), "b": ("training.max_steps=1",)}, (0,), tmp_path / "out")
+    comparison = run_study(study, allow_unequal=True, train=False)
+    assert comparison.study.unequal == ("training.max_steps",)
+    assert "nothing to compare yet" in comparison.verdict
+
+
+def test_a_metric_that_no_run_has_is_an_error(tmp_path, recipe) -> None:
+    study = Study(recipe, {"a": ()}, (0,), tmp_path)
+    (tmp_path / "a" / "0").mkdir(parents=True)
+    (tmp_path / "a" / "0" / "result.json").write_text(
+        '{"status": "finished", "metrics": {"AP": 0.5}, "per_class": {}}'
+    )
+    with pytest.raises(UserError, match="AP50.*did you mean 'AP'"):
+        read_comparison(study, "AP50")
+
+
+def test_a_study_file_names_arms_as_methods_lists_or_nothing(recipe, tmp_path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"recipe: {recipe}\nseeds: [3]\narms:\n  alone: null\n  fgd: {{fgd: {{weight: 0.1}}}}\n"
+        "  long: [training.max_steps=9]\n"
+    )
+    study = read_study(file)
+    assert study.seeds == (3,)
+    assert resolved(study, "fgd").methods[0].weight == 0.1
+    assert resolved(study, "long").training.max_steps == 9
+    file.write_text("recipe: x.yaml\nwhat: 1\narms: {a: null}\n")
+    with pytest.raises(UserError, match="keys recipe, arms"):
+        read_study(file)
+
+
+def test_mistakes_in_words(recipe, tmp_path) -> None:
+    with pytest.raises(UserError, match="each once"):
+        plan_methods(recipe, ["ima", "ima"], (), range(1), tmp_path)
+    with pytest.raises(UserError, match="at least one method"):
+        plan_methods(recipe, ["none"], (), range(1), tmp_path)
+    with pytest.raises(UserError, match="several values"):
+        plan_sweep(recipe, "distill.weight", [], (), range(1), tmp_path)
