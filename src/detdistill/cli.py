@@ -265,6 +265,30 @@ def evaluate(
 
 
 @app.command()
+def benchmark(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Run folders, weights files, recipes.")
+    ],
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of the image.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of throughput and memory.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before them that are not timed.")] = 3,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+) -> None:
+    """Parameters, FLOPs, latency, throughput and memory, side by side (Table 6 of the paper)."""
+    from dataclasses import asdict
+
+    from detdistill.experiments.benchmark import benchmark as measure
+    from detdistill.printing import print_efficiency, write_json
+
+    costs = measure(models, size=size, runs=runs, warmup=warmup, batch_size=batch_size, device=device)
+    print_efficiency(costs, runs, warmup)
+    if json_file is not None:
+        write_json(json_file, {name: asdict(cost) for name, cost in costs.items()})
+
+
+@app.command()
 def predict(
     weights: Weights,
     images: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER")],

@@ -18,6 +18,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from detdistill.evaluation.detector import Evaluation
+    from detdistill.evaluation.efficiency import Efficiency
     from detdistill.experiments.check import Check
     from detdistill.experiments.compare import Comparison
 
@@ -44,6 +45,11 @@ def show(columns: Iterable[str], rows: Iterable[Iterable[Any]], text_columns: in
 def first_line(docstring: str | None) -> str:
     """What a docstring says in short."""
     return (docstring or "").strip().partition("\n")[0]
+
+
+def ratio(value: float | None, base: float | None) -> float:
+    """``value / base``; NaN where either was not measured."""
+    return math.nan if not value or not base else value / base
 
 
 def percent(value: float) -> str:
@@ -104,6 +110,33 @@ def print_comparison(comparison: Comparison) -> None:
     show(comparison.columns(), comparison.rows())
     say(comparison.verdict)
     say(f"runs, table.md and comparison.json: {comparison.study.out}")
+
+
+def print_efficiency(costs: Mapping[str, Efficiency], runs: int, warmup: int) -> None:
+    """A row for each model; below each number its ratio to the first model's."""
+    first = next(iter(costs.values()))
+    rows = []
+    for name, cost in costs.items():
+        memory = "–" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:.0f}"
+        rows.append((
+            name, f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}", memory,
+            f"{1000 * cost.latency[50]:.1f}", f"{1000 * cost.latency[90]:.1f}", f"{cost.images_per_second:.1f}",
+        ))  # fmt: skip
+        if cost is not first:
+            ratios = (
+                ratio(cost.parameters, first.parameters), ratio(cost.macs, first.macs),
+                ratio(cost.peak_memory_bytes, first.peak_memory_bytes),
+                ratio(cost.latency[50], first.latency[50]),
+                ratio(cost.latency[90], first.latency[90]),
+                ratio(cost.images_per_second, first.images_per_second),
+            )  # fmt: skip
+            rows.append(("", *("–" if math.isnan(r) else f"× {r:.2f}" for r in ratios)))
+    show(("model", "M parameters", "G multiply-adds", "peak MiB", "ms, median", "ms, 90%", "images/s"), rows)
+    height, width = first.size
+    say(
+        f"{height} × {width} pixels, {first.device}; {runs} timed runs in turns after {warmup}; "
+        f"images/s and memory with batches of {first.batch_size}"
+    )
 
 
 def _levels(levels: Mapping[int, int]) -> str:

@@ -34,13 +34,16 @@ class OneConvolution(Detector):
 
 def test_counts():
     model = OneConvolution().train()
-    cost = efficiency(model, size=(100, 100), runs=3)  # resized to 64 × 64: outputs of 2 × 2
+    costs = efficiency({"one": model, "same": model}, size=(100, 100), runs=3, batch_size=2)
+    assert list(costs) == ["one", "same"]
+    cost = costs["one"]  # resized to 64 × 64: outputs of 2 × 2
     assert cost.parameters == 8 * 3 * 25 + 8
     assert cost.macs == 2 * 2 * 8 * 3 * 25
     assert cost.flops == 2 * cost.macs
     assert cost.checkpoint_bytes == 4 * cost.parameters
     assert cost.images_per_second > 0
-    assert cost.peak_memory_bytes is None
+    assert 0 < cost.latency[50] <= cost.latency[90] <= cost.latency[99]
+    assert cost.peak_memory_bytes is None or cost.peak_memory_bytes >= cost.checkpoint_bytes
     assert model.training
 
 
@@ -53,4 +56,16 @@ def test_macs_of_a_known_network():
     model.preprocessor = Preprocess()
     model.conv = create_feature_extractor(resnet50(), {"layer4": "map"})
     model.pyramid = lambda batch: {32: model.conv(batch.images_N3HW)["map"]}
-    assert efficiency(model, size=(224, 224), runs=1).macs / 1e9 == pytest.approx(4.09, abs=0.01)
+    costs = efficiency({"resnet50": model}, size=(224, 224), runs=1, warmup=0)
+    assert costs["resnet50"].macs / 1e9 == pytest.approx(4.09, abs=0.01)
+
+
+def test_memory_of_a_big_map_is_seen():
+    """One map of 64 MiB: what is told is at least that, and not many times as much."""
+    model = OneConvolution()
+    model.preprocessor = Preprocess()
+    model.conv = torch.nn.Conv2d(3, 16, 1, bias=False)
+    model.pyramid = lambda batch: {1: model.conv(batch.images_N3HW)}
+    peak = efficiency({"model": model}, size=(1024, 1024), runs=1, warmup=0)["model"].peak_memory_bytes
+    if peak is not None:  # not Linux
+        assert 64 * 2**20 <= peak < 400 * 2**20

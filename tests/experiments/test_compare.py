@@ -146,7 +146,7 @@ def test_a_metric_that_no_run_has_is_an_error(tmp_path, recipe) -> None:
     (tmp_path / "a" / "0" / "result.json").write_text(
         '{"status": "finished", "metrics": {"AP": 0.5}, "per_class": {}}'
     )
-    with pytest.raises(UserError, match="AP50.*did you mean 'AP'"):
+    with pytest.raises(UserError, match=r"AP50.*did you mean 'AP'"):
         read_comparison(study, "AP50")
 
 

@@ -1,11 +1,14 @@
-"""What a detector costs: parameters, FLOPs, file size, images per second and memory."""
+"""What detectors cost: parameters, FLOPs, file size, latency, throughput and memory (the paper's Table 6)."""
 
 from __future__ import annotations
 
-import statistics
+import ctypes
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,77 +16,147 @@ from torch.utils.flop_counter import FlopCounterMode
 from detdistill.evaluation.detector import eval_mode
 from detdistill.models.base import Detections, Detector
 
+PERCENTILES = (50, 90, 99)
+
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Cost of detecting on one image.
+    """Cost of detecting, preprocessing and suppression included.
 
     Attributes:
         parameters: learnable numbers.
-        macs: multiply-accumulate operations of the convolutions, matrix products and attention: what papers on
-            detection call FLOPs. Elementwise work, normalisation and NMS are not counted.
-        flops: 2 · macs, a multiplication and an addition.
+        macs: multiply-accumulate operations on one image, of the convolutions, matrix products and attention:
+            what papers on detection call FLOPs. Elementwise work, normalisation and NMS are not counted.
         checkpoint_bytes: all parameters and buffers, as a safetensors file holds them (without its header).
-        images_per_second: from the median of the runs, one image at a time, preprocessing and NMS included.
-        peak_memory_bytes: allocated on CUDA while detecting, weights included; None elsewhere.
+        latency: seconds for one image, by percentile (50, 90, 99) of the timed runs.
+        images_per_second: in batches of ``batch_size``, from the median.
+        peak_memory_bytes: weights, and what detecting a batch needs beside them. CUDA: of tensors; Linux CPU:
+            of the process's resident memory; None elsewhere.
         size: (height, width) of the image given.
-        device: where it was measured.
+        batch_size: of the throughput and the memory.
+        device: where it was measured, on a CPU with the number of threads.
     """
 
     parameters: int
     macs: int
-    flops: int
     checkpoint_bytes: int
+    latency: dict[int, float]
     images_per_second: float
     peak_memory_bytes: int | None
     size: tuple[int, int]
+    batch_size: int
     device: str
 
+    @property
+    def flops(self) -> int:
+        """A multiplication and an addition for each of ``macs``."""
+        return 2 * self.macs
 
-def efficiency(model: Detector, size: tuple[int, int] = (800, 1088), runs: int = 10) -> Efficiency:
-    """Measure a detector on an image of noise, on the device and with the threads that it has now.
 
-    The work of NMS depends on how many boxes pass the score threshold, so that speed on photographs differs.
+def efficiency(
+    models: Mapping[str, Detector],
+    size: tuple[int, int] = (800, 1088),
+    *,
+    runs: int = 20,
+    warmup: int = 3,
+    batch_size: int = 1,
+) -> dict[str, Efficiency]:
+    """Measure detectors on images of noise, on the devices and with the threads that they have now.
+
+    The detectors take turns, so that a machine whose speed drifts treats them alike. The work of NMS depends on
+    how many boxes pass the score threshold, so that speed on photographs differs a little.
 
     Args:
-        size: (height, width) of the image before the model's own ``preprocess``; with the usual
+        models: by name.
+        size: (height, width) of an image before the model's own ``preprocess``; with the usual
             (short, long) = (800, 1333), (800, 1088) goes in as it is.
-        runs: timed runs, after two that are not.
+        runs: timed runs of each model and batch size.
+        warmup: runs before them that are not timed.
+        batch_size: of the throughput; latency is always that of one image.
     """
-    device = next(model.parameters(), torch.empty(0)).device
     noise = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
-    image = (noise * 255).to(torch.uint8).to(device)
-    cuda = device.type == "cuda"
-    with eval_mode(model), torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            _detect(model, image)
-        _detect(model, image)
-        if cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        seconds = [_timed(model, image, cuda) for _ in range(max(1, runs))]
-        peak = torch.cuda.max_memory_allocated(device) if cuda else None
-    flops = counter.get_total_flops()
-    return Efficiency(
-        parameters=sum(p.numel() for p in model.parameters()),
-        macs=flops // 2,
-        flops=flops,
-        checkpoint_bytes=sum(value.nbytes for value in model.state_dict().values()),
-        images_per_second=1 / statistics.median(seconds),
-        peak_memory_bytes=peak,
-        size=size,
-        device=torch.cuda.get_device_name(device) if cuda else str(device),
-    )
+    noise = (noise * 255).to(torch.uint8)
+    images = {name: noise.to(_device(model)) for name, model in models.items()}
+    macs, peaks = {}, {}
+    latency: dict[str, list[float]] = {name: [] for name in models}
+    whole: dict[str, list[float]] = {name: [] for name in models}
+    for name, model in models.items():
+        with eval_mode(model), torch.inference_mode():
+            with FlopCounterMode(display=False) as counter:
+                _detect(model, [images[name]])
+            macs[name] = counter.get_total_flops() // 2
+            peaks[name] = _peak_memory(model, [images[name]] * batch_size)
+    for i in range(warmup + max(1, runs)):
+        for name, model in models.items():
+            with eval_mode(model), torch.inference_mode():
+                one = _timed(model, [images[name]])
+                several = _timed(model, [images[name]] * batch_size) if batch_size > 1 else one
+            if i >= warmup:
+                latency[name].append(one)
+                whole[name].append(several)
+    return {
+        name: Efficiency(
+            parameters=sum(p.numel() for p in model.parameters()),
+            macs=macs[name],
+            checkpoint_bytes=sum(value.nbytes for value in model.state_dict().values()),
+            latency={p: float(np.percentile(latency[name], p)) for p in PERCENTILES},
+            images_per_second=batch_size / float(np.median(whole[name])),
+            peak_memory_bytes=peaks[name],
+            size=size,
+            batch_size=batch_size,
+            device=_describe(_device(model)),
+        )
+        for name, model in models.items()
+    }
 
 
-def _detect(model: Detector, image_3HW: Tensor) -> list[Detections]:
-    batch = model.preprocess([image_3HW])
+def _detect(model: Detector, images: Sequence[Tensor]) -> list[Detections]:
+    batch = model.preprocess(images)
     return model.decode(model.predict(model.pyramid(batch), batch), batch)
 
 
-def _timed(model: Detector, image_3HW: Tensor, cuda: bool) -> float:
+def _timed(model: Detector, images: Sequence[Tensor]) -> float:
     start = time.perf_counter()
-    _detect(model, image_3HW)
-    if cuda:
-        torch.cuda.synchronize(image_3HW.device)
+    _detect(model, images)
+    if images[0].is_cuda:
+        torch.cuda.synchronize(images[0].device)
     return time.perf_counter() - start
+
+
+def _peak_memory(model: Detector, images: Sequence[Tensor]) -> int | None:
+    """Bytes of the weights and of what detecting needs beside them."""
+    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
+    _detect(model, images)  # what is allocated once and kept is not told twice
+    if images[0].is_cuda:
+        device = images[0].device
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _detect(model, images)
+        return weights + torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, or its reuse would go unseen
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+        _detect(model, images)
+        return weights + max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError, TypeError):  # no Linux, or another C library
+        return None
+
+
+def _resident(field: str) -> int:
+    """Bytes, of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def _device(model: Detector) -> torch.device:
+    return next(model.parameters(), torch.empty(0)).device
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else str(device)
