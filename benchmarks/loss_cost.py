@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
+from detdistill.distillation.matching import Overlay
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
@@ -66,6 +67,7 @@ def make_signals(
         teacher=maps[1],
         student_batch=batch,
         teacher_batch=batch,
+        overlay=Overlay(batch, batch),
         student_raw=student_raw,
         teacher_raw=teacher_raw,
         student_model=student,

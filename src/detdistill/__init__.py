@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from detdistill.experiments.check import check
     from detdistill.experiments.evaluate import evaluate
     from detdistill.experiments.predict import predict
+    from detdistill.experiments.rank_teachers import rank_teachers
     from detdistill.experiments.train import distill, train
     from detdistill.models import build_model
+    from detdistill.models.base import Preprocess
     from detdistill.models.checkpoints import load_model
+    from detdistill.models.wrapped import wrap
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,7 @@ __all__ = [
     "IMALoss",
     "MimicLoss",
     "Pair",
+    "Preprocess",
     "Recipe",
     "UserError",
     "__version__",
@@ -36,13 +40,16 @@ __all__ = [
     "load_model",
     "load_recipe",
     "predict",
+    "rank_teachers",
     "train",
+    "wrap",
 ]
 
 _HOMES = {
     "IMALoss": "distillation.methods.ima",
     "MimicLoss": "distillation.methods.mimic",
     "Pair": "distillation.pair",
+    "Preprocess": "models.base",
     "Recipe": "config",
     "UserError": "config",
     "build_model": "models",
@@ -52,7 +59,9 @@ _HOMES = {
     "load_model": "models.checkpoints",
     "load_recipe": "config",
     "predict": "experiments.predict",
+    "rank_teachers": "experiments.rank_teachers",
     "train": "experiments.train",
+    "wrap": "models.wrapped",
 }
 
 

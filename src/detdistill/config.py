@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from detdistill.recipe_file import UserError, expand_method, expand_short_forms, read_recipe_file
 
@@ -108,6 +117,9 @@ Family = Literal[
 ]
 
 
+Convention = Literal["torchvision", "mmdet", "mmdet_tricks"]
+
+
 class ModelConfig(_Section):
     """A detector: family, backbone, sizes, and where its weights come from."""
 
@@ -125,14 +137,33 @@ class ModelConfig(_Section):
     anchor_scale: float | None = Field(
         None, gt=0, description="smallest anchor side over its stride; 4 (RetinaNet) or 8 (RPN) by default"
     )
+    convention: Convention = Field(
+        "torchvision", description="where these libraries differ, whose way a family takes: docs/mmdet.md"
+    )
+    stride_in_1x1: bool = Field(False, description="ResNet with the strides where Caffe's models have them")
     norm: Literal["batch", "frozen"] = Field(
         "batch", description="backbone normalisation; frozen for batches < 8"
     )
     freeze_stages: int = Field(0, ge=0, le=5, description="backbone stages, from the input, that do not learn")
-    size: tuple[int, int] | None = Field(None, description="(short, long) side of the input; none: as it comes")
+    size: tuple[int, int] | None = Field(
+        None, description="(short, long) side of the input; none: as it comes, for DETRs 640×640"
+    )
+    keep_ratio: bool | None = Field(
+        None, description="false: images are stretched to `size`; by default true, for DETRs false"
+    )
     score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
     max_detections: int = Field(100, gt=0, description="detections kept of an image")
+    python: str | None = Field(
+        None, description="only in a run's own recipe: what object `detdistill.distill` was given"
+    )
+
+    @model_serializer(mode="wrap")
+    def _object_alone(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """An object's section says what it was and nothing else; other sections do not mention objects."""
+        section: dict[str, Any] = serialise(self)
+        python = section.pop("python")
+        return section if python is None else {"python": python}
 
     @field_validator("size", mode="before")
     @classmethod
@@ -276,7 +307,7 @@ class Recipe(_Section):
             raise ValueError(f"methods {names} need a teacher: add `teacher: RUN_FOLDER_OR_WEIGHTS`")
         if self.teacher is not None and not names:
             raise ValueError("a teacher without methods teaches nothing: add `methods: [ima]`")
-        if self.teacher is not None and self.teacher.weights is None:
+        if self.teacher is not None and self.teacher.weights is None and self.teacher.python is None:
             raise ValueError("teacher.weights is missing: an untrained teacher teaches noise")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

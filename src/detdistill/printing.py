@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from detdistill.evaluation.efficiency import Efficiency
     from detdistill.experiments.check import Check
     from detdistill.experiments.compare import Comparison
+    from detdistill.experiments.rank_teachers import TeacherRanking, TeacherScore
 
 SHOWN_OF_A_KIND = 10
 STYLES = {"error": "red", "warning": "yellow"}
@@ -75,8 +77,16 @@ def print_evaluation(
     """The numbers, AP by class, and how fast it was."""
     split = evaluation.split
     say(f"{split.name} of {split.source}: {len(split)} images")
-    show(numbers, [[percent(value) for value in numbers.values()]], text_columns=0)
-    show(("class", "AP"), [(name, percent(ap)) for name, ap in by_class.items()])
+    masks = {n.removeprefix("mask_"): value for n, value in numbers.items() if n.startswith("mask_")}
+    boxes = {n: value for n, value in numbers.items() if n.removeprefix("mask_") == n}
+    if evaluation.coco_masks is not None and masks:
+        rows = [(what, *map(percent, table.values())) for what, table in (("boxes", boxes), ("masks", masks))]
+        show(("of", *boxes), rows)
+        of_masks = evaluation.coco_masks.per_class
+        show(("class", "AP", "mask AP"), [(n, percent(ap), percent(of_masks[n])) for n, ap in by_class.items()])
+    else:
+        show(boxes, [[percent(value) for value in boxes.values()]], text_columns=0)
+        show(("class", "AP"), [(n, percent(ap)) for n, ap in by_class.items()])
     say(f"{evaluation.seconds:.1f} s, {evaluation.images_per_second:.1f} images/s with loading")
 
 
@@ -91,15 +101,20 @@ def print_check(result: Check) -> None:
             (
                 model.role,
                 model.what,
+                model.input,
                 _levels(model.levels),
                 f"{model.parameters / 1e6:.2f}",
                 f"{model.learning / 1e6:.2f}",
             )
             for model in result.models
         ]
-        show(("model", "what", "channels at stride", "M parameters", "M learning"), rows, text_columns=3)
+        columns = ("model", "what", "input", "channels at stride", "M parameters", "M learning")
+        show(columns, rows, text_columns=4)
     if result.matching is not None:
         show(("student", "teacher", "between"), result.matching.rows(), text_columns=3)
+    if result.classes is not None:
+        for line in result.classes.lines():
+            say(line)
     for problem in result.problems:
         say(f"error: {problem}", style=STYLES["error"])
     say("this recipe can run" if result.ok else "this recipe cannot run as it is: mend the errors above")
@@ -112,10 +127,33 @@ def print_comparison(comparison: Comparison) -> None:
     say(f"runs, table.md and comparison.json: {comparison.study.out}")
 
 
+def print_ranking(ranking: TeacherRanking) -> None:
+    """Candidate teachers, best first, then those that cannot be used, and why; what is recommended."""
+    columns: dict[str, Callable[[TeacherScore], str]] = {
+        "what": lambda score: score.what,
+        "AP": lambda score: percent(score.ap),
+        "over the student": lambda score: "–" if score.gap is None else f"{100 * score.gap:+.1f}",
+        "CKA at the start": lambda score: _mean(score.cka_start),
+        "CKA, trained": lambda score: _mean(score.cka_trained),
+        "step": lambda score: f"× {score.step_cost:.2f}",
+        "M parameters": lambda score: f"{score.parameters / 1e6:.2f}",
+        "of the student's": lambda score: f"× {score.parameter_ratio:.1f}",
+    }
+    if ranking.student_ap is None:
+        del columns["over the student"], columns["CKA, trained"]
+    rows = [(score.teacher, *(cell(score) for cell in columns.values())) for score in ranking.scores]
+    rows += [(teacher, "cannot be used", *"–" * (len(columns) - 1)) for teacher, _ in ranking.refused]
+    show(("teacher", *columns), rows, text_columns=2)
+    for teacher, why in ranking.refused:
+        say(f"error: {why if teacher in why else f'{teacher}: {why}'}", style=STYLES["error"])
+    say(f"CKA on {ranking.images} images; steps with {' + '.join(ranking.methods)}, over the student's alone")
+    say(ranking.recommendation)
+
+
 def print_efficiency(costs: Mapping[str, Efficiency], runs: int, warmup: int) -> None:
     """A row for each model; below each number its ratio to the first model's."""
     first = next(iter(costs.values()))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, cost in costs.items():
         memory = "–" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:.0f}"
         rows.append((
@@ -139,15 +177,23 @@ def print_efficiency(costs: Mapping[str, Efficiency], runs: int, warmup: int) ->
     )
 
 
+def _mean(by_level: Mapping[int, float] | None) -> str:
+    return "–" if by_level is None else f"{mean(by_level.values()):.3f}"
+
+
 def _levels(levels: Mapping[int, int]) -> str:
     return "  ".join(f"{channels}@{stride}" for stride, channels in levels.items())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """JSON for other programs; NaN, which JSON lacks, becomes null."""
-    plain = {
-        key: value if not isinstance(value, float) or math.isfinite(value) else None
-        for key, value in content.items()
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ import torch
 
 from detdistill.config import ModelConfig
 from detdistill.distillation.pair import Pair
-from detdistill.models import build_model
+from detdistill.models import build_model, gfl
 
 CLASSES = ("a", "b", "c")
 STRIDES = (8, 16, 32)
@@ -16,7 +16,24 @@ def detector(family="fcos", channels=16, seed=0, **options):
     torch.manual_seed(seed)
     options = {"head_depth": 2, "strides": STRIDES, **options}
     config = ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=channels, **options)
-    return build_model(config, CLASSES)
+    model = build_model(config, CLASSES)
+    if family == "reppoints":  # whose untrained points lie on one spot: no box would be large enough for gid
+        model.head.points.bias.data = 2 * model.head.taps.flatten()
+    return model
+
+
+def gfl_detector(channels=16, seed=0, bins=17):
+    """A GFL whose cells differ: from the head's own initial weights all distributions are nearly flat."""
+    torch.manual_seed(seed)
+    model = gfl(
+        "mobilenetv3_small_050", classes=CLASSES, channels=channels, strides=STRIDES, head_depth=2, bins=bins
+    )
+    torch.nn.init.normal_(model.head.box.weight, std=0.3)
+    return model
+
+
+def gfl_pair(methods, **options):
+    return Pair(gfl_detector(**options), gfl_detector(channels=24, seed=1), methods)
 
 
 def make_pair(methods, student="fcos", teacher=None, **options):

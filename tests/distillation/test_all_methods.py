@@ -16,9 +16,13 @@ from detdistill.training.step import build_optimizer
 
 from .pairs import assert_same, batch, detector, make_pair, snapshot, take_steps
 
-FAMILIES = ("fcos", "retinanet", "faster_rcnn")
+FAMILIES = ("fcos", "retinanet", "gfl", "reppoints", "faster_rcnn")
 
-REFUSED = {("crosskd", "faster_rcnn"), ("gid", "faster_rcnn"), *(("ld", family) for family in FAMILIES)}
+REFUSED = {
+    ("crosskd", "faster_rcnn"),
+    ("gid", "faster_rcnn"),
+    *(("ld", family) for family in FAMILIES if family != "gfl"),
+}
 """(method, student's family) that make no sense, and say so."""
 
 STILL = {
@@ -26,6 +30,8 @@ STILL = {
     "ima": ".bias",
     "pkd": ".bias",
     "cwd": ".bias",
+    # The assistant's head (GFL) learns a level's scale from that level's objects: here all are on the finest.
+    "scalekd": (".scales.16", ".scales.32"),
 }
 """Learnable parts that no gradient moves, by the end of their names, with the reason."""
 

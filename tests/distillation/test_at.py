@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
+from detdistill.distillation.matching import resize_like
 from detdistill.distillation.methods.at import ATLoss
 
 from .pairs import STRIDES, batch, make_pair
@@ -24,7 +25,11 @@ def test_strides_that_differ_are_resized():
     student, teacher = torch.randn(2, 16, 4, 4), torch.randn(2, 24, 8, 8)
     resized = F.interpolate(student, size=(8, 8), mode="bilinear", align_corners=False)
     value = at(
-        SimpleNamespace(student=dict.fromkeys(STRIDES, student), teacher=dict.fromkeys(STRIDES, teacher))
+        SimpleNamespace(
+            student=dict.fromkeys(STRIDES, student),
+            teacher=dict.fromkeys(STRIDES, teacher),
+            overlay=resize_like,
+        )
     )
     torch.testing.assert_close(value, 3 * ATLoss()(resized, teacher))
 

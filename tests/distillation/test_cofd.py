@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from detdistill.distillation.matching import resize_like
 from detdistill.distillation.methods.cofd import COFDLoss, Connector, Margin, batch_norm_margin
 from detdistill.distillation.pair import Pair
 
@@ -96,7 +98,8 @@ def test_each_level_counts_twice_the_next_finer_one():
     with torch.no_grad():
         inputs = pair.student.preprocess(images)
         student, teacher = pair.student.pyramid(inputs), pair.teacher.pyramid(inputs)
-        terms = [cofd.loss(s, t, torch.zeros(24)) for _, s, t in cofd.align(student, teacher)]
+        signals = SimpleNamespace(student=student, teacher=teacher, overlay=resize_like)
+        terms = [cofd.loss(s, t, torch.zeros(24)) for _, s, t in cofd.align(signals)]
     torch.testing.assert_close(value.detach(), terms[0] / 4 + terms[1] / 2 + terms[2])
 
 

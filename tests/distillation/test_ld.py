@@ -13,8 +13,7 @@ from detdistill.distillation.methods.ld import LD, LDLoss, valuable_region
 from detdistill.distillation.pair import Pair
 from detdistill.models.heads import take_objects
 
-from .gfl import gfl, gfl_pair
-from .pairs import batch, detector, make_pair, take_steps
+from .pairs import batch, detector, gfl_detector, gfl_pair, make_pair, take_steps
 
 ANCHORS = [
     torch.tensor([[x, y, x + 24.0, y + 24] for y in range(0, 64, 8) for x in range(0, 64, 8)]),
@@ -63,7 +62,7 @@ def test_region_without_objects_is_empty():
 def test_it_trains_and_an_equal_student_has_nothing_to_learn():
     losses = take_steps(gfl_pair(["ld"]))
     assert losses["ld"].item() > 0
-    teacher = gfl(seed=1)
+    teacher = gfl_detector(seed=1)
     pair = Pair(copy.deepcopy(teacher), teacher, ["ld"]).eval()
     assert pair(*batch())["ld"].abs().item() < 1e-5
 
@@ -121,10 +120,10 @@ def test_heads_without_distributions_are_told_what_to_use(family):
 
 
 def test_other_pairs_that_are_refused():
-    with pytest.raises(UserError, match="the student's 5 with the teacher's 6"):
+    with pytest.raises(UserError, match="the student's 5 with the teacher's 17"):
         gfl_pair(["ld"], bins=5)
     with pytest.raises(UserError, match="FCOS predicts none"):
-        Pair(gfl(), detector("fcos", 24), ["ld"])
+        Pair(gfl_detector(), detector("fcos", 24), ["ld"])
     with pytest.raises(UserError, match="alpha must be in"):
         gfl_pair([{"ld": {"alpha": 1.5}}])
     with pytest.raises(UserError, match="temperatures must be positive"):

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from detdistill.config import UserError
-from detdistill.distillation.matching import LevelAligner, match_levels
+from detdistill.distillation.matching import (
+    LevelAligner,
+    input_scale,
+    match_classes,
+    match_levels,
+    resize_like,
+)
+from detdistill.models import Preprocess
 
 RETINANET = dict.fromkeys((8, 16, 32, 64, 128), 256)
 FASTER = dict.fromkeys((4, 8, 16, 32, 64), 256)
@@ -25,9 +34,63 @@ def test_retinanet_and_faster_rcnn_meet_by_stride_both_ways():
 def test_without_a_common_stride_the_nearest_meet_and_are_resized():
     matching = match_levels({4: 8}, {8: 16, 16: 16})
     assert [(m.student_stride, m.teacher_stride) for m in matching.levels] == [(4, 8)]
-    (_, s, t), *rest = LevelAligner(matching)({4: torch.randn(2, 8, 12, 16)}, {8: torch.randn(2, 16, 6, 8)})
+    maps = {"student": {4: torch.randn(2, 8, 12, 16)}, "teacher": {8: torch.randn(2, 16, 6, 8)}}
+    (_, s, t), *rest = LevelAligner(matching)(SimpleNamespace(**maps, overlay=resize_like))
     assert not rest
     assert s.shape == t.shape == (2, 16, 6, 8)
+
+
+def test_strides_count_in_the_students_pixels():
+    """A teacher at twice the size: its cell of stride 16 covers what the student's of stride 8 does."""
+    matching = match_levels(RETINANET, RETINANET, scale=0.5)
+    assert [(m.student_stride, m.teacher_stride) for m in matching.levels] == [
+        (8, 16), (16, 32), (32, 64), (64, 128),
+    ]  # fmt: skip
+    assert (matching.student_only, matching.teacher_only) == ((128,), (8,))
+    assert not any(m.resized for m in matching.levels)
+
+
+@pytest.mark.parametrize("scale", [0.72, 1.3])
+def test_levels_within_half_an_octave_meet(scale):
+    matching = match_levels(RETINANET, RETINANET, scale)
+    assert [(m.student_stride, m.teacher_stride) for m in matching.levels] == [(s, s) for s in RETINANET]
+    assert all(m.resized for m in matching.levels)
+    assert all("resized" in row[2] for row in matching.rows())
+
+
+def test_far_levels_are_told_in_the_students_pixels():
+    with pytest.raises(UserError, match=r"the teacher's \[1.0, 2.0\] \(in the student's pixels\)"):
+        match_levels({16: 8}, {8: 8, 16: 8}, scale=0.125)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "scale"),
+    [
+        (Preprocess(), Preprocess(divisor=128), 1.0),
+        (Preprocess((320, 320)), Preprocess((640, 640)), 0.5),
+        (Preprocess((320, 320), keep_ratio=False), Preprocess((640, 640), keep_ratio=False), 0.5),
+        (Preprocess((400, 600)), Preprocess((800, 1333)), 0.5),
+        (Preprocess((480, 640), keep_ratio=False), Preprocess((480, 640)), 1.0),  # of a photograph, 4:3
+        (Preprocess((640, 640), keep_ratio=False), Preprocess((480, 1000)), 640 / (480 * 640) ** 0.5),
+    ],
+)
+def test_scales_of_input_sizes(student, teacher, scale):
+    assert input_scale(student, teacher) == pytest.approx(scale)
+    assert input_scale(teacher, student) == pytest.approx(1 / scale)
+
+
+def test_classes_meet_by_name():
+    match = match_classes(("a", "b", "c"), ("c", "x", "a"))
+    assert match.pairs == ((0, 2), (2, 0))
+    assert (match.missing, match.extra, match.same) == (("b",), ("x",), False)
+    assert match.lines() == [
+        "the teacher knows 2 of the student's 3 classes",
+        "not known to the teacher: b",
+        "known to the teacher alone, not used: x",
+    ]
+    assert match_classes(("a", "b"), ("a", "b")).same
+    assert not match_classes(("a", "b"), ("b", "a")).same
+    assert not match_classes((), ("b",)).pairs
 
 
 def test_pyramids_too_far_apart_are_refused():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from detdistill.config import UserError
+from detdistill.data.masks import encode_masks
 from detdistill.evaluation.coco import COCO_NUMBERS, coco_ap, coco_ap_from_files
 
 BACKENDS = ["hotcoco", "pycocotools"]
@@ -160,6 +161,36 @@ def test_masks(backend, make_record, make_split):
     found = [{**box_elsewhere, "scores": torch.tensor([0.5]), "masks": mask}]
     assert is_one(coco_ap(make_split([record]), found, "segm", backend).AP)
     assert coco_ap(make_split([record]), found, "bbox", backend).AP == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_as_run_lengths_are_what_their_pixels_are(backend, make_record, make_split):
+    rng = np.random.default_rng(0)
+    records, pixels, lengths = [], [], []
+    for i in range(8):
+        corner, side = rng.integers(0, 60, (4, 2)), rng.integers(20, 80, (4, 2))
+        boxes = np.concatenate([corner, corner + side], axis=1)
+        truth, masks = np.zeros((2, 4, 200, 300), dtype=bool)
+        for whole, part, (x1, y1, x2, y2) in zip(truth, masks, boxes, strict=True):
+            whole[y1:y2, x1:x2] = True
+            part[y1 : y2 - rng.integers(0, 9), x1:x2] = True
+        record = make_record(i, boxes, rng.integers(0, 2, 4))
+        records.append(replace(record, masks=tuple(encode_masks(truth))))
+        found = {"boxes": boxes, "labels": record.labels_K, "scores": rng.random(4)}
+        pixels.append({**found, "masks": masks[:, None].astype(np.float32)})
+        lengths.append({**found, "masks": encode_masks(masks)})
+    nothing = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0).long(),
+        "scores": torch.zeros(0),
+        "masks": [],
+    }
+    pixels[3], lengths[3] = {**nothing, "masks": torch.zeros(0, 1, 200, 300)}, nothing
+    split = make_split(records)
+    one, other = (coco_ap(split, found, "segm", backend).as_dict() for found in (pixels, lengths))
+    assert one == pytest.approx(other, nan_ok=True)
+    assert one["AP"] == pytest.approx(0.6, abs=0.35)
+    assert one["AP"] < coco_ap(split, lengths, "bbox", backend).AP
 
 
 def test_errors(make_record, make_split, tmp_path: Path):

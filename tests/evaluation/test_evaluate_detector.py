@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from detdistill.config import UserError
+from detdistill.data.masks import encode_mask
 from detdistill.evaluation.detector import evaluate_detector
 
 
@@ -87,6 +90,59 @@ def test_classes_are_matched_by_name(oracle):
     model.classes = ("tree", "rock", "bush", "fern")
     with pytest.raises(UserError, match="no class in common"):
         evaluate_detector(model, split)
+
+
+def with_rectangles(model, split):
+    """The detector and the split with each box filled, as its mask."""
+    model.needs_masks = True
+    records = []
+    for record, answer in zip(split.records, model.answers.values(), strict=True):
+        masks = np.zeros((len(record.labels_K), record.height, record.width), dtype=bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, record.boxes_K4.astype(int), strict=True):
+            mask[y1:y2, x1:x2] = True
+        answer["masks"] = torch.from_numpy(masks[:, None]).float()
+        records.append(replace(record, masks=tuple(encode_mask(mask) for mask in masks)))
+    return model, replace(split, records=records)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_masks_are_measured_beside_the_boxes(batch_size, oracle):
+    model, split = with_rectangles(*oracle(6))
+    evaluation = evaluate_detector(model, split, batch_size=batch_size)
+    assert is_one(evaluation.coco.AP)
+    assert is_one(evaluation.coco_masks.AP)
+    assert [len(masks) for masks in evaluation.masks] == [len(record.labels_K) for record in split.records]
+    numbers = evaluation.numbers()
+    assert len(numbers) == 24
+    assert is_one(numbers["mask_AP75"])
+    assert all("masks" not in found for found in evaluation.detections)
+    for answer in model.answers.values():
+        assert "masks" in answer  # what the model gave is not touched
+        answer["masks"] = answer["masks"] * 0.4
+    assert evaluate_detector(model, split).numbers()["mask_AP"] == 0
+    assert is_one(evaluate_detector(model, split).coco.AP)
+
+
+def test_masks_are_matched_by_class_names_too(oracle):
+    model, split = with_rectangles(*oracle(6))
+    model.classes = ("box", "tree", "rock")
+    for answer in model.answers.values():
+        answer["labels"] = torch.tensor([1, 0, 2])[answer["labels"]]  # ball becomes tree, box stays box
+    with pytest.warns(UserWarning, match="does not know"):
+        evaluation = evaluate_detector(model, split)
+    assert is_one(evaluation.coco_masks.per_class["box"])
+    assert evaluation.coco_masks.per_class["ball"] == 0
+    for found, masks in zip(evaluation.detections, evaluation.masks, strict=True):
+        assert len(found["labels"]) == len(masks)
+
+
+def test_without_masks_on_both_sides_there_are_none(oracle):
+    model, split = oracle(3)
+    masked_model, masked_split = with_rectangles(*oracle(3))
+    for one, data in ((model, masked_split), (masked_model, split)):
+        evaluation = evaluate_detector(one, data)
+        assert evaluation.masks is evaluation.coco_masks is None
+        assert len(evaluation.numbers()) == 12
 
 
 def test_bf16_runs_under_autocast(oracle):

@@ -12,6 +12,7 @@ from PIL import Image
 from detdistill.config import Recipe, parse_recipe
 from detdistill.experiments.check import check
 from detdistill.models import build_model, save_model
+from detdistill.printing import print_check
 
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}
 
@@ -62,6 +63,36 @@ def test_a_pair_learns_only_in_the_student(folder: Path, tmp_path: Path) -> None
     assert result.matching is not None
     assert [level.teacher_channels for level in result.matching.levels] == [16, 16]
     assert any(str(teacher) in note for note in result.notes)
+
+
+def test_inputs_and_classes_that_differ_are_told(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    section = {**STUDENT, "family": "fcos", "size": [128, 128], "strides": [16, 32, 64]}
+    model = build_model(parse_recipe({"data": "digits", "student": section}).student, ["screw", "part"])
+    save_model(model, tmp_path / "teacher.safetensors")
+    student = {**STUDENT, "size": [64, 64]}
+    teacher = str(tmp_path / "teacher.safetensors")
+    result = check(recipe(folder, student=student, teacher=teacher, methods=["ima"]))
+    assert result.ok
+    print_check(result)
+    printed = capsys.readouterr().out
+    assert "short × long side 128 × 128" in printed
+    assert "stride 32 (16 of the student's pixels)" in printed
+    assert "known to the teacher alone, not used: screw" in printed
+    refused = check(recipe(folder, student=student, teacher=teacher, methods=["kd"]))
+    assert not refused.ok
+    assert refused.matching == result.matching  # what meets is told all the same
+
+
+def test_classes_that_the_teacher_does_not_know_are_told(folder: Path, tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        content["categories"].append({"id": 4, "name": "bolt"})
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    result = check(recipe(folder, teacher=str(teacher), methods=["kd"]))
+    assert result.classes is not None
+    assert result.classes.missing == ("bolt",)
+    assert any("does not know bolt" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,14 @@ import pytest
 
 from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
-from detdistill.experiments.compare import (
+from detdistill.experiments.compare import read_comparison, run_study, unequal_budgets
+from detdistill.experiments.studies import (
     ALONE,
     Study,
     plan_ablation,
     plan_methods,
     plan_sweep,
-    read_comparison,
     read_study,
-    run_study,
-    unequal_budgets,
 )
 
 RECIPE = """

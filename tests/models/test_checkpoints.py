@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.models import detection
 
 from detdistill.config import ModelConfig, UserError
@@ -22,6 +23,7 @@ from detdistill.models import (
     save_model,
 )
 from detdistill.models.base import Detector
+from detdistill.models.checkpoints import describe
 
 CLASSES = ("cat", "dog", "bird")
 
@@ -90,9 +92,31 @@ def test_a_file_carries_no_path(run_folder: Path) -> None:
         assert str(run_folder) not in json.dumps(file.metadata())
 
 
-def test_a_model_without_spec_or_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="build_model"):
-        save_model(retinanet("resnet18", 2, channels=16), tmp_path / "x.safetensors")
+def test_of_a_model_without_spec_the_weights_are_kept(tmp_path: Path) -> None:
+    model = retinanet("resnet18", 2, channels=16)
+    model.head.tied = model.head.cls  # the same tensors under two names
+    save_model(model, tmp_path / "x.safetensors")
+    state = load_file(tmp_path / "x.safetensors")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match=r"weights of a Python object \(RetinaNet, \d+ parameters"):
+        load_model(tmp_path / "x.safetensors")
+
+
+def test_what_a_model_is_known_by() -> None:
+    torch.manual_seed(0)
+    model = retinanet("resnet18", 2, channels=16)
+    line = describe(model)
+    assert line.startswith("RetinaNet, ")
+    assert describe(retinanet("resnet18", 2, channels=16)) == line  # other weights, the same model
+    assert describe(retinanet("resnet18", 3, channels=16)) != line
+    values = describe(model, values=True)
+    assert describe(copy.deepcopy(model), values=True) == values
+    model.head.cls.weight.data[0, 0, 0, 0] += 1
+    assert describe(model, values=True) != values
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         save_model(build_model(config(), CLASSES), tmp_path / "absent" / "x.safetensors")
 

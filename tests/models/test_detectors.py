@@ -1,4 +1,4 @@
-"""What the three families promise beyond parity with torchvision."""
+"""What the families promise beyond parity with torchvision."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detdistill.models import Preprocess, faster_rcnn, fcos, retinanet
+from detdistill.models import Preprocess, faster_rcnn, fcos, gfl, reppoints, retinanet
 from detdistill.models.base import Detector
 from detdistill.models.fcos import match_cells
 from detdistill.models.heads import tower
 
-FAMILIES: list[Callable[..., Detector]] = [retinanet, fcos, faster_rcnn]
+FAMILIES: list[Callable[..., Detector]] = [retinanet, fcos, gfl, reppoints, faster_rcnn]
 LOSSES = {
     "RetinaNet": {"classification", "bbox_regression"},
     "FCOS": {"classification", "bbox_regression", "bbox_ctrness"},
+    "GFL": {"classification", "bbox_regression", "bbox_distribution"},
+    "RepPoints": {"classification", "bbox_regression", "bbox_initial"},
     "FasterRCNN": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"},
 }
 
@@ -139,8 +141,9 @@ def test_raw_predictions_are_as_the_contract_says(build: Callable[..., Detector]
     else:
         anchors = 9 if build is retinanet else 1
         assert raw.cls[8].shape == (2, anchors * 3, 8, 12)
-        assert raw.box[16].shape == (2, anchors * 4, 4, 6)
-        assert (raw.centerness is None) == (build is retinanet)
+        numbers = 4 * 17 if build is gfl else 4  # that encode a box
+        assert raw.box[16].shape == (2, anchors * numbers, 4, 6)
+        assert (raw.centerness is None) == (build is not fcos)
 
 
 @pytest.mark.parametrize("build", FAMILIES)

@@ -15,7 +15,7 @@ WORKER = """
 import sys
 import torch
 from torch import distributed
-from detdistill.models import fcos, retinanet
+from detdistill.models import fcos, gfl, reppoints, retinanet
 
 world, rank, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ boxes = [torch.tensor([[4.0, 4, 60, 60], [20, 20, 40, 44], [2, 30, 20, 50]]), to
 targets = [{"boxes": b, "labels": torch.zeros(len(b), dtype=torch.int64)} for b in boxes]
 mine = [i for i in range(2) if i % world == rank]
 gradients = []
-for build in (fcos, retinanet):
+for build in (fcos, retinanet, gfl, reppoints):
     torch.manual_seed(1)
     model = build("resnet18", 2, channels=16, norm="frozen").train()
     losses = model([images[i] for i in mine], [targets[i] for i in mine])

@@ -15,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFa
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from detdistill.config import UserError
-from detdistill.models import Preprocess, faster_rcnn, fcos, load_torchvision, retinanet
+from detdistill.models import Preprocess, faster_rcnn, fcos, load_torchvision, mask_rcnn, retinanet
 from detdistill.models.base import Detector
 from detdistill.models.heads import match_boxes
 from detdistill.models.torchvision_weights import COCO_CATEGORIES, conventions_of, is_torchvision
@@ -23,6 +23,7 @@ from detdistill.models.torchvision_weights import COCO_CATEGORIES, conventions_o
 SIZE = (160, 224)
 CATEGORIES = ("background", "cat", "dog", "bird", "horse", "sheep")
 EVERYTHING = 10**6  # a sample so large that it takes all: then both sides sample the same
+TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 
 
 def torchvision_model(family: str) -> nn.Module:
@@ -30,10 +31,12 @@ def torchvision_model(family: str) -> nn.Module:
         "retinanet": detection.retinanet_resnet50_fpn,
         "fcos": detection.fcos_resnet50_fpn,
         "faster_rcnn": detection.fasterrcnn_resnet50_fpn,
+        "mask_rcnn": detection.maskrcnn_resnet50_fpn,
     }
     options: dict[str, Any] = {"min_size": SIZE[0], "max_size": SIZE[1], "num_classes": len(CATEGORIES)}
-    if family == "faster_rcnn":
+    if family in TWO_STAGE:
         options |= {"rpn_batch_size_per_image": EVERYTHING, "box_batch_size_per_image": EVERYTHING}
+    torch.manual_seed(1)  # whichever tests ran before
     model = builder[family](weights=None, weights_backbone=None, **options)
     randomise(model)
     return model
@@ -55,9 +58,11 @@ def randomise(model: nn.Module) -> None:
 
 
 def our_model(family: str, theirs: nn.Module) -> Detector:
-    builder: dict[str, Any] = {"retinanet": retinanet, "fcos": fcos, "faster_rcnn": faster_rcnn}
+    builder: dict[str, Any] = {
+        "retinanet": retinanet, "fcos": fcos, "faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn
+    }  # fmt: skip
     options: dict[str, Any] = {"classes": CATEGORIES, "preprocess": Preprocess(size=SIZE)}
-    if family == "faster_rcnn":
+    if family in TWO_STAGE:
         options |= {"rpn_samples": EVERYTHING, "roi_samples": EVERYTHING, "classes": CATEGORIES[1:]}
     model = builder[family]("resnet50", **options)
     report = load_torchvision(model, theirs.state_dict(), CATEGORIES)
@@ -65,11 +70,11 @@ def our_model(family: str, theirs: nn.Module) -> Detector:
     return model
 
 
-@pytest.fixture(params=["retinanet", "fcos", "faster_rcnn"], scope="module")
+@pytest.fixture(params=["retinanet", "fcos", *TWO_STAGE], scope="module")
 def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, Detector, int]:
     """(torchvision's model, ours, how much larger their labels are)."""
     theirs = torchvision_model(request.param)
-    return theirs, our_model(request.param, theirs), int(request.param == "faster_rcnn")
+    return theirs, our_model(request.param, theirs), int(request.param in TWO_STAGE)
 
 
 @pytest.fixture
@@ -82,7 +87,21 @@ def targets(shift: int, boxes_of_second: int = 1) -> list[dict[str, Tensor]]:
     first = torch.tensor([[10.0, 20, 110, 130], [50, 50, 90, 80], [5, 5, 215, 140], [60, 60, 75, 78]])
     second = torch.tensor([[20.0, 30, 100, 180]])[:boxes_of_second]
     labels = torch.tensor([1, 4, 2, 3]), torch.tensor([2])[:boxes_of_second]
-    return [{"boxes": b, "labels": y + shift} for b, y in zip((first, second), labels, strict=True)]
+    masks = ellipses(first, 150, 220), ellipses(second, 200, 130)
+    return [
+        {"boxes": b, "labels": y + shift, "masks": m}
+        for b, y, m in zip((first, second), labels, masks, strict=True)
+    ]
+
+
+def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
+    """(K, height, width) uint8: what fills each box but for its corners."""
+    y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
+    centre, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    across, down = (
+        (v - c[:, None, None]) / r[:, None, None] for v, c, r in zip((x, y), centre.T, radius.T, strict=True)
+    )
+    return (across**2 + down**2 <= 1).byte()
 
 
 @pytest.mark.parametrize("boxes_of_second", [1, 0])
@@ -116,11 +135,16 @@ def test_detections_are_torchvisions(pair: tuple[nn.Module, Detector, int], imag
         torch.testing.assert_close(ours_found["boxes"], theirs_found["boxes"], rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(ours_found["scores"], theirs_found["scores"], rtol=1e-5, atol=1e-6)
         assert torch.equal(ours_found["labels"] + shift, theirs_found["labels"])
+        assert ours_found.keys() == theirs_found.keys()
+        if "masks" in theirs_found:
+            assert ours_found["masks"].std() > 0.1
+            torch.testing.assert_close(ours_found["masks"], theirs_found["masks"], rtol=1e-4, atol=1e-4)
 
 
 def test_class_rows_are_chosen_by_name(pair: tuple[nn.Module, Detector, int], images: list[Tensor]) -> None:
     theirs, ours, shift = pair
-    builder: Any = {"RetinaNet": retinanet, "FCOS": fcos, "FasterRCNN": faster_rcnn}[type(ours).__name__]
+    builders = {"RetinaNet": retinanet, "FCOS": fcos, "FasterRCNN": faster_rcnn, "MaskRCNN": mask_rcnn}
+    builder: Any = builders[type(ours).__name__]
     few = builder("resnet50", classes=("sheep", "unicorn", "cat"), preprocess=Preprocess(size=SIZE))
     with pytest.raises(UserError, match="unicorn"):
         load_torchvision(few, theirs.state_dict(), CATEGORIES)
@@ -137,6 +161,9 @@ def test_class_rows_are_chosen_by_name(pair: tuple[nn.Module, Detector, int], im
         torch.testing.assert_close(
             outputs[1].roi_logits_RQ[:, [0, 1, 3]], outputs[0].roi_logits_RQ[:, [0, 5, 1]]
         )
+        if ours.needs_masks:
+            full, part = (model.state_dict()["mask_branch.heads.0.mask.weight"] for model in (ours, few))
+            assert torch.equal(part[[0, 1, 3]], full[[0, 5, 1]])
         return
     full, part = (
         raw.cls[8].unflatten(1, (-1, len(m.classes))) for raw, m in zip(outputs, (ours, few), strict=True)
@@ -151,6 +178,7 @@ def test_earlier_names_load_too(pair: tuple[nn.Module, Detector, int]) -> None:
     for name, tensor in theirs.state_dict().items():
         name = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d)\.0\.", r"\1.", name)
         name = re.sub(r"(rpn\.head\.conv)\.0\.0\.", r"\1.", name)
+        name = re.sub(r"mask_head\.(\d)\.0\.", lambda match: f"mask_head.mask_fcn{int(match[1]) + 1}.", name)
         if type(ours).__name__ == "RetinaNet":
             name = re.sub(r"conv\.(\d)\.0\.", lambda match: f"conv.{2 * int(match[1])}.", name)
         old[name] = tensor
@@ -185,6 +213,7 @@ def test_norm_epsilon_of_the_published_weights_is_kept() -> None:
         (retinanet, detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1, 91),
         (fcos, detection.FCOS_ResNet50_FPN_Weights.COCO_V1, 91),
         (faster_rcnn, detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1, 90),
+        (mask_rcnn, detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1, 90),
     ],
 )
 def test_parameter_counts_are_the_published_ones(build: Any, weights: Any, classes: int) -> None:

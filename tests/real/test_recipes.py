@@ -65,6 +65,17 @@ def test_teacher_to_student_on_real_photographs(name, few_images, tmp_path):
     assert list((tmp_path / "seen").glob("*.png")) or list((tmp_path / "seen").glob("*.jpg"))
 
 
+def test_masks_of_real_nuclei(few_images, tmp_path):
+    recipe = ROOT / "recipes/nuclei/teacher.yaml"
+    result = train(recipe, [*SHORT, *few_images(recipe)], out=tmp_path / "run")
+    assert result.metrics["mask_AP"] >= 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["loss/loss_mask"] > 0 for row in rows if "loss" in row)
+    image = sorted(Path(load_recipe(recipe).data.root).rglob("*.jpg"))[0]
+    (found,) = predict(result.student, image, threshold=0.0)
+    assert found.masks_KHW.any()
+
+
 def test_a_real_loss_falls(few_images, tmp_path):
     recipe = ROOT / "recipes/deeppcb/alone.yaml"
     budget = ["training.max_steps=60", "training.batch_size=8", "training.evaluate_every=0", "student.size=128"]
@@ -75,6 +86,6 @@ def test_a_real_loss_falls(few_images, tmp_path):
 
 
 @pytest.mark.usefixtures("_real_data")
-@pytest.mark.parametrize("name", ["deeppcb", "coco-mini"])
+@pytest.mark.parametrize("name", ["deeppcb/alone", "coco-mini/alone", "nuclei/teacher"])
 def test_check_finds_nothing_to_refuse(name):
-    assert check(load_recipe(ROOT / "recipes" / name / "alone.yaml")).ok
+    assert check(load_recipe(ROOT / "recipes" / f"{name}.yaml")).ok

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from PIL import Image
 
@@ -47,3 +48,28 @@ def test_nothing_found_is_no_trouble(tmp_path):
     )
     with Image.open(tmp_path / "a" / "g.png") as picture:
         assert picture.size == (960, 640)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_are_painted_where_they_are(dtype):
+    image = torch.zeros(3, 50, 60, dtype=torch.uint8)
+    masks = torch.zeros(3, 1, 50, 60)
+    masks[0, :, 36:40, 4:14] = 0.9  # beside box and label, which would hide it
+    masks[1, :, 42:, :] = 0.4  # not object
+    masks[2, :, :5, :5] = 1  # of a detection below the threshold
+    masks = masks > 0.5 if dtype == torch.bool else masks
+    detections = {
+        "boxes": torch.tensor([[20.0, 10, 45, 30]] * 3),
+        "labels": torch.tensor([0, 0, 1]),
+        "scores": torch.tensor([0.9, 0.8, 0.1]),
+        "masks": masks,
+    }
+    plain = {name: value for name, value in detections.items() if name != "masks"}
+    for factor in (1, 2):
+        drawn, without = (
+            draw_detections(image, one, CLASSES, shortest=50 * factor) for one in (detections, plain)
+        )
+        changed = (drawn != without).any(dim=0)
+        wanted = torch.zeros_like(changed)
+        wanted[36 * factor : 40 * factor, 4 * factor : 14 * factor] = True
+        assert torch.equal(changed, wanted)

@@ -58,6 +58,9 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
 def usable_splits(config: DataConfig, names: Sequence[str], with_masks: bool = False) -> dict[str, Split]:
     """The named splits, free of errors: what training and evaluation start from.
 
+    Args:
+        with_masks: keep segmentations, where there are any.
+
     Raises:
         UserError: as :func:`open_data`; or a split is missing, or its annotations have errors.
     """
@@ -153,7 +156,7 @@ class DetectionDataset(Dataset[Sample]):
     def __init__(
         self, split: Split, augment: AugmentConfig | None, seed: int = 0, with_masks: bool = False
     ) -> None:
-        if with_masks and any(record.masks is None for record in split.records):
+        if with_masks and not split.has_masks:
             raise UserError(f"{split.source}: has no masks; train without them")
         self.split = split
         self.seed = seed

@@ -33,6 +33,12 @@ def encode_mask(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": list(mask_HW.shape), "counts": [0, *runs] if pixels.size and pixels[0] else runs}
 
 
+def encode_masks(masks_KHW: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Bitmaps as COCO's compressed run lengths, as results files have them."""
+    lengths: Any = hotmask.encode(np.asfortranarray(masks_KHW.transpose(1, 2, 0), dtype=np.uint8))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in lengths]
+
+
 def usable_segmentation(segmentation: Any, height: int, width: int) -> Any | None:
     """The segmentation without polygons of fewer than three corners; None where nothing usable is left."""
     if isinstance(segmentation, dict):

@@ -70,6 +70,11 @@ class Split:
         return len(self.records)
 
     @property
+    def has_masks(self) -> bool:
+        """Whether every record has masks."""
+        return all(record.masks is not None for record in self.records)
+
+    @property
     def errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.severity == "error"]
 

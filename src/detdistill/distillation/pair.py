@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.config import MethodConfig, UserError, expand_method
-from detdistill.distillation.matching import Matching, match_levels
+from detdistill.distillation.matching import (
+    ClassMatch,
+    Matching,
+    Overlay,
+    input_scale,
+    match_classes,
+    match_levels,
+)
 from detdistill.distillation.methods import build_method
+from detdistill.distillation.responses import SharedClasses, require_readable
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, gradient_norm
 from detdistill.models.base import Batch, Detector, Pyramid, Raw, Target
 from detdistill.models.one_stage import OneStage
 from detdistill.seeding import mix_seed
+
+logger = logging.getLogger(__name__)
 
 MethodLike = str | Mapping[str, Any] | MethodConfig | Method
 
@@ -25,7 +36,8 @@ class Pair(nn.Module):
 
     The teacher is frozen and in evaluation mode, whatever mode the pair is put in; it follows the pair from
     device to device, but is no submodule: it is in no state dict, optimiser, average or export, and
-    DistributedDataParallel does not see it. Methods of weight 0 are not built.
+    DistributedDataParallel does not see it. Methods of weight 0 are not built. Families, input sizes and
+    classes of the two may differ; what a method cannot compare then it refuses.
 
     Args:
         student: trained in place; it is also what is exported.
@@ -54,23 +66,22 @@ class Pair(nn.Module):
         self.weights: dict[str, Weight] = {}
         self.auto = nn.ModuleDict()
         self.matching: Matching | None = None
+        self.classes: ClassMatch | None = None
         self.step, self.total_steps = 0, None
         self.seed = seed
+        if not student.can_learn:
+            raise UserError("the student has no losses: give wrap(..., losses=...)")
         if teacher is None:
             if methods:
                 raise UserError("methods need a teacher")
             return
-        for what in ("size", "divisor"):
-            ours, theirs = (getattr(model.preprocessor, what) for model in (student, teacher))
-            if ours != theirs:
-                # Maps of one stride would differ in size, and lie over each other out of register.
-                raise UserError(
-                    f"the teacher's input {what} is {theirs}, the student's {ours}: give both the same `{what}`"
-                )
         teacher.eval().requires_grad_(False)
-        self.matching = match_levels(student.pyramid_channels, teacher.pyramid_channels)
+        scale = input_scale(student.preprocessor, teacher.preprocessor)
+        self.matching = match_levels(student.pyramid_channels, teacher.pyramid_channels, scale)
+        self.classes = match_classes(student.classes, teacher.classes)
         for item in [methods] if isinstance(methods, str | Mapping | MethodConfig | Method) else methods:
             self._add(item)
+        self._tell_of_missing_classes()
 
     step: int
     total_steps: int | None
@@ -112,7 +123,7 @@ class Pair(nn.Module):
         Args:
             images: (3, H, W) each, uint8 or float in [0, 1].
             targets: ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,) for each image.
-            zoom: factor on the input size of both models.
+            zoom: factor on the input sizes of both models.
         """
         batch = self.student.preprocess(images, targets, zoom)
         pyramid = self.student.pyramid(batch)
@@ -128,13 +139,15 @@ class Pair(nn.Module):
             self.teacher.eval()  # whoever called train() on it
         with torch.no_grad():
             teacher_batch = self._teacher_batch(batch, images, targets, zoom)
-            teacher_pyramid = self.teacher.pyramid(teacher_batch)
+            look = self.teacher.pyramid if needs else self.teacher.pyramid_alone
+            teacher_pyramid = look(teacher_batch)
             teacher_raw = _predict(self.teacher, teacher_pyramid, teacher_batch, hidden) if needs else None
         signals = Signals(
             student=pyramid,
             teacher=teacher_pyramid,
             student_batch=batch,
             teacher_batch=teacher_batch,
+            overlay=Overlay(batch, teacher_batch),
             student_raw=raw,
             teacher_raw=teacher_raw,
             student_model=self.student,
@@ -161,6 +174,8 @@ class Pair(nn.Module):
             setting = Setting(self.student, self.teacher, self.matching)
             method = build_method(config.name, setting, config.options)
         name, auto = config.name, config.weight == "auto"
+        if method.needs:
+            require_readable(self.student, self.teacher, name)
         if name in self.methods:
             raise UserError(f"method {name!r} is given twice")
         value = 1.0 if isinstance(config.weight, str) else config.weight
@@ -168,6 +183,20 @@ class Pair(nn.Module):
             self.methods[name], self.weights[name] = method, Weight(value, config.warmup, config.decay_from)
             if auto:
                 self.auto[name] = AutoWeight(config.ratio)
+
+    def _tell_of_missing_classes(self) -> None:
+        assert self.classes is not None
+        names = [
+            name
+            for name, method in self.methods.items()
+            if any(isinstance(part, SharedClasses) for part in method.modules())
+        ]
+        if names and self.classes.missing:
+            logger.warning(
+                "the teacher does not know %s: %s cannot teach the student these classes",
+                ", ".join(self.classes.missing),
+                ", ".join(names),
+            )
 
     def _method(self, name: str) -> Method:
         method = self.methods[name]

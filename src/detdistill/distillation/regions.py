@@ -31,6 +31,14 @@ def in_cells(boxes_K4: Tensor, batch: Batch, map_NCHW: Tensor) -> Tensor:
     return torch.stack([boxes_K4[:, i] * scale for i, scale in enumerate((x, y, x, y))], dim=1)
 
 
+def from_input_to_input(boxes_K4: Tensor, size: Sequence[int], other: Sequence[int]) -> Tensor:
+    """Boxes (K, 4) xyxy of an image that has ``size`` in their network input, in one where it has ``other``."""
+    if tuple(size) == tuple(other):
+        return boxes_K4
+    y, x = other[0] / size[0], other[1] / size[1]
+    return torch.stack([boxes_K4[:, i] * scale for i, scale in enumerate((x, y, x, y))], dim=1)
+
+
 def touched_cells(boxes_K4: Tensor, height: int, width: int) -> Tensor:
     """(K, H, W) bool: the cells that each box (in cells) touches, never fewer than one."""
     x = torch.arange(width, device=boxes_K4.device)

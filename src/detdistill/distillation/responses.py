@@ -5,59 +5,190 @@ Shape legend: N images, P anchors of all levels (finest level first, rows, colum
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.config import UserError
+from detdistill.distillation.matching import describe_input, same_grid
+from detdistill.distillation.regions import from_input_to_input
 from detdistill.distillation.signals import Setting, Signals
-from detdistill.models.base import DenseRaw, TwoStageRaw
+from detdistill.models.base import DenseRaw, Detector, Target, TwoStageRaw
+from detdistill.models.detr import DETR
 from detdistill.models.faster_rcnn import FasterRCNN
-from detdistill.models.heads import flatten_maps
+from detdistill.models.fcos import FCOS
+from detdistill.models.heads import DenseHead, flatten_maps, mean_sides
 from detdistill.models.one_stage import OneStage
+from detdistill.models.retinanet import RetinaNet
+from detdistill.models.torchvision_objects import TorchvisionFCOS, TorchvisionRetinaNet
 
+OF_OBJECTS = ("boxes", "labels", "masks")  # entries of a target with a row for each object
 INSTEAD = "use a method on features, such as ima, pkd or mgd"
+
+
+ALIKE: tuple[tuple[type[Detector], ...], ...] = (
+    (RetinaNet, TorchvisionRetinaNet),
+    (FCOS, TorchvisionFCOS),
+    (FasterRCNN,),  # and what is built on it: Mask R-CNN, and Cascade R-CNN, whose first head is meant
+)
+"""Detectors whose outputs mean the same beside those of one class; their subclasses are among them."""
 
 
 def require_alike_heads(setting: Setting, name: str, instead: str = INSTEAD) -> None:
     """Refuse a pair whose predictions do not stand for the same things, one by one, and say what to do instead.
 
     Raises:
-        UserError: another family, other classes, other levels or anchors.
+        UserError: another family, other levels or anchors, another input size.
     """
     student, teacher = setting.student, setting.teacher
-    if type(student) is not type(teacher):
-        kinds = f"{type(student).__name__} and {type(teacher).__name__}"
-        raise UserError(f"{name} compares predictions, and those of {kinds} differ in kind: {instead}")
-    require_same_classes(setting, name, instead)
+    require_readable(student, teacher, name, instead)
+    for model in (student, teacher):
+        if isinstance(model, DETR):
+            raise UserError(
+                f"{name} compares predictions place by place, and a DETR's queries have none: {instead}"
+            )
+    if type(student) is not type(teacher) and not any(
+        isinstance(student, kinds) and isinstance(teacher, kinds) for kinds in ALIKE
+    ):
+        both = f"{type(student).__name__} and {type(teacher).__name__}"
+        raise UserError(f"{name} compares predictions, and those of {both} differ in kind: {instead}")
+    require_same_grid(setting, name, instead)
+    assert isinstance(student, OneStage | FasterRCNN)
+    assert isinstance(teacher, OneStage | FasterRCNN)
+    if not _same_anchors(student, teacher):
+        raise UserError(
+            f"{name} compares predictions anchor by anchor: give both the same anchor_scale and convention, or "
+            f"{instead}"
+        )
+
+
+def require_same_grid(setting: Setting, name: str, instead: str = INSTEAD) -> None:
+    """Raises:
+    UserError: the levels of the two, or the cells of a level, are not the same.
+    """
+    student, teacher = setting.student, setting.teacher
     if list(student.pyramid_channels) != list(teacher.pyramid_channels):
         strides = list(teacher.pyramid_channels)
         raise UserError(
             f"{name} compares predictions level by level: give the student the teacher's strides {strides}, or "
             f"{instead}"
         )
-    assert isinstance(student, OneStage | FasterRCNN)
-    assert isinstance(teacher, OneStage | FasterRCNN)
-    a, b = student.anchor_generator, teacher.anchor_generator
-    if (a.sizes, a.aspect_ratios) != (b.sizes, b.aspect_ratios):
+    if not same_grid(student.preprocessor, teacher.preprocessor):
+        ours, theirs = (describe_input(model.preprocessor) for model in (student, teacher))
         raise UserError(
-            f"{name} compares predictions anchor by anchor: give both the same anchor_scale, or {instead}"
+            f"{name} compares predictions cell by cell, and the inputs differ ({ours}; the teacher's {theirs}"
+            f"): give both the same `size`, or {instead}"
         )
 
 
-def require_same_classes(setting: Setting, name: str, instead: str = INSTEAD) -> None:
+def _same_anchors(student: OneStage | FasterRCNN, teacher: OneStage | FasterRCNN) -> bool:
+    ours, theirs = ([x.cpu() for x in model.anchor_generator.cell_anchors] for model in (student, teacher))
+    steps = {model.convention == "torchvision" for model in (student, teacher)}
+    alike = [a.shape == b.shape and torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return len(steps) == 1 and all(alike)
+
+
+def two_stage(setting: Setting) -> bool:
+    """Whether both second stages can be asked about any regions."""
+    return isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN)
+
+
+def require_readable(student: Detector, teacher: Detector, name: str, instead: str = INSTEAD) -> None:
     """Raises:
-    UserError: the classes, or their order, differ.
+    UserError: the predictions of one of them have a form of their own.
     """
-    if setting.student.classes != setting.teacher.classes:
-        ours, theirs = (", ".join(model.classes) for model in (setting.student, setting.teacher))
-        raise UserError(
-            f"{name} compares class scores, but the student's classes are {ours:.60} and the teacher's "
-            f"{theirs:.60}: {instead}"
+    for model in (student, teacher):
+        if model.opaque:
+            raise UserError(
+                f"{name} compares predictions, and those of a {type(model).__name__} have a form of their own: "
+                f"{instead}"
+            )
+
+
+class SharedClasses(nn.Module):
+    """Cuts class outputs of student and teacher down to the classes that both know, in the student's order.
+
+    Where both have the same classes in the same order nothing is cut, and nothing copied. Nothing here is
+    learnt or saved.
+
+    Args:
+        setting: the pair.
+        name: of the method.
+        background: class outputs have the background, which is shared, as their first row.
+        instead: what to do about it, where no class is shared.
+
+    Raises:
+        UserError: no class is shared.
+    """
+
+    student_rows: Tensor
+    teacher_rows: Tensor
+    teacher_labels: Tensor
+
+    def __init__(
+        self, setting: Setting, name: str, *, background: bool = False, instead: str = INSTEAD
+    ) -> None:
+        super().__init__()
+        match = setting.classes
+        if not match.pairs:
+            ours, theirs = (", ".join(model.classes) or "none" for model in (setting.student, setting.teacher))
+            raise UserError(
+                f"{name} compares classes by name, and none is shared (the student's: {ours:.60}; the "
+                f"teacher's: {theirs:.60}): {instead}"
+            )
+        self.same, self.missing = match.same, bool(match.missing)
+        first = int(background)
+        self.student_count, self.teacher_count = (
+            first + len(model.classes) for model in (setting.student, setting.teacher)
         )
+        rows = [(0, 0)] * first + [(ours + first, theirs + first) for ours, theirs in match.pairs]
+        known = dict(match.pairs)
+        labels = [known.get(label, -1) for label in range(len(setting.student.classes))]
+        device = next(setting.student.parameters()).device
+        for buffer, values in (
+            ("student_rows", [ours for ours, _ in rows]),
+            ("teacher_rows", [theirs for _, theirs in rows]),
+            ("teacher_labels", labels),
+        ):
+            self.register_buffer(buffer, torch.tensor(values, device=device), persistent=False)
+
+    def forward(self, student: Tensor, teacher: Tensor, dim: int = -1) -> tuple[Tensor, Tensor]:
+        """Both, with the shared classes alone in this dimension."""
+        return self.student(student, dim), self.teacher(teacher, dim)
+
+    def student(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The student's, with the shared classes alone in this dimension, which may be A·Q of A anchors."""
+        return x if self.same else _take(x, self.student_rows, self.student_count, dim)
+
+    def teacher(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The teacher's, likewise."""
+        return x if self.same else _take(x, self.teacher_rows, self.teacher_count, dim)
+
+    def teacher_targets(self, targets: Sequence[Target]) -> list[Target]:
+        """The objects under the teacher's labels, those that it has no label for left out."""
+        if self.same:
+            return list(targets)
+        relabelled = [{**target, "labels": self.teacher_labels[target["labels"]]} for target in targets]
+        if not self.missing:
+            return relabelled
+        # How many are left is known on the device alone: here, and only here, the host waits for it.
+        kept = [target["labels"] >= 0 for target in relabelled]
+        return [
+            {key: value[keep] if key in OF_OBJECTS else value for key, value in target.items()}
+            for target, keep in zip(relabelled, kept, strict=True)
+        ]
+
+
+def _take(x: Tensor, rows_Q: Tensor, count: int, dim: int) -> Tensor:
+    """These rows of each of the groups of ``count`` along the dimension."""
+    groups = x.shape[dim] // count
+    if groups > 1:
+        rows_Q = (torch.arange(groups, device=rows_Q.device)[:, None] * count + rows_Q).flatten()
+    return x.index_select(dim, rows_Q)
 
 
 def class_logits(raw: DenseRaw, num_classes: int) -> Tensor:
@@ -65,9 +196,10 @@ def class_logits(raw: DenseRaw, num_classes: int) -> Tensor:
     return torch.cat(flatten_maps(raw.cls.values(), num_classes), dim=1)
 
 
-def box_outputs(raw: DenseRaw) -> Tensor:
-    """(N, P, 4) float32, in the head's own encoding."""
-    return torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
+def box_outputs(raw: DenseRaw, head: DenseHead) -> Tensor:
+    """(N, P, E) float32, in the head's own encoding; of sides that are distributions the means, (N, P, 4)."""
+    encoded_NPE = torch.cat(flatten_maps(raw.box.values(), head.box_width), dim=1)
+    return encoded_NPE if head.bins is None else mean_sides(encoded_NPE, head.bins)
 
 
 def tempered_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -87,17 +219,38 @@ def on_levels(raw: DenseRaw, strides: Iterable[int]) -> DenseRaw:
     )
 
 
-def region_responses(signals: Signals) -> tuple[TwoStageRaw, Tensor, Tensor]:
-    """Both second stages on the student's regions: the student's outputs, the teacher's logits and box deltas.
+@dataclass(slots=True)
+class RegionResponses:
+    """Both second stages on the student's regions: shared classes alone, the background first.
 
-    Regions are in network input, which has one scale for both models: they differ in padding at most.
+    Attributes:
+        student_logits_RQ, teacher_logits_RQ: (R, Q + 1).
+        student_deltas_RQ4, teacher_deltas_RQ4: (R, 4·(Q + 1)).
+        labels: per image the regions' labels (0 is background), where the student samples them; else None.
     """
+
+    student_logits_RQ: Tensor
+    teacher_logits_RQ: Tensor
+    student_deltas_RQ4: Tensor
+    teacher_deltas_RQ4: Tensor
+    labels: list[Tensor] | None
+
+
+def region_responses(signals: Signals, classes: SharedClasses) -> RegionResponses:
+    """Ask both second stages about the student's regions, the teacher's where they are in its own input."""
     raw, teacher = signals.student_raw, signals.teacher_model
     assert isinstance(raw, TwoStageRaw)
     assert isinstance(teacher, FasterRCNN)
+    sizes = zip(signals.student_batch.sizes, signals.teacher_batch.sizes, strict=True)
+    regions = [from_input_to_input(boxes, *pair) for boxes, pair in zip(raw.proposals, sizes, strict=True)]
     with torch.no_grad():
-        logits_RQ, deltas_RQ4 = teacher.classify(signals.teacher, raw.proposals, signals.teacher_batch)
-    return raw, logits_RQ, deltas_RQ4
+        logits_RQ, deltas_RQ4 = teacher.classify(signals.teacher, regions, signals.teacher_batch)
+    # Deltas are in shares of the region's own sides: they mean the same in either input.
+    ours_RQ4, theirs_RQ4 = classes(
+        raw.roi_deltas_RQ4.unflatten(1, (-1, 4)), deltas_RQ4.unflatten(1, (-1, 4)), dim=1
+    )
+    ours_RQ, theirs_RQ = classes(raw.roi_logits_RQ, logits_RQ)
+    return RegionResponses(ours_RQ, theirs_RQ, ours_RQ4.flatten(1), theirs_RQ4.flatten(1), raw.roi_labels)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import Matching
+from detdistill.distillation.matching import ClassMatch, Matching, Overlay, match_classes
 from detdistill.models.base import Batch, Detector, Pyramid, Raw
 
 Need = Literal["raw", "hidden"]
@@ -30,6 +30,11 @@ class Setting:
     teacher: Detector
     matching: Matching
 
+    @property
+    def classes(self) -> ClassMatch:
+        """The classes that both know, as pairs of labels, and those that only one of them knows."""
+        return match_classes(self.student.classes, self.teacher.classes)
+
 
 @dataclass(slots=True)
 class Signals:
@@ -37,7 +42,9 @@ class Signals:
 
     Attributes:
         student, teacher: feature maps by stride; the teacher's carry no gradient.
-        student_batch, teacher_batch: the inputs, each padded and scaled as its model wants them.
+        student_batch, teacher_batch: the inputs, each padded and scaled as its model wants them. Their sizes
+            may differ: boxes of one are not in the pixels of the other.
+        overlay: lays a map of the student over one of the teacher.
         student_raw, teacher_raw: head outputs; the teacher's is None unless a method needs "raw".
         student_model, teacher_model: the detectors; the teacher is frozen, but gradient may pass through it.
         generator: a method's only source of randomness, seeded by (seed, process, step). The global generator
@@ -49,6 +56,7 @@ class Signals:
     teacher: Pyramid
     student_batch: Batch
     teacher_batch: Batch
+    overlay: Overlay
     student_raw: Raw
     teacher_raw: Raw | None
     student_model: Detector
@@ -66,8 +74,8 @@ class Method(nn.Module, ABC):
     Attributes:
         needs: "raw": the teacher's head outputs (else its head never runs); "hidden": both towers' maps in the
             raw outputs, for one-stage pairs.
-        presets: named sets of options. The one named after the student's kind ("anchor", "anchor_free",
-            "two_stage"), else "recommended", is what the method's name alone means.
+        presets: named sets of options. The one named after the student's family ("gfl"), else after its kind
+            ("anchor", "anchor_free", "two_stage"), else "recommended", is what the method's name alone means.
     """
 
     needs: frozenset[Need] = frozenset()

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detdistill.config import UserError
+from detdistill.data.masks import encode_masks
 from detdistill.data.records import Split
 from detdistill.evaluation.coco_library import (
     COCO_NUMBERS,
@@ -69,8 +69,9 @@ def coco_ap(
     Args:
         split: the ground truth; ``ignore_K`` objects (COCO crowd, VOC difficult) count as crowd.
         detections: one for each of ``split.records``, in that order: ``boxes`` (K, 4) xyxy in pixels of the
-            original image, ``labels`` (K,) indices into ``split.classes``, ``scores`` (K,); for ``segm`` also
-            ``masks`` (K, H, W) or (K, 1, H, W), object where above 0.5. Tensors or arrays.
+            original image, ``labels`` (K,) indices into ``split.classes``, ``scores`` (K,); tensors or arrays.
+            For ``segm`` also ``masks``: K run lengths as :func:`~detdistill.data.masks.encode_masks` makes
+            them, or (K, H, W) or (K, 1, H, W), object where above 0.5.
         iou_type: overlap of boxes or of masks.
         backend: hotcoco where it is installed, else pycocotools, unless said.
 
@@ -82,11 +83,11 @@ def coco_ap(
     """
     if not split.records:
         raise UserError(f"{split.source}: split {split.name!r} has no images to evaluate on; check its file")
-    if iou_type == "segm" and any(record.masks is None for record in split.records):
+    if iou_type == "segm" and not split.has_masks:
         raise UserError(f"{split.source}: has no masks; evaluate its boxes (bbox)")
     usable = finite_detections(split, detections)
     library = load_library(backend)
-    results = _mask_results(usable, library) if iou_type == "segm" else _box_rows(usable)
+    results = _mask_results(usable) if iou_type == "segm" else _box_rows(usable)
     return _result(run_evaluator(library, _ground_truth(split), results, iou_type))
 
 
@@ -147,16 +148,14 @@ def _box_rows(detections: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.fl
     return np.concatenate(rows)
 
 
-def _mask_results(
-    detections: Sequence[Mapping[str, NDArray[Any]]], library: ModuleType
-) -> list[dict[str, Any]]:
+def _mask_results(detections: Sequence[Mapping[str, NDArray[Any]]]) -> list[dict[str, Any]]:
     results = []
     for i, found in enumerate(detections):
-        for label, score, mask in zip(found["labels"], found["scores"], found["masks"], strict=True):
-            pixels = np.asfortranarray(mask.reshape(mask.shape[-2:]) > 0.5, dtype=np.uint8)
+        given = found["masks"]
+        masks = given if given.ndim == 1 else encode_masks(given.reshape(-1, *given.shape[-2:]) > 0.5)
+        for label, score, mask in zip(found["labels"], found["scores"], masks, strict=True):
             results.append({
-                "image_id": i, "category_id": int(label) + 1, "score": float(score),
-                "segmentation": library.mask.encode(pixels),
+                "image_id": i, "category_id": int(label) + 1, "score": float(score), "segmentation": mask,
             })  # fmt: skip
     return results
 

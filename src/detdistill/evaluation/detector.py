@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import compress
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from detdistill.config import UserError
 from detdistill.data.loading import DetectionDataset, make_loader
+from detdistill.data.masks import encode_masks
 from detdistill.data.records import Split
 from detdistill.evaluation.coco import CocoResult, coco_ap
-from detdistill.models.base import Detections, Detector
+from detdistill.models.base import Detections, Detector, eval_mode
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class Evaluation:
     Attributes:
         coco: the 12 COCO numbers and AP by class.
         detections: one for each of ``split.records``, in that order, on the CPU; labels are indices into
-            ``split.classes``.
+            ``split.classes``. Their masks are in ``masks``.
         split: what was evaluated (fewer records than were given, where ``limit`` was).
         seconds: wall clock of loading, preprocessing and detecting, without the AP.
         images_per_second: over all processes.
+        coco_masks: the 12 numbers of the overlap of masks, where both the detector and the split have masks.
+        masks: then, for each of ``detections``, its masks as COCO run lengths.
     """
 
     coco: CocoResult
@@ -37,6 +40,13 @@ class Evaluation:
     split: Split
     seconds: float
     images_per_second: float
+    coco_masks: CocoResult | None = None
+    masks: list[list[dict[str, Any]]] | None = None
+
+    def numbers(self) -> dict[str, float]:
+        """The 12 COCO numbers by name and, where there are masks, those of the masks as ``mask_AP``, …"""
+        masks = {} if self.coco_masks is None else self.coco_masks.as_dict()
+        return {**self.coco.as_dict(), **{f"mask_{name}": value for name, value in masks.items()}}
 
 
 def evaluate_detector(
@@ -50,7 +60,7 @@ def evaluate_detector(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Detect on every image, without augmentation, and compute COCO AP.
+    """Detect on every image, without augmentation, and compute COCO AP, of boxes and of masks.
 
     The model's own ``preprocess`` decides its input. Every module gets back the mode (train or eval) that it
     had. Under ``torch.distributed`` the images are shared out over the ranks, every rank must call this, and
@@ -74,16 +84,20 @@ def evaluate_detector(
         if limit < 1:
             raise UserError(f"limit is {limit}; evaluate at least 1 image")
         split = replace(split, records=[split.records[i * len(split) // limit] for i in range(limit)])
+    with_masks = model.needs_masks and split.has_masks
     label_map = _match_classes(model.classes, split)
     model = model if device is None else model.to(device)
     rank, ranks = _rank()
 
     start = time.perf_counter()
     shard = replace(split, records=split.records[rank::ranks])
-    found = _detect(model, shard, batch_size, workers, precision, progress)
-    detections = _gather([_relabel(detection, label_map) for detection in found])
+    found = _detect(model, shard, batch_size, workers, precision, with_masks, progress)
+    found = _gather([_relabel(detection, label_map) for detection in found])
     seconds = time.perf_counter() - start
-    return Evaluation(coco_ap(split, detections), detections, split, seconds, len(split) / seconds)
+    coco_masks = coco_ap(split, found, "segm") if with_masks else None
+    masks = [one.pop("masks") for one in found] if with_masks else None
+    speed = len(split) / seconds
+    return Evaluation(coco_ap(split, found), found, split, seconds, speed, coco_masks, masks)
 
 
 def _detect(
@@ -92,9 +106,12 @@ def _detect(
     batch_size: int,
     workers: int,
     precision: str,
+    with_masks: bool,
     progress: Callable[[int, int], None] | None,
-) -> list[Detections]:
+) -> list[dict[str, Any]]:
+    """Detections of every image; masks as run lengths, a thousandth of their pixels' memory, or left out."""
     found: list[Detections] = []
+    masks: list[list[dict[str, Any]]] = []
     device = next(model.parameters(), torch.empty(0)).device
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     if not split.records:  # more processes than images
@@ -103,23 +120,15 @@ def _detect(
         for images, _ in make_loader(DetectionDataset(split, None), batch_size, workers):
             batch = model.preprocess([image.to(device, non_blocking=True) for image in images])
             detections = model.decode(model.predict(model.pyramid(batch), batch), batch)
-            found += [{name: value.cpu() for name, value in one.items()} for one in detections]
+            for one in detections:
+                if with_masks:
+                    masks.append(encode_masks((one["masks"].squeeze(1) > 0.5).cpu().numpy()))
+                found.append({name: value.cpu() for name, value in one.items() if name != "masks"})
             if progress is not None:
                 progress(len(found), len(split))
     # Copies made outside inference mode can be used anywhere, in autograd too.
-    return [{name: value.clone() for name, value in one.items()} for one in found]
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own: frozen BatchNorm layers stay as they were."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    copies: list[dict[str, Any]] = [{name: value.clone() for name, value in one.items()} for one in found]
+    return [{**one, "masks": own} for one, own in zip(copies, masks, strict=True)] if with_masks else copies
 
 
 def _match_classes(classes: Sequence[str], split: Split) -> Tensor | None:
@@ -143,11 +152,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f", … ({len(names)} classes)" if len(names) > 3 else "")
 
 
-def _relabel(detections: Detections, label_map: Tensor | None) -> Detections:
+def _relabel(detections: dict[str, Any], label_map: Tensor | None) -> dict[str, Any]:
     if label_map is None:
         return detections
     labels = label_map[detections["labels"]]
-    return {name: value[labels >= 0] for name, value in {**detections, "labels": labels}.items()}
+    kept = labels >= 0
+    return {
+        name: value[kept] if isinstance(value, Tensor) else list(compress(value, kept.tolist()))
+        for name, value in {**detections, "labels": labels}.items()
+    }
 
 
 def _rank() -> tuple[int, int]:
@@ -156,12 +169,12 @@ def _rank() -> tuple[int, int]:
     return 0, 1
 
 
-def _gather(found: list[Detections]) -> list[Detections]:
+def _gather(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every rank's detections in the order of the split, of which rank r took images r, r + ranks, …"""
     _, ranks = _rank()
     if ranks == 1:
         return found
-    shards: list[list[Detections]] = [[] for _ in range(ranks)]
+    shards: list[list[dict[str, Any]]] = [[] for _ in range(ranks)]
     distributed.all_gather_object(shards, found)
     total = sum(len(shard) for shard in shards)
     return [shards[i % ranks][i // ranks] for i in range(total)]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from detdistill.evaluation.detector import eval_mode
-from detdistill.models.base import Detections, Detector
+from detdistill.models.base import Detections, Detector, eval_mode
 
 PERCENTILES = (50, 90, 99)
 

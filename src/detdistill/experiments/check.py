@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from detdistill.config import Recipe, UserError, load_recipe
 from detdistill.data.inspect import Inspection, inspect_data
-from detdistill.distillation.matching import Matching
+from detdistill.data.records import Split
+from detdistill.distillation.matching import ClassMatch, Matching, describe_input
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Detector
+from detdistill.models.build import check_masks
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class ModelSummary:
         parameters: of the whole detector.
         learning: of those that the run would change.
         levels: ``{stride: channels}`` of its pyramid.
+        input: the size of what it sees, in words.
     """
 
     role: str
@@ -33,6 +36,7 @@ class ModelSummary:
     parameters: int
     learning: int
     levels: dict[int, int]
+    input: str
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Check:
         models: the student and, if there is one, the teacher.
         notes: what loading weights had to say.
         matching: which levels of the pair meet; None without a teacher.
+        classes: which classes the two share, by name; None without a teacher.
         problems: what would stop the run, beside the data's findings.
     """
 
@@ -53,6 +58,7 @@ class Check:
     models: list[ModelSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     matching: Matching | None = None
+    classes: ClassMatch | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -86,16 +92,17 @@ def check(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Check:
         if name not in splits
     ]
     if "train" in splits and splits["train"].classes:
-        _check_models(result, splits["train"].classes)
+        _check_models(result, splits["train"])
     return result
 
 
-def _check_models(result: Check, classes: Sequence[str]) -> None:
-    recipe = result.recipe
+def _check_models(result: Check, train: Split) -> None:
+    recipe, classes = result.recipe, train.classes
     student = teacher = None
     with _messages() as notes:
         try:
             student = build_model(recipe.student, classes)
+            check_masks(recipe.student, train)
         except UserError as error:
             result.problems.append(f"student: {error}")
         try:
@@ -104,10 +111,14 @@ def _check_models(result: Check, classes: Sequence[str]) -> None:
             result.problems.append(f"teacher: {error}")
     result.notes += notes
     if student is not None and teacher is not None:
-        try:
-            result.matching = Pair(student, teacher, recipe.methods).matching
-        except UserError as error:
-            result.problems.append(f"pair: {error}")
+        with _messages() as notes:
+            try:
+                pair = Pair(student, teacher)  # what meets is told of methods that are refused, too
+                result.matching, result.classes = pair.matching, pair.classes
+                Pair(student, teacher, recipe.methods)
+            except UserError as error:
+                result.problems.append(f"pair: {error}")
+        result.notes += notes
     result.models += [
         _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
     ]
@@ -122,6 +133,7 @@ def _summary(role: str, model: Detector) -> ModelSummary:
         parameters=sum(p.numel() for p in model.parameters()),
         learning=sum(learns) if role == "student" else 0,
         levels=dict(model.pyramid_channels),
+        input=describe_input(model.preprocessor),
     )
 
 

@@ -28,7 +28,7 @@ def evaluate(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """What a detector finds on a split of a dataset, and its COCO numbers.
+    """What a detector finds on a split of a dataset, and its COCO numbers, of boxes and of masks.
 
     Args:
         model: a detector, a run folder, or a file that detdistill saved.
@@ -43,9 +43,10 @@ def evaluate(
     Raises:
         UserError: no such model, data, split or device; the annotations have errors; no class in common.
     """
+    detector = as_detector(model)
     return evaluate_detector(
-        as_detector(model),
-        open_split(data, split),
+        detector,
+        open_split(data, split, with_masks=detector.needs_masks),
         batch_size=batch_size,
         workers=workers,
         device=choose_device(device),
@@ -56,16 +57,20 @@ def evaluate(
 
 def as_detector(model: Detector | str | Path) -> Detector:
     """A detector as it is, or loaded from a run folder or file."""
-    return model if isinstance(model, Detector) else load_model(model)
+    if isinstance(model, Detector):
+        return model
+    if isinstance(model, torch.nn.Module):
+        raise UserError(f"a {type(model).__name__} is no detector yet: give detdistill.wrap(model, ...)")
+    return load_model(model)
 
 
-def open_split(data: Data, name: str) -> Split:
-    """One part of a dataset; see :func:`evaluate` for the ways to name it.
+def open_split(data: Data, name: str, with_masks: bool = False) -> Split:
+    """One part of a dataset, perhaps with its masks; see :func:`evaluate` for the ways to name it.
 
     Raises:
         UserError: there is no such part, or its annotations have errors.
     """
-    return usable_splits(_data_config(data), [name])[name]
+    return usable_splits(_data_config(data), [name], with_masks)[name]
 
 
 def _data_config(data: Data) -> DataConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from detdistill.config import UserError
 from detdistill.data.images import is_image, read_image
+from detdistill.data.masks import encode_masks
 from detdistill.experiments.evaluate import as_detector, choose_device
 from detdistill.models.base import Detections, Detector
 from detdistill.report.gallery import CELL, draw_detections
@@ -32,6 +33,7 @@ class Prediction:
         labels_K: int64 indices into ``classes``.
         scores_K: float32 in [0, 1], falling.
         classes: the model's class names.
+        masks_KHW: bool, each object's pixels; None of a model without masks.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Prediction:
     labels_K: Tensor
     scores_K: Tensor
     classes: tuple[str, ...]
+    masks_KHW: Tensor | None = None
 
     @property
     def names(self) -> list[str]:
@@ -63,7 +66,8 @@ def predict(
         images: the image file or folder. Images of a folder that cannot be read are left out, with a warning.
         out: a folder for the pictures with their boxes and for ``predictions.json``, a list of detections as
             COCO's results have them: ``bbox`` is (x, y, width, height), ``category_id`` is the label plus 1,
-            ``image_id`` is the file's stem, as a number where it is one; and the names of both.
+            ``image_id`` is the file's stem, as a number where it is one, and ``segmentation``, where the model
+            gives masks, their run lengths; and the names of both.
         threshold: detections of a lower score are left out.
         teacher: draw what this detector finds beside what the model finds.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda:1``, …
@@ -80,9 +84,8 @@ def predict(
         with torch.inference_mode():
             found = [_detect(each, image.to(chosen), threshold) for each in models]
         student = found[0]
-        predictions.append(
-            Prediction(path, student["boxes"], student["labels"], student["scores"], models[0].classes)
-        )
+        arrays = (student["boxes"], student["labels"], student["scores"])
+        predictions.append(Prediction(path, *arrays, models[0].classes, student.get("masks")))
         if out is not None:
             _save_picture(image, found, models, threshold, _picture(Path(out), path, root))
         if progress is not None:
@@ -137,7 +140,10 @@ def _read(paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
 def _detect(model: Detector, image_3HW: Tensor, threshold: float) -> Detections:
     detections = model([image_3HW])[0]
     keep = detections["scores"] >= threshold
-    return {name: value[keep].cpu() for name, value in detections.items()}
+    found = {name: value[keep].cpu() for name, value in detections.items()}
+    if "masks" in found:
+        found["masks"] = found["masks"].squeeze(1) > 0.5
+    return found
 
 
 def _save_picture(
@@ -161,7 +167,9 @@ def _write_json(predictions: list[Prediction], root: Path, out: Path) -> None:
         stem = prediction.path.stem
         name = prediction.path.relative_to(root).as_posix()
         values = (prediction.boxes_K4.tolist(), prediction.labels_K.tolist(), prediction.scores_K.tolist())
-        for (x1, y1, x2, y2), label, score in zip(*values, strict=True):
+        masks_KHW = prediction.masks_KHW
+        masks = [] if masks_KHW is None else encode_masks(masks_KHW.numpy())
+        for i, ((x1, y1, x2, y2), label, score) in enumerate(zip(*values, strict=True)):
             rows.append(
                 {
                     "image_id": int(stem) if stem.isdecimal() else stem,
@@ -170,6 +178,7 @@ def _write_json(predictions: list[Prediction], root: Path, out: Path) -> None:
                     "category": prediction.classes[label],
                     "bbox": [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
                     "score": round(score, 5),
+                    **({"segmentation": masks[i]} if masks else {}),
                 }
             )
     out.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from detdistill.config import (
     DataConfig,
     MethodConfig,
     ModelConfig,
     Recipe,
     TrainingConfig,
+    UserError,
     load_recipe,
     parse_recipe,
 )
+from detdistill.models.base import Detector
+from detdistill.models.checkpoints import describe
 from detdistill.training import loop
 from detdistill.training.loop import TrainResult
 
@@ -42,8 +47,8 @@ def train(
 
 
 def distill(
-    teacher: ModelConfig | Mapping[str, Any] | str | Path,
-    student: ModelConfig | Mapping[str, Any],
+    teacher: Detector | ModelConfig | Mapping[str, Any] | str | Path,
+    student: Detector | ModelConfig | Mapping[str, Any],
     data: DataConfig | Mapping[str, Any] | str | Path,
     method: str | Mapping[str, Any] | MethodConfig | Sequence[str | Mapping[str, Any] | MethodConfig] = "ima",
     *,
@@ -54,8 +59,9 @@ def distill(
     """Teach a student with a teacher; every argument is a recipe's section of that name.
 
     Args:
-        teacher: a run folder or weights file, or a section with ``weights``.
-        student: a section, as ``{"family": "fcos", "backbone": "mobilenetv3_small_050"}``.
+        teacher: a run folder or weights file, a section with ``weights``, or a detector, which is frozen.
+        student: a section, as ``{"family": "fcos", "backbone": "mobilenetv3_small_050"}``, or a detector, which
+            is trained in place; :func:`detdistill.wrap` makes one of any module.
         data: the dataset's folder, ``"digits"``, or a section.
         method: one method or several, as in a recipe's ``methods``.
         training: the budget; the default is the paper's 24 epochs of SGD.
@@ -72,11 +78,24 @@ def distill(
         {
             "name": Path(out).name,
             "data": data,
-            "teacher": teacher,
-            "student": student,
+            "teacher": _section(teacher, frozen=True),
+            "student": _section(student, frozen=False),
             "methods": method,
             "training": training or {},
         },
         source="the arguments of distill",
     )
-    return loop.train(recipe, Path(out), resume=resume)
+    return loop.train(
+        recipe,
+        Path(out),
+        resume=resume,
+        student=student if isinstance(student, Detector) else None,
+        teacher=teacher if isinstance(teacher, Detector) else None,
+    )
+
+
+def _section(model: Any, *, frozen: bool) -> Any:
+    """A model's section; of an object what tells it from others, so that a run goes on with the same one."""
+    if isinstance(model, nn.Module) and not isinstance(model, Detector):
+        raise UserError(f"a {type(model).__name__} is no detector yet: give detdistill.wrap(model, ...)")
+    return {"python": describe(model, values=frozen)} if isinstance(model, Detector) else model

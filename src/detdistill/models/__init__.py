@@ -9,40 +9,64 @@ from detdistill.models.base import (
     Detector,
     Preprocess,
     Pyramid,
+    QueryRaw,
     Raw,
     Target,
     TwoStageRaw,
 )
 from detdistill.models.build import build_model, load_teacher
+from detdistill.models.cascade_rcnn import CascadeMaskRCNN, CascadeRCNN, cascade_mask_rcnn, cascade_rcnn
 from detdistill.models.checkpoints import load_model, save_model
+from detdistill.models.detr import DETR, d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import FasterRCNN, faster_rcnn
 from detdistill.models.fcos import FCOS, fcos
+from detdistill.models.gfl import GFL, gfl
+from detdistill.models.mask_rcnn import MaskRCNN, mask_rcnn
+from detdistill.models.mmdet_weights import import_mmdet
+from detdistill.models.reppoints import RepPoints, reppoints
 from detdistill.models.retinanet import RetinaNet, retinanet
 from detdistill.models.torchvision_weights import load_torchvision
 from detdistill.models.weights import LoadReport, load_weights, read_state_dict
+from detdistill.models.wrapped import wrap
 
 __all__ = [
+    "DETR",
     "FCOS",
+    "GFL",
     "Batch",
+    "CascadeMaskRCNN",
+    "CascadeRCNN",
     "DenseRaw",
     "Detections",
     "Detector",
     "FasterRCNN",
     "LoadReport",
+    "MaskRCNN",
     "Preprocess",
     "Pyramid",
+    "QueryRaw",
     "Raw",
+    "RepPoints",
     "RetinaNet",
     "Target",
     "TwoStageRaw",
     "build_model",
+    "cascade_mask_rcnn",
+    "cascade_rcnn",
+    "d_fine",
     "faster_rcnn",
     "fcos",
+    "gfl",
+    "import_mmdet",
     "load_model",
     "load_teacher",
     "load_torchvision",
     "load_weights",
+    "mask_rcnn",
     "read_state_dict",
+    "reppoints",
     "retinanet",
+    "rtdetr_v2",
     "save_model",
+    "wrap",
 ]

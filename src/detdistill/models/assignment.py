@@ -71,5 +71,6 @@ def centre_depths(boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
     return inner_KP2.amin(dim=2)
 
 
-def centres(boxes_K4: Tensor) -> Tensor:
-    return (boxes_K4[:, :2] + boxes_K4[:, 2:]) / 2
+def centres(boxes: Tensor) -> Tensor:
+    """(..., 2) of boxes (..., 4)."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2

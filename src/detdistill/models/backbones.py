@@ -6,11 +6,12 @@ import difflib
 import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FeaturePyramidNetwork
@@ -30,13 +31,16 @@ class Backbone(nn.Module):
         freeze_stages: so many of timm's feature stages, counted from the input, do not learn, and their
             BatchNorm and dropout stay in evaluation mode. For a ResNet 1 is the stem, 2 the stem and layer1
             (torchvision's ``trainable_backbone_layers=3``), 5 everything.
+        stride_in_1x1: the stride of a ResNet's bottleneck is in its first 1×1 convolution, as in Caffe's models
+            and in the paper, not in its 3×3 one. The weights have the same names and shapes either way.
 
     Attributes:
         channels: ``{stride: channels}`` of what ``forward`` returns.
         mean, std: the input normalisation that the model's published weights were trained with.
 
     Raises:
-        UserError: unknown name, no feature maps, a stride that is not offered, weights that cannot be had.
+        UserError: unknown name, no feature maps, a stride that is not offered, weights that cannot be had, no
+            bottlenecks where their stride should move.
     """
 
     mean: tuple[float, float, float]
@@ -50,6 +54,7 @@ class Backbone(nn.Module):
         pretrained: bool = False,
         norm: str = "batch",
         freeze_stages: int = 0,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         offered = offered_strides(name)
@@ -70,6 +75,8 @@ class Backbone(nn.Module):
                 f"backbone_weights: the ImageNet weights of {name!r} cannot be downloaded ({_short(error)}); "
                 f"give a local file in timm's layout, or leave backbone_weights out"
             ) from error
+        if stride_in_1x1:
+            _move_strides(body, name)
         self.body: nn.Module = freeze_batch_norm_2d(body) if norm == "frozen" else body
         self.channels = dict(zip(strides, body.feature_info.channels(), strict=True))
         self.mean, self.std = tuple(body.pretrained_cfg["mean"]), tuple(body.pretrained_cfg["std"])
@@ -102,6 +109,14 @@ class Backbone(nn.Module):
         for name in self._frozen:
             self.body.get_submodule(name).training = False
         return self
+
+
+def _move_strides(body: nn.Module, name: str) -> None:
+    blocks = [module for module in body.modules() if isinstance(module, Bottleneck)]
+    if not blocks:
+        raise UserError(f"stride_in_1x1 is given, but {name!r} has no ResNet bottlenecks: leave it out")
+    for block in blocks:
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
 
 
 @functools.cache
@@ -137,36 +152,59 @@ class FeaturePyramid(nn.Module):
         channels: width of every level.
         strides: levels to return, doubling from one to the next; those that the backbone lacks are made from
             the level before.
-        extra: how: ``conv`` is a 3×3 convolution of stride 2, with a ReLU between two of them (RetinaNet's P6
-            and P7, here from P5 as in torchvision); ``pool`` takes every second cell (Faster R-CNN's P6).
+        extra: how: ``conv`` is a 3×3 convolution of stride 2, with a ReLU between two of them; ``linear`` the
+            same without the ReLU; ``pool`` takes every second cell (Faster R-CNN's P6).
+        extra_from: what the first of them is made from: ``pyramid``, its last map (P5), or ``backbone``, the
+            backbone's last map (C5, the paper's way for RetinaNet).
+        group_norm: whether a GroupNorm follows each convolution, which then has no bias (RepPoints).
     """
 
     def __init__(
-        self, in_channels: Mapping[int, int], channels: int, strides: Sequence[int], extra: str = "conv"
+        self,
+        in_channels: Mapping[int, int],
+        channels: int,
+        strides: Sequence[int],
+        extra: Literal["conv", "linear", "pool"] = "conv",
+        *,
+        extra_from: Literal["pyramid", "backbone"] = "pyramid",
+        group_norm: bool = False,
     ) -> None:
         super().__init__()
         self.channels = dict.fromkeys(strides, channels)
-        self.fpn = FeaturePyramidNetwork(list(in_channels.values()), channels)
+        norm = group_norm_of if group_norm else None
+        self.fpn = FeaturePyramidNetwork(list(in_channels.values()), channels, norm_layer=norm)
         self.extra_strides = tuple(stride for stride in strides if stride not in in_channels)
         self.extra = nn.ModuleList()
-        for _ in self.extra_strides if extra == "conv" else ():
-            self.extra.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
-        for name, parameter in self.extra.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.kaiming_uniform_(parameter, a=1)
+        self.extra_relu = extra == "conv"
+        self.extra_from = extra_from
+        width = channels if extra_from == "pyramid" else in_channels[max(in_channels)]
+        for _ in self.extra_strides if extra != "pool" else ():
+            conv = nn.Conv2d(width, channels, 3, stride=2, padding=1, bias=not group_norm)
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+            self.extra.append(nn.Sequential(conv, group_norm_of(channels)) if group_norm else conv)
+            width = channels
 
     def forward(self, maps: Pyramid) -> Pyramid:
         pyramid: Pyramid = dict(self.fpn(OrderedDict(maps)))
-        last = pyramid[max(pyramid)]
+        last = (pyramid if self.extra_from == "pyramid" else maps)[max(maps)]
         for i, stride in enumerate(self.extra_strides):
             if self.extra:
-                last = self.extra[i](last if i == 0 else F.relu(last))
+                last = self.extra[i](F.relu(last) if i > 0 and self.extra_relu else last)
             else:
                 last = F.max_pool2d(last, kernel_size=1, stride=2)
             pyramid[stride] = last
         return pyramid
+
+
+def group_norm_of(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, fewer where a group would have less than 8 channels.
+
+    A group of one channel would have nothing to compare on a map of one cell.
+    """
+    groups = max(n for n in range(1, max(1, min(32, channels // 8)) + 1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 def split_strides(name: str, strides: Sequence[int]) -> tuple[int, ...]:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from detdistill.config import ModelConfig, UserError
+from detdistill.data.records import Split
 from detdistill.models import torchvision_weights
-from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD, Detector, Preprocess
+from detdistill.models.base import Detector
+from detdistill.models.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
+from detdistill.models.detr import d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import faster_rcnn
 from detdistill.models.fcos import fcos
+from detdistill.models.gfl import gfl
+from detdistill.models.mask_rcnn import mask_rcnn
+from detdistill.models.reppoints import reppoints
 from detdistill.models.retinanet import retinanet
 from detdistill.models.weights import (
     PARTS,
@@ -29,11 +36,50 @@ logger = logging.getLogger(__name__)
 FAMILIES: Mapping[str, Callable[..., Detector]] = {
     "retinanet": retinanet,
     "fcos": fcos,
+    "gfl": gfl,
+    "reppoints": reppoints,
     "faster_rcnn": faster_rcnn,
+    "mask_rcnn": mask_rcnn,
+    "cascade_rcnn": cascade_rcnn,
+    "cascade_mask_rcnn": cascade_mask_rcnn,
+    "rtdetr_v2": rtdetr_v2,
+    "d_fine": d_fine,
 }
 """How a family's detector is built: over a backbone, with keyword options of :class:`ModelConfig`'s names."""
 
-ARCHITECTURE = ("family", "backbone", "channels", "head_depth", "strides", "anchor_scale")
+ARCHITECTURE = (
+    "family", "backbone", "channels", "head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1",
+)  # fmt: skip
+
+
+BOXES_ALONE = {"mask_rcnn": "faster_rcnn", "cascade_mask_rcnn": "cascade_rcnn"}
+"""The families that learn from masks, and what each is without."""
+
+
+def needs_masks(config: ModelConfig) -> bool:
+    """Whether the detector of a section learns from masks; told before data are read and it is built."""
+    return _family(config) in BOXES_ALONE
+
+
+def check_masks(config: ModelConfig, train: Split) -> None:
+    """Refuse training images that have boxes only, where the detector of a section learns from masks.
+
+    Raises:
+        UserError: they have no masks.
+    """
+    family = _family(config)
+    if family in BOXES_ALONE and not train.has_masks:
+        raise UserError(
+            f"{train.source}: has boxes only, and {family} learns from masks: use {BOXES_ALONE[family]}"
+        )
+
+
+def _family(config: ModelConfig) -> str:
+    """The file's own, where the section starts from a file that detdistill saved."""
+    if config.weights in (None, "torchvision"):
+        return config.family
+    spec = read_spec(find_weights(config.weights))
+    return config.family if spec is None else spec["model"]["family"]
 
 
 def build_model(config: ModelConfig, classes: Sequence[str]) -> Detector:
@@ -72,12 +118,16 @@ def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Detector:
         UserError: as :func:`build_model`, and where an entry of backbone, neck or head did not load, or a class
             has no row.
     """
-    if config.weights is None:
+    if config.weights is None and config.python is None:
         raise UserError("teacher.weights is missing: an untrained teacher teaches noise")
     return _build(config, classes, require=PARTS).eval()
 
 
 def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) -> Detector:
+    if config.python is not None:
+        raise UserError(
+            f"{config.python}: a Python object, which no recipe can build: give it to detdistill.distill again"
+        )
     if config.weights is None:
         return construct(config, classes)
     if config.weights == "torchvision":
@@ -115,15 +165,25 @@ def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] 
         "nms_threshold": config.nms_threshold,
         "max_detections": config.max_detections,
     }
-    for name in ("head_depth", "strides", "anchor_scale"):
-        if getattr(config, name) is not None:
+    for name in ("head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1"):
+        if getattr(config, name) != ModelConfig.model_fields[name].get_default():
             options[name] = getattr(config, name)
     build = FAMILIES[config.family]
+    if spec is not None and "transformers" in spec:
+        options["config"] = spec["transformers"]
     for name in sorted(options.keys() - inspect.signature(build).parameters.keys()):
-        raise UserError(f"{name} is given, but {config.family} has none: leave it out")
+        if (
+            name in ModelConfig.model_fields
+            and getattr(config, name) == ModelConfig.model_fields[name].get_default()
+        ):
+            del options[name]
+        else:
+            raise UserError(f"{name} is given, but {config.family} has none: leave it out")
     model: Any = build(config.backbone, **options)
     mean, std = _normalisation(config, model, spec)
-    model.preprocessor = Preprocess(size=config.size, mean=mean, std=std)
+    given = {"size": config.size, "keep_ratio": config.keep_ratio}
+    given = {name: value for name, value in given.items() if value is not None}  # else the family's own
+    model.preprocessor = replace(model.preprocessor, mean=mean, std=std, **given)
     if config.backbone_weights not in (None, "imagenet"):
         report = load_backbone(
             model.backbone, read_state_dict(config.backbone_weights), source=str(config.backbone_weights)
@@ -135,7 +195,7 @@ def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] 
         "classes": list(classes),
         "mean": list(mean),
         "std": list(std),
-    }
+    } | ({"transformers": options["config"]} if "config" in options else {})
     return model
 
 
@@ -146,7 +206,7 @@ def _normalisation(
         return tuple(spec["mean"]), tuple(spec["std"])
     if config.backbone_weights is not None:
         return model.backbone.mean, model.backbone.std
-    return IMAGENET_MEAN, IMAGENET_STD
+    return model.preprocessor.mean, model.preprocessor.std
 
 
 def _with_spec(config: ModelConfig, spec: dict[str, Any], path: Path) -> ModelConfig:

@@ -1,6 +1,7 @@
 """Saved detectors: safetensors files that say what model they hold.
 
-The metadata hold the spec: the recipe's model section, the classes, and the input normalisation.
+The metadata hold the spec: the recipe's model section, the classes, and the input normalisation. Of a model
+that no recipe can build they say in words what it was; its weights have the names that it gives them itself.
 """
 
 from __future__ import annotations
@@ -8,33 +9,39 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
 from detdistill.models.base import Detector
 from detdistill.models.build import construct
-from detdistill.models.weights import find_weights, load_weights, read_spec, read_state_dict
+from detdistill.models.weights import find_weights, load_weights, read_metadata, read_spec, read_state_dict
 
 
 def save_model(model: Detector, path: str | Path) -> None:
     """Write a self-describing safetensors file, whole or not at all.
 
     Args:
-        model: built by ``build_model`` (it then has a ``spec``).
+        model: built by ``build_model`` (it then has a ``spec``), or any other: then only its weights are kept.
         path: the file; its folder must exist.
 
     Raises:
-        UserError: the model has no spec, or the file cannot be written.
+        UserError: the file cannot be written.
     """
-    if model.spec is None:
-        raise UserError("this model has no spec to save: build it with detdistill.models.build_model")
     path = Path(path)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
-    metadata = {"detdistill": importlib.metadata.version("detdistill"), "spec": json.dumps(model.spec)}
+    state = model.exported.state_dict()
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, Tensor)}
+    metadata = {"detdistill": importlib.metadata.version("detdistill")}
+    if model.spec is not None:
+        metadata["spec"] = json.dumps(model.spec)
+    else:
+        metadata["python"] = describe(model)
+        tensors = {n: t.clone() for n, t in tensors.items()}  # tied weights, which the format has no word for
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata)
@@ -59,6 +66,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
     """
     path = find_weights(path)
     spec = read_spec(path)
+    if spec is None and (python := read_metadata(path).get("python")):
+        raise UserError(
+            f"{path}: holds the weights of a Python object ({python}): build it, and give its load_state_dict "
+            "what safetensors.torch.load_file reads"
+        )
     if spec is None:
         raise UserError(
             f"{path}: does not say what model it is (it was not saved by detdistill); "
@@ -68,3 +80,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
     model = construct(config, spec["classes"], spec)
     load_weights(model, read_state_dict(path), source=str(path))
     return model.to(device).eval()
+
+
+def describe(model: Detector, *, values: bool = False) -> str:
+    """One line by which a run knows an object again: its class, tensors, classes and pyramid.
+
+    Args:
+        model: any detector.
+        values: tell apart by the weights as well.
+    """
+    state = {n: t for n, t in model.exported.state_dict().items() if isinstance(t, Tensor)}
+    shapes = [(name, str(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items()]
+    facts = model.classes, sorted(model.pyramid_channels.items()), model.preprocessor, shapes
+    mark = zlib.crc32(repr(facts).encode())
+    for tensor in state.values() if values else ():
+        mark = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, mark)
+    numbers = sum(parameter.numel() for parameter in model.exported.parameters())
+    return f"{type(model.exported).__name__}, {numbers} parameters, #{mark:08x}"

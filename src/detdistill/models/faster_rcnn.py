@@ -1,21 +1,28 @@
 """Faster R-CNN with a feature pyramid: two-stage (Ren et al. 2015; Lin et al. 2017).
 
 The same losses and detections as torchvision's ``FasterRCNN``; a test holds the proof. Labels are 0-based
-outside; inside the RoI head class 0 is the background, as in torchvision.
-Shape legend: N images, P all anchors of an image, R proposals, Q classes, K objects.
+outside; inside the RoI head class 0 is the background, as in torchvision. The convention ``mmdet`` gives
+MMDetection's detections: anchors are not rounded to whole pixels, cells are exactly a stride apart, no box is
+less than 16/1000 of its anchor wide or high, and regions are pooled its way
+(:class:`~detdistill.models.heads.AlignedRoIAlign`). Mask R-CNN and Cascade R-CNN build on
+it.
+Shape legend: N images, P all anchors of an image, R proposals, Q classes, K objects, M proposals with masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import (
     Batch,
@@ -30,14 +37,21 @@ from detdistill.models.base import (
 )
 from detdistill.models.heads import (
     IGNORED,
+    ExactAnchors,
     best_detections,
+    box_coder,
+    check_convention,
     flatten_maps,
+    in_original_pixels,
     init_head,
     level_anchors,
     match_boxes,
+    pool_regions,
+    region_pool,
     take_objects,
     tower,
 )
+from detdistill.models.masks import MaskBranch, crop_masks, mask_loss, paste_masks
 
 RATIOS = (0.5, 1.0, 2.0)
 BETA = 1 / 9  # where smooth L1 turns from a parabola into a line
@@ -65,83 +79,111 @@ class RPNHead(nn.Module):
 
 
 class RoIHead(nn.Module):
-    """Two linear layers over the pooled region, then Q + 1 classes and a box for each."""
+    """Two linear layers over the pooled region, then Q + 1 classes and a box for each.
 
-    def __init__(self, channels: int, num_classes: int) -> None:
+    Args:
+        channels: of the pyramid.
+        num_classes: without the background.
+        iou: a proposal answers for the object that it overlaps by so much, else for the background.
+        box_stds: what the four box deltas are divided by.
+        class_agnostic: one box for all classes; it is given out Q + 1 times.
+        convention: whose way boxes are encoded in.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        iou: float = 0.5,
+        box_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2),
+        class_agnostic: bool = False,
+        convention: Convention = "torchvision",
+    ) -> None:
         super().__init__()
         width = 4 * channels  # 1024 at 256 channels; a narrow pyramid gets a head in proportion
         self.fc6 = nn.Linear(channels * POOLED**2, width)
         self.fc7 = nn.Linear(width, width)
         self.cls = nn.Linear(width, num_classes + 1)
-        self.box = nn.Linear(width, 4 * (num_classes + 1))
+        self.box = nn.Linear(width, 4 if class_agnostic else 4 * (num_classes + 1))
+        self.iou = iou
+        x, y, w, h = box_stds
+        self.coder = box_coder((1 / x, 1 / y, 1 / w, 1 / h), convention)
+        self.class_agnostic = class_agnostic
 
     def forward(self, pooled_RC77: Tensor) -> tuple[Tensor, Tensor]:
         x = F.relu(self.fc7(F.relu(self.fc6(pooled_RC77.flatten(1)))))
-        return self.cls(x), self.box(x)
+        logits_RQ, deltas = self.cls(x), self.box(x)
+        return logits_RQ, deltas.repeat(1, logits_RQ.shape[1]) if self.class_agnostic else deltas
+
+
+@dataclass(slots=True)
+class TwoStageParts:
+    """What the two-stage detectors have in common; :func:`build_parts` makes it."""
+
+    backbone: Backbone
+    neck: FeaturePyramid
+    rpn: RPNHead
+    anchor_generator: AnchorGenerator
+    convention: Convention
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    score_threshold: float
+    nms_threshold: float
+    max_detections: int
+    rpn_samples: int
+    roi_samples: int
+
+
+class Sample(NamedTuple):
+    """An image's proposals to learn from: boxes, labels (0: background), wanted deltas, indices of objects."""
+
+    proposals_R4: Tensor
+    labels_R: Tensor
+    targets_R4: Tensor
+    objects_R: Tensor
 
 
 class FasterRCNN(Detector):
-    """The five steps of Faster R-CNN; build it with :func:`faster_rcnn`.
+    """The five steps of Faster R-CNN, and of Mask R-CNN; build it with :func:`faster_rcnn`.
 
     Losses: ``loss_objectness`` and ``loss_rpn_box_reg`` over the sampled anchors, ``loss_classifier`` and
-    ``loss_box_reg`` over the sampled proposals, each a sum divided by the number sampled. Proposals are sampled
-    in ``predict`` and anchors in ``losses``, both from torch's global random state.
+    ``loss_box_reg`` over the sampled proposals, each a sum divided by the number sampled; ``loss_mask``, where
+    there is a mask branch, over those proposals that answer for an object. Proposals are sampled in ``predict``
+    and anchors in ``losses``, both from torch's global random state.
     """
 
     kind = "two_stage"
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        neck: FeaturePyramid,
-        rpn: RPNHead,
-        roi_head: RoIHead,
-        anchor_generator: AnchorGenerator,
-        classes: Sequence[str],
-        preprocess: Preprocess,
-        *,
-        score_threshold: float,
-        nms_threshold: float,
-        max_detections: int,
-        rpn_samples: int,
-        roi_samples: int,
-    ) -> None:
+    def __init__(self, parts: TwoStageParts, roi_head: RoIHead, mask_branch: MaskBranch | None = None) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.neck = neck
-        self.rpn = rpn
+        self.backbone = parts.backbone
+        self.neck = parts.neck
+        self.rpn = parts.rpn
         self.roi_head = roi_head
-        self.anchor_generator = anchor_generator
-        self.classes = tuple(classes)
-        self.preprocessor = preprocess
-        self.pyramid_channels = neck.channels
-        self.roi_pool = MultiScaleRoIAlign(
-            [str(stride) for stride in backbone.channels], output_size=POOLED, sampling_ratio=2
-        )
-        self.rpn_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
-        self.roi_coder = BoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
-        self.rpn_sampler = BalancedPositiveNegativeSampler(rpn_samples, positive_fraction=0.5)
-        self.roi_sampler = BalancedPositiveNegativeSampler(roi_samples, positive_fraction=0.25)
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
-        self.max_detections = max_detections
+        self.mask_branch = mask_branch
+        self.anchor_generator = parts.anchor_generator
+        self.classes = parts.classes
+        self.preprocessor = parts.preprocess
+        self.pyramid_channels = parts.neck.channels
+        self.convention = parts.convention
+        self.roi_pool = region_pool(parts.backbone.channels, POOLED, parts.convention)
+        self.rpn_coder = box_coder((1.0, 1.0, 1.0, 1.0), parts.convention)
+        self.rpn_sampler = BalancedPositiveNegativeSampler(parts.rpn_samples, positive_fraction=0.5)
+        self.roi_sampler = BalancedPositiveNegativeSampler(parts.roi_samples, positive_fraction=0.25)
+        self.score_threshold = parts.score_threshold
+        self.nms_threshold = parts.nms_threshold
+        self.max_detections = parts.max_detections
 
     def pyramid(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))
 
     def predict(self, pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
         rpn = self.rpn(pyramid)
-        proposals = self._propose(rpn, batch)
-        labels: list[Tensor] | None = None
-        regression: list[Tensor] | None = None
-        if self.training and batch.targets is not None:
-            sampled = [self._sample(*pair) for pair in zip(proposals, batch.targets, strict=True)]
-            proposals, labels, regression = (list(parts) for parts in zip(*sampled, strict=True))
-        logits_RQ, deltas_RQ4 = self.classify(pyramid, proposals, batch)
-        return TwoStageRaw(rpn, proposals, logits_RQ, deltas_RQ4, labels, regression)
+        return self._look(0, self.roi_head, rpn, self._propose(rpn, batch), pyramid, batch)
 
     def classify(self, pyramid: Pyramid, proposals: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the second stage says of any regions.
+        """What the second stage (of a cascade: its first head) says of any regions.
 
         Args:
             pyramid, batch: of this detector.
@@ -150,15 +192,45 @@ class FasterRCNN(Detector):
         Returns:
             class logits (R, Q + 1) with the background at index 0, box deltas (R, 4·(Q + 1)).
         """
-        # The padded size, of which every level is an exact fraction, tells the pooling each level's stride.
-        pooled_RC77 = self.roi_pool(
-            {str(stride): x for stride, x in pyramid.items()}, proposals, [batch.padded_size] * len(proposals)
-        )
-        return self.roi_head(pooled_RC77)
+        return self.roi_head(pool_regions(self.roi_pool, pyramid, proposals, batch))
+
+    def _look(
+        self, stage: int, head: RoIHead, rpn: DenseRaw, proposals: list[Tensor], pyramid: Pyramid, batch: Batch
+    ) -> TwoStageRaw:
+        """What a head says of the proposals; in training of a sample of them, beside what it should say."""
+        samples: list[Sample] = []
+        if self.training and batch.targets is not None:
+            samples = [self._sample(head, *pair) for pair in zip(proposals, batch.targets, strict=True)]
+            proposals = [sample.proposals_R4 for sample in samples]
+        logits_RQ, deltas_RQ4 = head(pool_regions(self.roi_pool, pyramid, proposals, batch))
+        raw = TwoStageRaw(rpn, proposals, logits_RQ, deltas_RQ4)
+        if samples:
+            raw.roi_labels = [sample.labels_R for sample in samples]
+            raw.roi_targets = [sample.targets_R4 for sample in samples]
+        if self.mask_branch is not None:
+            raw.pyramid = pyramid
+            if samples:
+                raw.mask_logits, raw.mask_targets = self._draw(stage, samples, pyramid, batch)
+        return raw
+
+    def _draw(
+        self, stage: int, samples: Sequence[Sample], pyramid: Pyramid, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The masks (M, 28, 28) of the sampled proposals that answer for an object, and what they should be."""
+        assert self.mask_branch is not None
+        assert batch.targets is not None
+        positive = [torch.where(sample.labels_R > 0)[0] for sample in samples]
+        regions = [sample.proposals_R4[at] for sample, at in zip(samples, positive, strict=True)]
+        labels_M = torch.cat([sample.labels_R[at] for sample, at in zip(samples, positive, strict=True)])
+        wanted = [
+            crop_masks(target["masks"], region, sample.objects_R[at])
+            for target, region, sample, at in zip(batch.targets, regions, samples, positive, strict=True)
+        ]
+        return self.mask_branch.logits(stage, pyramid, regions, labels_M, batch), torch.cat(wanted)
 
     def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
         """What the RPN answers for, level by level: (H·W·A, 4) xyxy in network input, rows first."""
-        return level_anchors(self.anchor_generator, pyramid, batch)
+        return level_anchors(self.anchor_generator, pyramid, batch, self.convention != "torchvision")
 
     @torch.no_grad()
     def _propose(self, rpn: DenseRaw, batch: Batch) -> list[Tensor]:
@@ -185,37 +257,25 @@ class FasterRCNN(Detector):
         return proposals
 
     @torch.no_grad()
-    def _sample(self, proposals_R4: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposals to learn from (the objects themselves among them), their labels and regression targets."""
+    def _sample(self, head: RoIHead, proposals_R4: Tensor, target: Target) -> Sample:
+        """What a head learns from: some of the proposals, the objects themselves among them."""
         boxes_K4 = target["boxes"].float()
         proposals_R4 = torch.cat([proposals_R4, boxes_K4])
-        matched_R = match_boxes(boxes_K4, proposals_R4, high=0.5, low=0.5, keep_best=False)
+        matched_R = match_boxes(boxes_K4, proposals_R4, high=head.iou, low=head.iou, keep_best=False)
         labels_R = torch.zeros_like(matched_R)
         if len(boxes_K4):
             labels_R = torch.where(matched_R >= 0, target["labels"][matched_R.clamp(min=0)] + 1, 0)
         (positive,), (negative,) = self.roi_sampler([labels_R])
         chosen = torch.where(positive | negative)[0]
-        proposals_R4, labels_R = proposals_R4[chosen], labels_R[chosen]
-        objects_R4 = take_objects(matched_R[chosen], boxes_K4, proposals_R4)
-        return proposals_R4, labels_R, self.roi_coder.encode_single(objects_R4, proposals_R4)
+        proposals_R4, labels_R, matched_R = proposals_R4[chosen], labels_R[chosen], matched_R[chosen]
+        objects_R4 = take_objects(matched_R, boxes_K4, proposals_R4)
+        return Sample(proposals_R4, labels_R, head.coder.encode_single(objects_R4, proposals_R4), matched_R)
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(raw, TwoStageRaw)
         assert batch.targets is not None, "losses need a batch with targets"
-        assert raw.roi_labels is not None, "losses need raw predictions made in training mode"
-        assert raw.roi_targets is not None
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            labels_R, wanted_R4 = torch.cat(raw.roi_labels), torch.cat(raw.roi_targets)
-            count = max(1, len(labels_R))
-            deltas_RQ4 = raw.roi_deltas_RQ4.float().unflatten(1, (-1, 4))
-            deltas_R4 = deltas_RQ4.gather(1, labels_R[:, None, None].expand(-1, 1, 4)).squeeze(1)
-            box_R4 = F.smooth_l1_loss(deltas_R4, wanted_R4, beta=BETA, reduction="none")
-            return {
-                **self._rpn_losses(raw.rpn, batch, batch.targets),
-                "loss_classifier": F.cross_entropy(raw.roi_logits_RQ.float(), labels_R, reduction="sum")
-                / count,
-                "loss_box_reg": torch.where(labels_R[:, None] > 0, box_R4, 0).sum() / count,
-            }
+            return {**self._rpn_losses(raw.rpn, batch, batch.targets), **roi_losses(raw)}
 
     def _rpn_losses(self, rpn: DenseRaw, batch: Batch, targets: Sequence[Target]) -> dict[str, Tensor]:
         logits_NP = torch.cat(flatten_maps(rpn.cls.values(), 1), dim=1).squeeze(2)
@@ -240,30 +300,101 @@ class FasterRCNN(Detector):
 
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, TwoStageRaw)
+        found = self._find(raw, batch)
+        masks = None
+        if self.mask_branch is not None:
+            assert raw.pyramid is not None
+            masks = self.mask_branch.probabilities(raw.pyramid, found, batch)
+        for i, detections in enumerate(found):
+            size, original_size = batch.sizes[i], batch.original_sizes[i]
+            detections["boxes"] = in_original_pixels(detections["boxes"], size, original_size)
+            if masks is not None:
+                detections["masks"] = paste_masks(masks[i], detections["boxes"], original_size, self.convention)
+        return found
+
+    def _find(self, raw: TwoStageRaw, batch: Batch) -> list[Detections]:
+        """The detections, with boxes in network input."""
         counts = [len(proposals_R4) for proposals_R4 in raw.proposals]
         num_classes = len(self.classes)
-        scores_RQ = raw.roi_logits_RQ.float().softmax(dim=1)[:, 1:]
-        decoded = self.roi_coder.decode_single(raw.roi_deltas_RQ4.float(), torch.cat(raw.proposals))
-        boxes_RQ4 = decoded.unflatten(1, (-1, 4))[:, 1:]
-        detections = []
+        scores_RQ, boxes_RQ4 = self._answers(raw)
+        found = []
         for i, (scores, boxes) in enumerate(zip(scores_RQ.split(counts), boxes_RQ4.split(counts), strict=True)):
             size = batch.sizes[i]
             at = torch.where(scores.flatten() > self.score_threshold)[0]
-            found_M4 = clip_boxes_to_image(boxes.flatten(0, 1)[at], size)
-            solid = remove_small_boxes(found_M4, min_size=1e-2)
-            found_M4, at = found_M4[solid], at[solid]
-            detections.append(
-                best_detections(
-                    found_M4,
-                    scores.flatten()[at],
-                    at % num_classes,
-                    self.nms_threshold,
-                    self.max_detections,
-                    size,
-                    batch.original_sizes[i],
-                )
-            )
-        return detections
+            boxes_M4 = clip_boxes_to_image(boxes.flatten(0, 1)[at], size)
+            solid = remove_small_boxes(boxes_M4, min_size=1e-2)
+            boxes_M4, at = boxes_M4[solid], at[solid]
+            scores_M, labels_M = scores.flatten()[at], at % num_classes
+            limits = (self.nms_threshold, self.max_detections)
+            found.append(best_detections(boxes_M4, scores_M, labels_M, *limits, size, original_size=size))
+        return found
+
+    def _answers(self, raw: TwoStageRaw) -> tuple[Tensor, Tensor]:
+        """Probabilities (R, Q), the background's left out, and boxes (R, Q, 4) in network input."""
+        scores_RQ = raw.roi_logits_RQ.float().softmax(dim=1)
+        decoded = self.roi_head.coder.decode_single(raw.roi_deltas_RQ4.float(), torch.cat(raw.proposals))
+        return scores_RQ[:, 1:], decoded.unflatten(1, (-1, 4))[:, 1:]
+
+
+def roi_losses(raw: TwoStageRaw) -> dict[str, Tensor]:
+    """The losses of one head on the proposals that it sampled."""
+    assert raw.roi_labels is not None, "losses need raw predictions made in training mode"
+    assert raw.roi_targets is not None
+    labels_R, wanted_R4 = torch.cat(raw.roi_labels), torch.cat(raw.roi_targets)
+    count = max(1, len(labels_R))
+    deltas_RQ4 = raw.roi_deltas_RQ4.float().unflatten(1, (-1, 4))
+    deltas_R4 = deltas_RQ4.gather(1, labels_R[:, None, None].expand(-1, 1, 4)).squeeze(1)
+    box_R4 = F.smooth_l1_loss(deltas_R4, wanted_R4, beta=BETA, reduction="none")
+    losses = {
+        "loss_classifier": F.cross_entropy(raw.roi_logits_RQ.float(), labels_R, reduction="sum") / count,
+        "loss_box_reg": torch.where(labels_R[:, None] > 0, box_R4, 0).sum() / count,
+    }
+    if raw.mask_logits is not None and raw.mask_targets is not None:
+        losses["loss_mask"] = mask_loss(raw.mask_logits, raw.mask_targets)
+    return losses
+
+
+def build_parts(
+    backbone: str,
+    classes: Sequence[str],
+    *,
+    channels: int,
+    strides: Sequence[int],
+    head_depth: int,
+    anchor_scale: float,
+    convention: Convention,
+    norm: str,
+    freeze_stages: int,
+    stride_in_1x1: bool,
+    pretrained_backbone: bool,
+    preprocess: Preprocess | None,
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+    rpn_samples: int,
+    roi_samples: int,
+) -> TwoStageParts:
+    """All of a two-stage detector but its RoI heads; arguments as of :func:`faster_rcnn`."""
+    check_convention("a two-stage detector", convention, ("torchvision", "mmdet"))
+    body = Backbone(
+        backbone, split_strides(backbone, strides),
+        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
+    )  # fmt: skip
+    sizes = tuple((stride * anchor_scale,) for stride in strides)
+    return TwoStageParts(
+        body,
+        FeaturePyramid(body.channels, channels, strides, extra="pool"),
+        RPNHead(channels, head_depth, len(RATIOS)),
+        (AnchorGenerator if convention == "torchvision" else ExactAnchors)(sizes, (RATIOS,) * len(sizes)),
+        convention,
+        tuple(classes),
+        preprocess or Preprocess(mean=body.mean, std=body.std),
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        max_detections=max_detections,
+        rpn_samples=rpn_samples,
+        roi_samples=roi_samples,
+    )
 
 
 def faster_rcnn(
@@ -275,8 +406,10 @@ def faster_rcnn(
     strides: Sequence[int] = (4, 8, 16, 32, 64),
     head_depth: int = 1,
     anchor_scale: float = 8.0,
+    convention: Convention = "torchvision",
     norm: str = "batch",
     freeze_stages: int = 0,
+    stride_in_1x1: bool = False,
     pretrained_backbone: bool = False,
     preprocess: Preprocess | None = None,
     score_threshold: float = 0.05,
@@ -296,7 +429,9 @@ def faster_rcnn(
             beyond take every second cell.
         head_depth: 3×3 convolutions of the region proposal network.
         anchor_scale: anchor side over its level's stride; each cell has one size and 3 ratios.
-        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
+        convention: where the two libraries differ, whose way is taken (see the head of this file).
+        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
+            :class:`~detdistill.models.backbones.Backbone`.
         preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
         score_threshold, nms_threshold, max_detections: of detections.
         rpn_samples, roi_samples: anchors and proposals of an image that training samples.
@@ -305,22 +440,23 @@ def faster_rcnn(
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
     """
     names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
-    )  # fmt: skip
-    sizes = tuple((stride * anchor_scale,) for stride in strides)
-    return FasterRCNN(
-        body,
-        FeaturePyramid(body.channels, channels, strides, extra="pool"),
-        RPNHead(channels, head_depth, len(RATIOS)),
-        RoIHead(channels, len(names)),
-        AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
+    parts = build_parts(
+        backbone,
         names,
-        preprocess or Preprocess(mean=body.mean, std=body.std),
+        channels=channels,
+        strides=strides,
+        head_depth=head_depth,
+        anchor_scale=anchor_scale,
+        convention=convention,
+        norm=norm,
+        freeze_stages=freeze_stages,
+        stride_in_1x1=stride_in_1x1,
+        pretrained_backbone=pretrained_backbone,
+        preprocess=preprocess,
         score_threshold=score_threshold,
         nms_threshold=nms_threshold,
         max_detections=max_detections,
         rpn_samples=rpn_samples,
         roi_samples=roi_samples,
     )
+    return FasterRCNN(parts, RoIHead(channels, len(names), convention=convention))

@@ -1,6 +1,15 @@
 """FCOS: one-stage, anchor-free (Tian et al., "FCOS: A Simple and Strong Anchor-Free Object Detector", 2020).
 
-The same losses and detections as torchvision's ``FCOS``; a test holds the proof.
+The same losses and detections as torchvision's ``FCOS``; a test holds the proof. Other conventions give
+MMDetection's detections:
+
+- ``mmdet_tricks``, its configs with normalised boxes: each level scales its box outputs by a factor of its own;
+  cell i's centre is at (i + 0.5) · stride; candidates are chosen by their class score, and ranked by class score
+  times centerness, where torchvision takes the root of it for both.
+- ``mmdet``, its plain configs: as well a side is exp(x) pixels, and centerness is beside the classes.
+
+What is learnt is the same in all; MMDetection's plain configs have an IoU loss and no centre sampling.
+
 Shape legend: N images, P all cells of an image, Q classes, K objects.
 """
 
@@ -15,11 +24,13 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
 from detdistill.models.heads import (
     UNMATCHED,
     DenseHead,
+    check_convention,
     flatten_maps,
     init_head,
     normaliser,
@@ -34,13 +45,23 @@ RANGE = (4.0, 8.0)  # in strides: a level's objects reach so far from the cell (
 
 
 class FCOSHead(DenseHead):
-    """Two towers with GroupNorm, shared by the levels; centerness beside the boxes.
+    """Two towers with GroupNorm, shared by the levels; centerness beside the boxes (``mmdet``: the classes).
 
-    The box output is left, top, right, bottom distance over the stride; it is cut at 0 (ReLU).
+    The box output is left, top, right, bottom distance over the stride, not negative whatever the convention.
     """
 
-    def __init__(self, channels: int, depth: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        depth: int,
+        num_classes: int,
+        strides: Sequence[int],
+        convention: Convention = "torchvision",
+    ) -> None:
         super().__init__(channels, depth, group_norm=True)
+        self.convention = convention
+        levels = strides if convention != "torchvision" else ()
+        self.scales = nn.ParameterDict({str(stride): torch.ones(()) for stride in levels})
         self.cls = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
@@ -53,9 +74,17 @@ class FCOSHead(DenseHead):
     def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
         return DenseRaw(
             cls={stride: self.cls(x) for stride, x in cls.items()},
-            box={stride: F.relu(self.box(x)) for stride, x in box.items()},
-            centerness={stride: self.centerness(x) for stride, x in box.items()},
+            box={stride: self._distances(stride, self.box(x)) for stride, x in box.items()},
+            centerness={
+                stride: self.centerness(x) for stride, x in (cls if self.convention == "mmdet" else box).items()
+            },
         )
+
+    def _distances(self, stride: int, x: Tensor) -> Tensor:
+        if self.convention == "torchvision":
+            return F.relu(x)
+        x = x.float() * self.scales[str(stride)]
+        return x.exp() / stride if self.convention == "mmdet" else F.relu(x)
 
 
 class FCOS(OneStage):
@@ -68,6 +97,7 @@ class FCOS(OneStage):
     """
 
     kind = "anchor_free"
+    head: FCOSHead
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(raw, DenseRaw)
@@ -103,18 +133,26 @@ class FCOS(OneStage):
 
     def scores(self, raw: DenseRaw) -> list[Tensor]:
         assert raw.centerness is not None
-        logits = flatten_maps(raw.cls.values(), len(self.classes))
+        scores = [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+        if self.head.convention != "torchvision":
+            return scores
         centerness = flatten_maps(raw.centerness.values(), 1)
-        return [torch.sqrt(a.sigmoid() * b.sigmoid()) for a, b in zip(logits, centerness, strict=True)]
+        return [torch.sqrt(a * b.sigmoid()) for a, b in zip(scores, centerness, strict=True)]
+
+    def score_factors(self, raw: DenseRaw) -> list[Tensor] | None:
+        assert raw.centerness is not None
+        if self.head.convention == "torchvision":
+            return None
+        return [logits.sigmoid().squeeze(2) for logits in flatten_maps(raw.centerness.values(), 1)]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         return CODER.decode(encoded, anchors)
 
 
-def match_cells(boxes_K4: Tensor, cells: Sequence[Tensor]) -> Tensor:
+def match_cells(boxes_K4: Tensor, cells: Sequence[Tensor], radius: float = CENTER_RADIUS) -> Tensor:
     """Which object each cell answers for.
 
-    A cell answers for an object when it lies inside it, within CENTER_RADIUS strides of its centre, and the
+    A cell answers for an object when it lies inside it, within ``radius`` strides of its centre, and the
     farthest side is within the level's range; of several objects for the smallest (FCOS, section 3.1 and 3.2).
 
     Args:
@@ -137,7 +175,7 @@ def match_cells(boxes_K4: Tensor, cells: Sequence[Tensor]) -> Tensor:
     sides_PK4 = torch.cat([point_P12 - boxes_K4[:, :2], boxes_K4[:, 2:] - point_P12], dim=2)
     reach_PK = sides_PK4.amax(dim=2)
     fits_PK = (
-        (off_center_PK < CENTER_RADIUS * stride_P1)
+        (off_center_PK < radius * stride_P1)
         & (sides_PK4.amin(dim=2) > 0)
         & (reach_PK > lower_P1)
         & (reach_PK < upper_P1)
@@ -161,8 +199,10 @@ def fcos(
     channels: int = 256,
     strides: Sequence[int] = (8, 16, 32, 64, 128),
     head_depth: int = 4,
+    convention: Convention = "torchvision",
     norm: str = "batch",
     freeze_stages: int = 0,
+    stride_in_1x1: bool = False,
     pretrained_backbone: bool = False,
     preprocess: Preprocess | None = None,
     score_threshold: float = 0.2,
@@ -179,24 +219,32 @@ def fcos(
         channels: width of pyramid and head.
         strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2.
         head_depth: 3×3 convolutions in each tower.
-        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
+        convention: where the two libraries differ, whose way is taken (see the head of this file).
+        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
+            :class:`~detdistill.models.backbones.Backbone`.
         preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
         score_threshold, nms_threshold, max_detections: of detections.
         topk_candidates: candidates of one level before suppression.
 
     Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
+        UserError: as :class:`~detdistill.models.backbones.Backbone` does; an unknown convention.
     """
+    check_convention("fcos", convention, ("torchvision", "mmdet", "mmdet_tricks"))
     names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
     body = Backbone(
         backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
+        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
     )  # fmt: skip
-    return FCOS(
+    cells = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
+    if convention != "torchvision":
+        cells.cell_anchors = [
+            cell + stride / 2 for cell, stride in zip(cells.cell_anchors, strides, strict=True)
+        ]
+    model = FCOS(
         body,
         FeaturePyramid(body.channels, channels, strides, extra="conv"),
-        FCOSHead(channels, head_depth, len(names)),
-        AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
+        FCOSHead(channels, head_depth, len(names), strides, convention),
+        cells,
         names,
         preprocess or Preprocess(mean=body.mean, std=body.std),
         score_threshold=score_threshold,
@@ -204,3 +252,5 @@ def fcos(
         max_detections=max_detections,
         topk_candidates=topk_candidates,
     )
+    model.convention = convention
+    return model

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
+from torchvision.ops._utils import convert_boxes_to_roi_format
 
+from detdistill.config import Convention, UserError
+from detdistill.models.backbones import group_norm_of
 from detdistill.models.base import Batch, DenseRaw, Detections, Pyramid
 
 UNMATCHED, IGNORED = -1, -2
 
 
-def tower(channels: int, depth: int, group_norm: bool) -> nn.Sequential:
-    """``depth`` blocks of 3×3 convolution, perhaps GroupNorm, ReLU.
-
-    A group of GroupNorm has at least 8 channels, as FCOS's 32 groups of 256 have: a group of one channel would
-    have nothing to compare on a map of one cell.
-    """
-    groups = max(n for n in range(1, max(1, min(32, channels // 8)) + 1) if channels % n == 0)
+def tower(channels: int, depth: int, group_norm: bool, bias: bool = True) -> nn.Sequential:
+    """``depth`` blocks of 3×3 convolution (with a bias, or without), perhaps GroupNorm, ReLU."""
     blocks = []
     for _ in range(depth):
-        norm = [nn.GroupNorm(groups, channels)] if group_norm else []
-        blocks.append(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), *norm, nn.ReLU()))
+        norm = [group_norm_of(channels)] if group_norm else []
+        blocks.append(nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=bias), *norm, nn.ReLU()))
     return nn.Sequential(*blocks)
 
 
@@ -39,16 +38,18 @@ class DenseHead(nn.Module, ABC):
     """A class tower and a box tower, shared by the levels; its child turns their maps into outputs.
 
     Attributes:
-        bins: of the distribution of each box side (A·4·bins box channels), or None where a side is a number.
+        box_width: numbers that encode a box: the box output has A·box_width channels.
+        bins: of the distribution of each box side (box_width is then 4·bins), or None where there is none.
     """
 
+    box_width: int = 4
     bins: int | None = None
 
-    def __init__(self, channels: int, depth: int, group_norm: bool) -> None:
+    def __init__(self, channels: int, depth: int, group_norm: bool, bias: bool = True) -> None:
         super().__init__()
         self.channels = channels
-        self.cls_tower = tower(channels, depth, group_norm)
-        self.box_tower = tower(channels, depth, group_norm)
+        self.cls_tower = tower(channels, depth, group_norm, bias)
+        self.box_tower = tower(channels, depth, group_norm, bias)
 
     @property
     def depth(self) -> int:
@@ -111,16 +112,73 @@ def flatten_maps(maps: Iterable[Tensor], width: int) -> list[Tensor]:
     ]
 
 
-def level_anchors(generator: AnchorGenerator, maps: Pyramid, batch: Batch) -> list[Tensor]:
+def mean_sides(logits: Tensor, bins: int) -> Tensor:
+    """(..., 4) mean of the distribution of each box side over 0…bins-1, from its logits (..., 4·bins)."""
+    return logits.unflatten(-1, (4, bins)).softmax(dim=-1) @ torch.arange(bins, device=logits.device).to(logits)
+
+
+def level_anchors(
+    generator: AnchorGenerator, maps: Pyramid, batch: Batch, by_stride: bool = False
+) -> list[Tensor]:
     """The anchors of each level, (H·W·A, 4) float32 xyxy in network input; the same for every image.
 
-    The step from cell to cell is the padded side over the number of cells, as in torchvision: equal to the
-    stride unless the padded side is no multiple of it.
+    Args:
+        generator: of as many levels.
+        maps: the dense outputs of each level, by stride.
+        batch: what they were made from.
+        by_stride: the step from cell to cell is the stride; else the padded side over the number of cells, as
+            in torchvision. They differ where the padded side is no multiple of the stride.
     """
     height, width = batch.padded_size
     sizes = [list(x.shape[-2:]) for x in maps.values()]
+    steps = [
+        [stride, stride] if by_stride else [height // rows, width // columns]
+        for stride, (rows, columns) in zip(maps, sizes, strict=True)
+    ]
     generator.set_cell_anchors(torch.float32, batch.images_N3HW.device)
-    return generator.grid_anchors(sizes, [[height // rows, width // columns] for rows, columns in sizes])
+    return generator.grid_anchors(sizes, steps)
+
+
+def check_convention(family: str, convention: str, known: Sequence[str]) -> None:
+    """Refuse a convention that a family has not.
+
+    Raises:
+        UserError: which ones it has.
+    """
+    if convention not in known:
+        raise UserError(f"convention: {family} has none called {convention!r}; give {' or '.join(known)}")
+
+
+def box_coder(weights: tuple[float, float, float, float], convention: Convention) -> BoxCoder:
+    """Boxes as differences from anchors or proposals, times weights: torchvision's way or MMDetection's."""
+    return BoxCoder(weights) if convention == "torchvision" else BoundedBoxCoder(weights)
+
+
+class BoundedBoxCoder(BoxCoder):
+    """torchvision's coder, which bounds how much larger a box is than its anchor, with the same bound below."""
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        shift, scale = rel_codes.unflatten(1, (-1, 4)).split(2, dim=2)
+        assert self.weights[2] == self.weights[3]
+        scale = scale.clamp(min=-self.bbox_xform_clip * self.weights[2])
+        return super().decode_single(torch.cat([shift, scale], dim=2).flatten(1), boxes)
+
+
+class ExactAnchors(AnchorGenerator):
+    """torchvision's anchors, not rounded to whole pixels."""
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  torchvision's signature
+    ) -> Tensor:
+        """(R·S, 4) xyxy about the origin, a ratio's sizes one after the other."""
+        sides_S = torch.tensor(scales, dtype=dtype, device=device)
+        stretch_R1 = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        half_A2 = torch.stack([sides_S / stretch_R1, sides_S * stretch_R1], dim=-1).flatten(0, 1) / 2
+        return torch.cat([-half_A2, half_A2], dim=1)
 
 
 def match_boxes(boxes_K4: Tensor, anchors_P4: Tensor, high: float, low: float, keep_best: bool) -> Tensor:
@@ -197,6 +255,61 @@ def best_detections(
 ) -> Detections:
     """Suppression by class, the best ``limit``, boxes from network input to the original image's pixels."""
     kept = batched_nms(boxes_M4, scores_M, labels_M, nms_threshold)[:limit]
-    ratio_y, ratio_x = original_size[0] / size[0], original_size[1] / size[1]
-    boxes = boxes_M4[kept] * boxes_M4.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    boxes = in_original_pixels(boxes_M4[kept], size, original_size)
     return {"boxes": boxes, "labels": labels_M[kept], "scores": scores_M[kept]}
+
+
+def in_original_pixels(boxes_M4: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:
+    """Boxes from network input, in which the image has ``size``, to pixels of the image as it was given."""
+    ratio_y, ratio_x = original_size[0] / size[0], original_size[1] / size[1]
+    return boxes_M4 * boxes_M4.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+
+
+def region_pool(strides: Iterable[int], side: int, convention: Convention) -> nn.Module:
+    """What :func:`pool_regions` calls: torchvision's way or MMDetection's."""
+    names = [str(stride) for stride in strides]
+    if convention == "torchvision":
+        return MultiScaleRoIAlign(names, output_size=side, sampling_ratio=2)
+    return AlignedRoIAlign(names, side)
+
+
+class AlignedRoIAlign(nn.Module):
+    """MMDetection's way to pool regions: aligned to the centres of the map's cells, and sampled as finely.
+
+    torchvision's ``MultiScaleRoIAlign``, which is called alike, is half a cell off and takes 2×2 samples in each
+    cell of the output.
+    """
+
+    def __init__(self, strides: Sequence[str], side: int) -> None:
+        super().__init__()
+        self.strides = tuple(strides)
+        self.side = side
+
+    def forward(self, maps: Mapping[str, Tensor], regions: list[Tensor], sizes: object) -> Tensor:
+        rois_R5 = convert_boxes_to_roi_format(regions)
+        # A region is for the level of a fourteenth of its side, rounded down: 224 pixels for stride 16.
+        side_R = (rois_R5[:, 3:] - rois_R5[:, 1:3]).prod(dim=1).sqrt()
+        level_R = torch.log2(side_R / (14 * int(self.strides[0])) + 1e-6)
+        level_R = level_R.floor().clamp(0, len(self.strides) - 1)
+        first = maps[self.strides[0]]
+        pooled_RCSS = first.new_zeros(len(rois_R5), first.shape[1], self.side, self.side)
+        for level, stride in enumerate(self.strides):
+            at = torch.where(level_R == level)[0]
+            pooled = roi_align(
+                maps[stride], rois_R5[at], self.side, 1 / int(stride), sampling_ratio=0, aligned=True
+            )
+            pooled_RCSS = pooled_RCSS.index_copy(0, at, pooled.to(first.dtype))
+        return pooled_RCSS
+
+
+def pool_regions(pool: nn.Module, pyramid: Pyramid, regions: list[Tensor], batch: Batch) -> Tensor:
+    """The pyramid within regions, each from the level that fits its size: (R, C, side, side).
+
+    Args:
+        pool: over levels that are named by their strides (:func:`region_pool`).
+        pyramid, batch: of one detector.
+        regions: per image (R_n, 4) xyxy in network input.
+    """
+    # The padded size, of which every level is an exact fraction, tells the pooling each level's stride.
+    maps = {str(stride): x for stride, x in pyramid.items()}
+    return pool(maps, regions, [batch.padded_size] * len(regions))

@@ -1,6 +1,7 @@
 """What one-stage detectors share: a dense head on every level of the pyramid, and the choice of detections.
 
-Shape legend: N images, P anchors (of a level, or of all levels one after the other), Q classes.
+Shape legend: N images, P anchors (of a level, or of all levels one after the other), Q classes, E numbers that
+encode a box (the head's ``box_width``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import clip_boxes_to_image
 
+from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid
 from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
 from detdistill.models.heads import (
@@ -25,7 +27,14 @@ from detdistill.models.heads import (
 
 
 class OneStage(Detector):
-    """Backbone, neck and dense head. A family adds its losses, its scores and its encoding of boxes."""
+    """Backbone, neck and dense head. A family adds its losses, its scores and its encoding of boxes.
+
+    Attributes:
+        convention: where the libraries differ, whose way is taken. ``mmdet``: cells are exactly a stride apart
+            (:func:`~detdistill.models.heads.level_anchors`), and boxes without an area are no candidates.
+    """
+
+    convention: Convention = "torchvision"
 
     def __init__(
         self,
@@ -67,7 +76,7 @@ class OneStage(Detector):
         The same for every image. Anchor-free heads have one square, of the stride's size, about each cell's
         centre.
         """
-        return level_anchors(self.anchor_generator, pyramid, batch)
+        return level_anchors(self.anchor_generator, pyramid, batch, self.convention != "torchvision")
 
     @abstractmethod
     def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
@@ -83,37 +92,47 @@ class OneStage(Detector):
 
     @abstractmethod
     def scores(self, raw: DenseRaw) -> list[Tensor]:
-        """Level by level (N, P, Q) in [0, 1]: by what detections are chosen."""
+        """Level by level (N, P, Q) in [0, 1]: by what candidates are chosen."""
+
+    def score_factors(self, raw: DenseRaw) -> list[Tensor] | None:
+        """Level by level (N, P): by what candidates' scores are multiplied before suppression, or None."""
+        return None
 
     @abstractmethod
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (..., 4) xyxy from the head's encoding (..., 4) at anchors that broadcast to it."""
+        """Boxes (..., 4) xyxy from the head's encoding (..., E), at anchors (..., 4) that broadcast to them."""
 
     def boxes(self, raw: DenseRaw, batch: Batch) -> Tensor:
         """Every anchor's box, (N, P, 4) float32 xyxy in network input, all levels."""
-        encoded_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
-        return self.decode_boxes(encoded_NP4, torch.cat(self.anchors(raw.cls, batch)))
+        encoded_NPE = torch.cat(flatten_maps(raw.box.values(), self.head.box_width), dim=1)
+        return self.decode_boxes(encoded_NPE, torch.cat(self.anchors(raw.cls, batch)))
 
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, DenseRaw)
         levels = list(
             zip(
                 self.scores(raw),
-                flatten_maps(raw.box.values(), 4),
+                flatten_maps(raw.box.values(), self.head.box_width),
                 self.anchors(raw.cls, batch),
                 strict=True,
             )
         )
+        factors = self.score_factors(raw)
         detections = []
         for i, size in enumerate(batch.sizes):
             found = []
-            for scores_NPQ, encoded_NP4, anchors_P4 in levels:
+            for level, (scores_NPQ, encoded_NPE, anchors_P4) in enumerate(levels):
                 scores, at, labels = select_candidates(
                     scores_NPQ[i], self.score_threshold, self.topk_candidates
                 )
-                boxes = self.decode_boxes(encoded_NP4[i][at], anchors_P4[at])
+                if factors is not None:
+                    scores = scores * factors[level][i][at]
+                boxes = self.decode_boxes(encoded_NPE[i][at], anchors_P4[at])
                 found.append((clip_boxes_to_image(boxes, size), scores, labels))
             boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+            if self.convention != "torchvision":
+                solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+                boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
             detections.append(
                 best_detections(
                     boxes,

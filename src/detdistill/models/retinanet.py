@@ -1,6 +1,9 @@
 """RetinaNet: one-stage, anchor-based (Lin et al., "Focal Loss for Dense Object Detection", 2017).
 
-The same losses and detections as torchvision's ``RetinaNet``; a test holds the proof.
+The same losses and detections as torchvision's ``RetinaNet``; a test holds the proof. The convention ``mmdet``
+gives MMDetection's detections: P6 is made from C5, P7 without a ReLU, anchors are not rounded to whole pixels,
+cells are exactly a stride apart, and no box is less than 16/1000 of its anchor wide or high.
+
 Shape legend: N images, A = 9 anchors a cell, P all anchors of an image, Q classes, K objects.
 """
 
@@ -15,11 +18,15 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import sigmoid_focal_loss
 
+from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
 from detdistill.models.heads import (
     IGNORED,
     DenseHead,
+    ExactAnchors,
+    box_coder,
+    check_convention,
     flatten_maps,
     init_head,
     match_boxes,
@@ -28,7 +35,8 @@ from detdistill.models.heads import (
 )
 from detdistill.models.one_stage import OneStage
 
-CODER = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+CODER = BoxCoder(WEIGHTS)
 RATIOS = (0.5, 1.0, 2.0)
 
 
@@ -90,7 +98,8 @@ class RetinaNet(OneStage):
         return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
-        flat = CODER.decode_single(encoded.reshape(-1, 4), anchors.expand_as(encoded).reshape(-1, 4))
+        coder = box_coder(WEIGHTS, self.convention)
+        flat = coder.decode_single(encoded.reshape(-1, 4), anchors.expand_as(encoded).reshape(-1, 4))
         return flat.view_as(encoded)
 
 
@@ -103,8 +112,10 @@ def retinanet(
     strides: Sequence[int] = (8, 16, 32, 64, 128),
     head_depth: int = 4,
     anchor_scale: float = 4.0,
+    convention: Convention = "torchvision",
     norm: str = "batch",
     freeze_stages: int = 0,
+    stride_in_1x1: bool = False,
     pretrained_backbone: bool = False,
     preprocess: Preprocess | None = None,
     score_threshold: float = 0.05,
@@ -123,26 +134,38 @@ def retinanet(
         head_depth: 3×3 convolutions in each tower.
         anchor_scale: smallest anchor side over its level's stride; each cell has 3 sizes (a third of an octave
             apart) and 3 ratios.
-        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
+        convention: where the two libraries differ, whose way is taken (see the head of this file).
+        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
+            :class:`~detdistill.models.backbones.Backbone`.
         preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
         score_threshold, nms_threshold, max_detections: of detections.
         topk_candidates: candidates of one level before suppression.
 
     Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
+        UserError: as :class:`~detdistill.models.backbones.Backbone` does; an unknown convention.
     """
+    check_convention("retinanet", convention, ("torchvision", "mmdet"))
+    mmdet = convention == "mmdet"
     names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
     body = Backbone(
         backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
+        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
     )  # fmt: skip
     sides = [stride * anchor_scale for stride in strides]
-    # The two larger sides are cut to whole pixels, as torchvision's anchors are.
-    sizes = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in sides)
-    generator = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-    return RetinaNet(
+    octave = [2 ** (i / 3) for i in range(3)]
+    generator: AnchorGenerator
+    if mmdet:
+        sizes = tuple(tuple(side * factor for factor in octave) for side in sides)
+        generator = ExactAnchors(sizes, (RATIOS,) * len(sizes))
+        neck = FeaturePyramid(body.channels, channels, strides, extra="linear", extra_from="backbone")
+    else:
+        # The two larger sides are cut to whole pixels, as torchvision's anchors are.
+        sizes = tuple((side, int(side * octave[1]), int(side * octave[2])) for side in sides)
+        generator = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
+        neck = FeaturePyramid(body.channels, channels, strides, extra="conv")
+    model = RetinaNet(
         body,
-        FeaturePyramid(body.channels, channels, strides, extra="conv"),
+        neck,
         RetinaNetHead(channels, head_depth, generator.num_anchors_per_location()[0], len(names)),
         generator,
         names,
@@ -152,3 +175,5 @@ def retinanet(
         max_detections=max_detections,
         topk_candidates=topk_candidates,
     )
+    model.convention = convention
+    return model

@@ -18,6 +18,7 @@ PUBLISHED: dict[str, Any] = {
     "retinanet": detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
     "fcos": detection.FCOS_ResNet50_FPN_Weights.COCO_V1,
     "faster_rcnn": detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
+    "mask_rcnn": detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
 }
 COCO_CATEGORIES: tuple[str, ...] = tuple(PUBLISHED["fcos"].meta["categories"])
 BACKGROUND = COCO_CATEGORIES[0]
@@ -40,6 +41,9 @@ RENAMES = (
     (r"^roi_heads\.box_head\.", "roi_head."),
     (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.cls."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.box."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_branch.heads.0.up."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_branch.heads.0.mask."),
+    (r"^roi_heads\.mask_head\.(\d)\.", r"mask_branch.heads.0.tower.\1."),
 )
 
 
@@ -50,8 +54,10 @@ def download(family: str) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
         state dict in torchvision's naming, class names by row, epsilon of its frozen BatchNorm.
 
     Raises:
-        UserError: the download failed.
+        UserError: there are none, or the download failed.
     """
+    if family not in PUBLISHED:
+        raise UserError(f"weights: torchvision publishes no {family}; it has {', '.join(PUBLISHED)}")
     weights = PUBLISHED[family]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
@@ -104,13 +110,13 @@ def load_torchvision(
     norm_epsilon: float = 1e-5,
     source: str = "torchvision",
 ) -> LoadReport:
-    """Load a torchvision RetinaNet, FCOS or Faster R-CNN over ResNet-50 into the same model of this project.
+    """Load a torchvision RetinaNet, FCOS, Faster or Mask R-CNN over ResNet-50 into the same model of ours.
 
     Args:
         model: same family, ``resnet50`` (or another ResNet of the same layout), default sizes.
         state: its ``state_dict()``, in the present or the earlier naming.
-        categories: the names of its class rows, the background first for Faster R-CNN (``weights.meta``); rows
-            are chosen by name, so ``model.classes`` may be any part of them.
+        categories: the names of its class rows, the background first for two-stage models (``weights.meta``);
+            rows are chosen by name, so ``model.classes`` may be any part of them.
         require: as in :func:`~detdistill.models.weights.load_weights`.
         norm_epsilon: the epsilon of the state's BatchNorm layers.
         source: how messages call the weights.
@@ -136,6 +142,9 @@ def rename(name: str, block: int) -> str:
     flat = re.match(r"^head\.(cls|box)_tower\.(\d+)\.(weight|bias)$", name)
     if flat:
         name = f"head.{flat[1]}_tower.{int(flat[2]) // block}.{int(flat[2]) % block}.{flat[3]}"
+    counted = re.match(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)$", name)  # before torchvision 0.13
+    if counted:
+        name = f"mask_branch.heads.0.tower.{int(counted[1]) - 1}.0.{counted[2]}"
     return name
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from detdistill.config import UserError
+from detdistill.models import transformers_weights
 from detdistill.models.backbones import Backbone
 from detdistill.models.base import Detector
 
@@ -87,9 +88,9 @@ class LoadReport:
 
 
 def part_of(name: str) -> str:
-    """``backbone``, ``neck`` or ``head`` (the region proposal network and the RoI head are heads)."""
+    """``backbone``, ``neck`` or ``head`` (the region proposal network, RoI heads and mask heads are heads)."""
     first = name.partition(".")[0]
-    return "head" if first in ("rpn", "roi_head") else first
+    return "head" if first in ("rpn", "roi_head", "later_heads", "mask_branch") else first
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
@@ -186,27 +187,35 @@ def _select_class_rows(
 ) -> list[str]:
     """Replace the class rows in ``state`` by those of the wanted classes; returns the wanted without a row."""
     row_of = {name: row for row, name in reversed(list(enumerate(given)))}
-    # Rows of one class: dense heads repeat all classes for each anchor, RoI heads begin with the background.
+    # Repeats, rows before and after those of the classes, rows of a class: dense heads repeat all classes for
+    # each anchor, RoI heads begin with the background, a DETR's noised objects end with none.
     layouts = {
-        "head.cls": (-1, len(given), 1),
-        "roi_head.cls": (1, len(given) + 1, 1),
-        "roi_head.box": (1, len(given) + 1, 4),
+        "head.cls": (-1, 0, 0, 1),
+        "roi_head.cls": (1, 1, 0, 1),
+        "roi_head.box": (1, 1, 0, 4),
+        "head.enc_score_head": (1, 0, 0, 1),
+        "head.denoising_class_embed": (1, 0, 1, 1),
     }
-    for layer, (anchors, rows, width) in layouts.items():
-        background = rows - len(given)
+    decoder = "head.decoder.class_embed."
+    layouts |= {name.removesuffix(".bias"): (1, 0, 0, 1) for name in own if name.startswith(decoder)}
+    for stage in range(3):  # of a cascade; its boxes are for all classes
+        layouts |= dict.fromkeys((f"later_heads.{stage}.cls", f"mask_branch.heads.{stage}.mask"), (1, 1, 0, 1))
+    for layer, (anchors, before, after, width) in layouts.items():
+        rows = before + len(given) + after
         for name in (f"{layer}.weight", f"{layer}.bias"):
             if name not in state or name not in own or state[name].shape[0] % (rows * width):
                 continue
             if state[name].shape[1:] != own[name].shape[1:]:
                 continue
             theirs = state[name].unflatten(0, (anchors, rows, width))
-            result = own[name].detach().cpu().clone().unflatten(0, (-1, len(wanted) + background, width))
+            result = own[name].detach().cpu().clone().unflatten(0, (-1, before + len(wanted) + after, width))
             if theirs.shape[0] != result.shape[0]:
                 continue
-            result[:, :background] = theirs[:, :background]
+            result[:, :before] = theirs[:, :before]
+            result[:, before + len(wanted) :] = theirs[:, before + len(given) :]
             for at, label in enumerate(wanted):
                 if label in row_of:
-                    result[:, background + at] = theirs[:, background + row_of[label]]
+                    result[:, before + at] = theirs[:, before + row_of[label]]
             state[name] = result.flatten(0, 2)
     return [label for label in wanted if label not in row_of]
 
@@ -215,12 +224,16 @@ def _select_class_rows(
 
 
 def find_weights(path: str | Path) -> Path:
-    """The weights file that a path means: itself, or the student of a run folder.
+    """The weights file that a path means: itself, the student of a run folder, or a transformers checkpoint's.
 
     Raises:
         UserError: there is none.
     """
     path = Path(path)
+    if path.is_dir() and not (path / STUDENT_FILE).is_file() and (path / "config.json").is_file():
+        path = path / transformers_weights.WEIGHTS
+        if not path.is_file():
+            raise UserError(f"{path}: not here; of a transformers checkpoint only safetensors are read")
     if path.is_dir():
         path = path / STUDENT_FILE
         if not path.is_file():
@@ -233,14 +246,26 @@ def find_weights(path: str | Path) -> Path:
 
 
 def read_spec(path: Path) -> dict[str, Any] | None:
-    """The spec that a file saved by :func:`save_model` holds; None for other files."""
+    """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None."""
     if path.suffix != ".safetensors":
         return None
+    if transformers_weights.is_checkpoint(path):
+        return transformers_weights.read_spec(path)
+    spec = read_metadata(path).get("spec")
+    try:
+        return json.loads(spec) if spec else None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); was it cut short?") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside the tensors; nothing for other files."""
+    if path.suffix != ".safetensors":
+        return {}
     try:
         with safe_open(path, framework="pt") as file:
-            spec = (file.metadata() or {}).get("spec")
-        return json.loads(spec) if spec else None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); was it cut short?") from error
 
 
@@ -254,17 +279,31 @@ def read_state_dict(path: str | Path) -> State:
         UserError: no such file, not readable, or it holds more than tensors (it is never unpickled).
     """
     path = find_weights(path)
+    if transformers_weights.is_checkpoint(path):
+        return transformers_weights.read_state(path)
+    return state_of(read_content(path), path)
+
+
+TENSORS_ONLY = "give a safetensors file, or a .pt file of tensors only"
+
+
+def read_content(path: Path, instead: str = TENSORS_ONLY) -> Any:
+    """What a safetensors or PyTorch file holds, never unpickled.
+
+    Raises:
+        UserError: not readable, or it holds more than tensors and plain values; it ends in ``instead``.
+    """
     try:
         if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"{path}: cannot be read as weights ({reason}); "
-            f"give a safetensors file, or a .pt file of tensors only"
-        ) from error
+        raise UserError(f"{path}: cannot be read as weights ({reason}); {instead}") from error
+
+
+def state_of(content: Any, path: Path) -> State:
+    """Tensors by name, out of the wrappings that :func:`read_state_dict` undoes."""
     for key in ("model", "state_dict", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

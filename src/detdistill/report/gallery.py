@@ -5,13 +5,17 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from matplotlib import font_manager
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from detdistill.data.loading import DetectionDataset
+from detdistill.data.masks import decode_mask
 from detdistill.evaluation.detector import Evaluation
 
 CELL = 480  # pixels of a gallery's pictures: smaller images are enlarged, so that a label can be read
@@ -25,13 +29,14 @@ def draw_detections(
     threshold: float = 0.3,
     shortest: int = 0,
 ) -> Tensor:
-    """Draw boxes with class and score; a class keeps its colour from image to image.
+    """Draw masks, where there are any, and boxes with class and score; a class keeps its colour.
 
     Boxes that are empty or not finite are left out.
 
     Args:
         image_3HW: uint8.
-        detections: ``boxes`` (K, 4) xyxy in pixels, ``labels`` (K,), and ``scores`` (K,) of what was found.
+        detections: ``boxes`` (K, 4) xyxy in pixels, ``labels`` (K,), and ``scores`` (K,) of what was found;
+            perhaps ``masks`` (K, H, W) or (K, 1, H, W), bool or probabilities.
         classes: names by label.
         threshold: least score that is drawn.
         shortest: images whose short side has fewer pixels are enlarged by a whole factor.
@@ -52,6 +57,11 @@ def draw_detections(
     if not labels:
         return image
     names = [classes[label] for label in labels]
+    colors = [_color(label) for label in labels]
+    if "masks" in detections:
+        masks_KHW = _pixels(detections["masks"].cpu()[keep], *image_3HW.shape[-2:])
+        masks_KHW = masks_KHW.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+        image = draw_segmentation_masks(image, masks_KHW, alpha=0.4, colors=colors)
     if scores is not None:
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores.cpu()[keep].tolist(), strict=True)]
     size = max(12, min(image.shape[-2:]) // 40)
@@ -59,7 +69,7 @@ def draw_detections(
         image,
         boxes,
         labels=names,
-        colors=[_color(label) for label in labels],
+        colors=colors,
         label_colors=["white"] * len(labels),
         fill_labels=True,
         width=max(2, size // 7),
@@ -102,6 +112,12 @@ def save_gallery(
     figure.savefig(out, dpi=100)
 
 
+def _pixels(masks: Tensor, height: int, width: int) -> Tensor:
+    """(K, H, W) bool."""
+    masks_KHW = masks.reshape(-1, height, width)
+    return masks_KHW > 0.5 if masks_KHW.is_floating_point() else masks_KHW.bool()
+
+
 def _color(label: int) -> tuple[int, int, int]:
     """A colour of the class's own, dark enough for white text: hues apart by the golden ratio."""
     red, green, blue = colorsys.hsv_to_rgb((0.6 + label * 0.61803) % 1, 0.9, 0.7)
@@ -111,11 +127,19 @@ def _color(label: int) -> tuple[int, int, int]:
 def save_samples(evaluation: Evaluation, out: Path | str) -> None:
     """Write some images, those with objects first, evenly spread: ground truth beside what was found."""
     split = evaluation.split
-    images = DetectionDataset(split, None)
+    images = DetectionDataset(split, None, with_masks=evaluation.masks is not None)
     shown = [i for i, record in enumerate(split.records) if len(record.labels_K)] or list(range(len(split)))
     chosen = sorted({shown[i * len(shown) // SAMPLES] for i in range(SAMPLES)})
     rows = []
     for i in chosen:
         image, truth = images[i]
-        rows.append({"ground truth": (image, truth), "found": (image, evaluation.detections[i])})
+        found = evaluation.detections[i]
+        if evaluation.masks is not None:
+            found = {**found, "masks": _decoded(evaluation.masks[i], *image.shape[-2:])}
+        rows.append({"ground truth": (image, truth), "found": (image, found)})
     save_gallery(rows, split.classes, out)
+
+
+def _decoded(lengths: Sequence[Mapping[str, Any]], height: int, width: int) -> Tensor:
+    masks = [decode_mask(one, height, width) for one in lengths]
+    return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.bool)

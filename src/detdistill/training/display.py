@@ -45,7 +45,8 @@ class Display:
     def evaluated(self, row: Row) -> None:
         ap, ap50 = (row[key] * 100 if math.isfinite(row[key]) else 0.0 for key in ("AP", "AP50"))
         minutes = (time.perf_counter() - self.started) / 60
-        self.note(f"step {row['step']}/{self.total}  AP {ap:.1f}  AP50 {ap50:.1f}  {minutes:.1f} min")
+        masks = f"  mask AP {row['mask_AP'] * 100:.1f}" if math.isfinite(row.get("mask_AP", math.nan)) else ""
+        self.note(f"step {row['step']}/{self.total}  AP {ap:.1f}  AP50 {ap50:.1f}{masks}  {minutes:.1f} min")
 
     def note(self, text: str) -> None:
         prefix = f"{self.name}: " if self.name else ""

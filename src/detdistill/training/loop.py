@@ -27,12 +27,13 @@ from detdistill.config import Recipe, UserError
 from detdistill.data.loading import DetectionDataset, make_loader, usable_splits
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.detector import Evaluation, evaluate_detector
-from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Detector
+from detdistill.models.build import check_masks, needs_masks
 from detdistill.models.checkpoints import save_model
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
 from detdistill.training.display import Display
+from detdistill.training.models import models_of
 from detdistill.training.run_folder import Row, RunFolder
 from detdistill.training.sampler import StepSampler, steps_per_epoch
 from detdistill.training.schedules import learning_rate_factor
@@ -60,8 +61,20 @@ class TrainResult:
     student: Path
 
 
-def train(recipe: Recipe, run: Path, *, resume: bool = True) -> TrainResult:
+def train(
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: bool = True,
+    student: Detector | None = None,
+    teacher: Detector | None = None,
+) -> TrainResult:
     """Train a recipe in a run folder, going on where an earlier call left off.
+
+    Args:
+        recipe, run: what is trained, and in which folder.
+        resume: go on; else start anew.
+        student, teacher: objects for the sections that say ``python``.
 
     Raises:
         UserError: the recipe, data, teacher or folder is not usable, or a loss is not finite.
@@ -73,7 +86,7 @@ def train(recipe: Recipe, run: Path, *, resume: bool = True) -> TrainResult:
     if done is not None and not _has_more_time(done, recipe):
         return TrainResult(done["status"], done["metrics"], run, folder.student_file)
     with _preemption_flag() as preempted:
-        return _Trainer(recipe, folder).run(preempted)
+        return _Trainer(recipe, folder, student, teacher).run(preempted)
 
 
 def _has_more_time(done: Mapping[str, Any], recipe: Recipe) -> bool:
@@ -85,10 +98,14 @@ def _has_more_time(done: Mapping[str, Any], recipe: Recipe) -> bool:
 class _Trainer:
     """The state of one run, and its loop."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, student: Detector | None, teacher: Detector | None
+    ) -> None:
         self.recipe, self.config, self.folder = recipe, recipe.training, folder
-        splits = usable_splits(recipe.data, ("train", "val"))
+        with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
+        splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         self.train_split, self.val_split = splits["train"], splits["val"]
+        check_masks(recipe.student, self.train_split)
         if PartialState._shared_state:
             # Accelerate keeps one state for the process and refuses another precision or device: a second run
             # in this process starts from a new one (but stays in the group of processes, if there is one).
@@ -105,8 +122,7 @@ class _Trainer:
             self.display.note(f"dropped or mended: {count} × {kind} (see `detdistill check`)")
 
         set_seed(self.config.seed)
-        student = build_model(recipe.student, self.train_split.classes)
-        teacher = load_teacher(recipe.teacher, self.train_split.classes) if recipe.teacher else None
+        student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
         if self.config.sync_batchnorm and self.accelerator.num_processes > 1:
             # timm's own: torch's would drop the activation that is part of timm's BatchNormAct2d
             student = convert_sync_batchnorm(student)
@@ -273,7 +289,7 @@ class _Trainer:
             workers=self.config.workers,
             precision="bf16" if self.config.precision == "bf16" else "fp32",
         )
-        numbers = evaluation.coco.as_dict()
+        numbers = evaluation.numbers()
         row: Row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **numbers}
         self._log(row)
         self.display.evaluated(row)
@@ -291,7 +307,7 @@ class _Trainer:
 
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
         self._save()
-        metrics = {**evaluation.coco.as_dict(), "minutes": self.seconds / 60, "steps": float(self.step)}
+        metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
             save_samples(evaluation, self.folder.path / "samples.png")
@@ -359,7 +375,9 @@ class _Trainer:
             )
         except ValueError as error:
             raise UserError(f"training: {error}") from None
-        dataset = DetectionDataset(self.train_split, self.config.augment, self.config.seed)
+        dataset = DetectionDataset(
+            self.train_split, self.config.augment, self.config.seed, with_masks=self.pair.student.needs_masks
+        )
         return iter(make_loader(dataset, sampler, self.config.workers))
 
 

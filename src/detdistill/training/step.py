@@ -106,4 +106,5 @@ def build_optimizer(pair: Pair, config: OptimizerConfig) -> torch.optim.Optimize
 def _parameters(pair: Pair) -> Iterator[tuple[Tensor, bool, bool]]:
     for name, parameter in pair.named_parameters():
         if parameter.requires_grad:
-            yield parameter, name.startswith("student.backbone."), parameter.ndim > 1
+            in_backbone = name.startswith(("student.backbone.", "student.model.backbone."))  # of a wrapped one
+            yield parameter, in_backbone, parameter.ndim > 1

@@ -103,7 +103,7 @@ COMMON: dict[str, Any] = {"preset": str, "strides": list[int], "finest": int}
 
 
 def build_method(name: str, setting: Setting, options: Mapping[str, Any] | None = None) -> Method:
-    """The method of that name, with the preset for the student's kind, bound to a pair.
+    """The method of that name, with the preset for the student's family or kind, bound to a pair.
 
     Raises:
         UserError: no such method or option (with the nearest known one), an option's value is wrong, or the
@@ -179,7 +179,8 @@ def _hints(of: type[Any]) -> dict[str, Any]:
 
 def _preset(name: str, method: type[Method], setting: Setting, given: str | None) -> Mapping[str, Any]:
     if given is None:
-        return method.presets.get(setting.student.kind or "", method.presets.get("recommended", {}))
+        wanted = (type(setting.student).__name__.lower(), setting.student.kind or "", "recommended")
+        return next((method.presets[key] for key in wanted if key in method.presets), {})
     if given not in method.presets:
         raise UserError(f"{name} has no preset {given!r}; {nearest(given, method.presets)}")
     return method.presets[given]

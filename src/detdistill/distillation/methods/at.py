@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import resize_like
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.signals import Method, Setting, Signals
 
@@ -59,5 +58,5 @@ class AT(Method):
         terms = []
         for level in self.levels:
             teacher = signals.teacher[level.teacher_stride]
-            terms.append(self.loss(resize_like(signals.student[level.student_stride], teacher), teacher))
+            terms.append(self.loss(signals.overlay(signals.student[level.student_stride], teacher), teacher))
         return torch.stack(terms).sum()

@@ -132,7 +132,7 @@ class COFD(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         total = torch.zeros((), device=signals.student_batch.images_N3HW.device)
-        for level, student, teacher in self.align(signals.student, signals.teacher):
+        for level, student, teacher in self.align(signals):
             margin_C = self.margins[str(level.student_stride)](teacher)
             total = total / 2 + self.loss(student, teacher, margin_C)
         return total

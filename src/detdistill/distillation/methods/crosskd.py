@@ -11,7 +11,7 @@ the ground truth pulls elsewhere, are left alone. Gradient flows through the tea
     L_box = box_weight · Σ_NP w · (1 - GIoU(b̂, b)) / n,  w = max_Q σ(p);  or -log IoU
     L_box = box_weight · Σ_NP4 w · KL(b || b̂) / (4 · Σ w)                          where a head predicts bins
 
-Shape legend: N images, P anchors of the teacher's crossed levels, Q teacher's classes, B bins of a box side.
+Shape legend: N images, P anchors of the teacher's crossed levels, Q shared classes, B bins of a box side.
 Reduction: "sum/n" with n the anchors that answer for an object by the teacher's own assignment, or the sum of
 their centre-ness; at least 1.
 
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.config import UserError
-from detdistill.distillation.matching import resize_like
+from detdistill.distillation.matching import Overlay
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, tempered_kl
+from detdistill.distillation.responses import INSTEAD, SharedClasses, tempered_kl
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.assignment import centres
 from detdistill.models.base import DenseRaw
@@ -129,7 +129,9 @@ class ScaleAlign(nn.Module):
 
 
 class CrossKD(Method):
-    """Binds :class:`CrossKDLoss` to two one-stage detectors, also of different families or classes.
+    """Binds :class:`CrossKDLoss` to two one-stage detectors, also of different families, levels or input sizes.
+
+    Both predictions are the teacher's head's; of its classes those count that the student knows too.
 
     Args:
         depth: block i of the teacher's towers at which the student comes in, from 1; None: three quarters of
@@ -172,6 +174,7 @@ class CrossKD(Method):
                 f"crosskd.depth is {depth}, the teacher's towers have {blocks} blocks: use 1 to {blocks}"
             )
         self.teacher_depth, self.student_depth = depth, min(depth, student.head.depth)
+        self.classes = SharedClasses(setting, "crosskd")
         self.levels = setting.matching.levels
         self.loss = loss
         self.align = ScaleAlign() if align_scale else None
@@ -204,11 +207,11 @@ class CrossKD(Method):
         for level in self.levels:
             stride = level.teacher_stride
             cls, box = (
-                {stride: self._cross(tower, a[level.student_stride], b[stride])}
+                {stride: self._cross(tower, a[level.student_stride], b[stride], signals.overlay)}
                 for tower, a, b in zip(("cls", "box"), ours, theirs, strict=True)
             )
             crossed = model.head.go_on(cls, box, self.teacher_depth)
-            classes = (_classes(raw, stride, model) for raw in (crossed, teacher))
+            classes = (self.classes.teacher(_classes(raw, stride, model)) for raw in (crossed, teacher))
             boxes = (_boxes(raw, stride, model, anchors_of[stride]) for raw in (crossed, teacher))
             parts.append((*classes, *boxes, valid_of[stride]))
         s_cls, t_cls, s_box, t_box, valid_NP = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -217,11 +220,11 @@ class CrossKD(Method):
             share_NP = share_NP * _centerness(matched_NP, objects, torch.cat(anchors))
         return self.loss(s_cls, t_cls, s_box, t_box, normaliser(share_NP.sum()), valid_NP)
 
-    def _cross(self, tower: str, student_NCHW: Tensor, teacher_NCHW: Tensor) -> Tensor:
+    def _cross(self, tower: str, student_NCHW: Tensor, teacher_NCHW: Tensor, overlay: Overlay) -> Tensor:
         """The student's map as the teacher's head can take it."""
         if tower in self.mappers:
             student_NCHW = self.mappers[tower](student_NCHW)
-        student_NCHW = resize_like(student_NCHW, teacher_NCHW)
+        student_NCHW = overlay(student_NCHW, teacher_NCHW)
         return student_NCHW if self.align is None else self.align(student_NCHW, teacher_NCHW)
 
 

@@ -30,10 +30,9 @@ from torch import Tensor, nn
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
-from detdistill.distillation.responses import region_responses, require_same_classes, tempered_kl
+from detdistill.distillation.responses import SharedClasses, region_responses, tempered_kl, two_stage
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
-from detdistill.models.faster_rcnn import FasterRCNN
 
 
 class DeFeatLoss(nn.Module):
@@ -85,10 +84,11 @@ class DeFeat(Method):
 
     def __init__(self, setting: Setting, loss: DeFeatLoss, *, adapt: Adapt = "always") -> None:
         super().__init__()
-        two_stage = isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN)
-        self.with_head = two_stage and bool(loss.head_object_weight or loss.head_background_weight)
-        if self.with_head:
-            require_same_classes(setting, "defeat", instead="use `preset: neck` for the features alone")
+        with_head = two_stage(setting) and bool(loss.head_object_weight or loss.head_background_weight)
+        self.classes = None
+        if with_head:
+            instead = "use `preset: neck` for the features alone"
+            self.classes = SharedClasses(setting, "defeat", background=True, instead=instead)
         self.align = LevelAligner(setting.matching, adapt, conv3x3)
         self.loss = loss
 
@@ -96,15 +96,15 @@ class DeFeat(Method):
         strides = [level.teacher_stride for level in self.align.levels]
         terms = [
             self.loss(s, t, level_mask(signals.teacher_batch, t, level.teacher_stride, strides))
-            for level, s, t in self.align(signals.student, signals.teacher)
+            for level, s, t in self.align(signals)
         ]
         neck = torch.stack(terms).mean()
-        return neck + self._head(signals) if self.with_head else neck
+        return neck if self.classes is None else neck + self._head(signals, self.classes)
 
-    def _head(self, signals: Signals) -> Tensor:
-        raw, logits_RQ, _ = region_responses(signals)
-        assert raw.roi_labels is not None, "the student samples regions in training mode"
-        return self.loss.head(raw.roi_logits_RQ, logits_RQ, torch.cat(raw.roi_labels) > 0)
+    def _head(self, signals: Signals, classes: SharedClasses) -> Tensor:
+        found = region_responses(signals, classes)
+        assert found.labels is not None, "the student samples regions in training mode"
+        return self.loss.head(found.student_logits_RQ, found.teacher_logits_RQ, torch.cat(found.labels) > 0)
 
 
 def level_mask(batch: Batch, map_NCHW: Tensor, stride: int, strides: Sequence[int]) -> Tensor:

@@ -26,10 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import region_responses, require_alike_heads, require_same_classes
+from detdistill.distillation.responses import (
+    SharedClasses,
+    region_responses,
+    require_alike_heads,
+    two_stage,
+)
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import DenseRaw
-from detdistill.models.faster_rcnn import FasterRCNN
 
 EPS = 1e-8
 
@@ -74,7 +78,11 @@ class DISTLoss(nn.Module):
 
 
 class DIST(Method):
-    """Sum of :class:`DISTLoss` over the matched levels' class logits; of two-stage pairs, on the regions'."""
+    """Sum of :class:`DISTLoss` over the matched levels' class logits; of two-stage pairs, on the regions'.
+
+    One-stage detectors are of one family. Two-stage are Faster, Mask and Cascade R-CNN, also in inputs of
+    unequal size; of a cascade its first head counts.
+    """
 
     presets: ClassVar = {
         "anchor": {"scores": "sigmoid"},
@@ -84,21 +92,22 @@ class DIST(Method):
 
     def __init__(self, setting: Setting, loss: DISTLoss) -> None:
         super().__init__()
-        if isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN):
-            require_same_classes(setting, "dist")
-        else:
+        regions = two_stage(setting)
+        if not regions:
             require_alike_heads(setting, "dist")
             self.needs = frozenset({"raw"})
+        self.classes = SharedClasses(setting, "dist", background=regions)
         self.strides = [level.student_stride for level in setting.matching.levels]
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
         student, teacher = signals.student_raw, signals.teacher_raw
         if not isinstance(student, DenseRaw):
-            raw, logits_RQ, _ = region_responses(signals)
-            return self.loss(raw.roi_logits_RQ, logits_RQ)
+            found = region_responses(signals, self.classes)
+            return self.loss(found.student_logits_RQ, found.teacher_logits_RQ)
         assert isinstance(teacher, DenseRaw)
-        return torch.stack([self.loss(student.cls[s], teacher.cls[s]) for s in self.strides]).sum()
+        levels = [self.classes(student.cls[s], teacher.cls[s], dim=1) for s in self.strides]
+        return torch.stack([self.loss(*logits) for logits in levels]).sum()
 
 
 def correlation(a: Tensor, b: Tensor, dims: list[int]) -> Tensor:

@@ -185,7 +185,7 @@ class FGD(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []
-        for level, s, t in self.align(signals.student, signals.teacher):
+        for level, s, t in self.align(signals):
             key = str(level.student_stride)
             context = []
             if self.loss.relation_weight:

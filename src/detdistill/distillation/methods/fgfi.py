@@ -68,10 +68,7 @@ class FGFI(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         masks = self._masks(signals)
-        terms = [
-            self.loss(s, t, masks[level.teacher_stride])
-            for level, s, t in self.align(signals.student, signals.teacher)
-        ]
+        terms = [self.loss(s, t, masks[level.teacher_stride]) for level, s, t in self.align(signals)]
         return torch.stack(terms).sum()
 
     def _masks(self, signals: Signals) -> dict[int, Tensor]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv1x1, resize_like
+from detdistill.distillation.matching import Adapt, LevelAligner, conv1x1
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.signals import Method, Setting, Signals
 
@@ -198,10 +198,10 @@ class FKD(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []
-        for level, adapted, teacher in self.align(signals.student, signals.teacher):
+        for level, adapted, teacher in self.align(signals):
             parts = self.parts[str(level.student_stride)]
             assert isinstance(parts, LevelParts)
-            student = resize_like(signals.student[level.student_stride], teacher)
+            student = signals.overlay(signals.student[level.student_stride], teacher)
             relations = {}
             if self.loss.relation_weight:
                 relations = {

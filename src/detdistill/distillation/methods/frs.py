@@ -24,11 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import require_alike_heads
+from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads
 from detdistill.distillation.signals import Method, Need, Setting, Signals
 from detdistill.models.base import dense
+from detdistill.models.faster_rcnn import FasterRCNN
+from detdistill.models.one_stage import OneStage
 
 
 class FRSLoss(nn.Module):
@@ -76,21 +79,36 @@ class FRS(Method):
 
     def __init__(self, setting: Setting, loss: FRSLoss, *, adapt: Adapt = "always") -> None:
         super().__init__()
+        if not isinstance(setting.teacher, OneStage | FasterRCNN):
+            raise UserError(
+                f"frs weighs cells by the teacher's scores, and a {type(setting.teacher).__name__} gives none "
+                f"cell by cell: {INSTEAD}"
+            )
+        self.classes = None  # of objectness there is but one
+        instead = "use `cls_weight: 0` for the features alone"
         if loss.cls_weight:
-            require_alike_heads(setting, "frs", instead="use `cls_weight: 0` for the features alone")
+            require_alike_heads(setting, "frs", instead)
+        if isinstance(setting.teacher, OneStage) and (loss.cls_weight or setting.classes.pairs):
+            self.classes = SharedClasses(setting, "frs", instead=instead)
         self.align = LevelAligner(setting.matching, adapt, conv3x3)
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
         assert signals.teacher_raw is not None
-        student_cls, teacher_cls = dense(signals.student_raw).cls, dense(signals.teacher_raw).cls
+        teacher_cls = dense(signals.teacher_raw).cls
+        student_cls = dense(signals.student_raw).cls if self.loss.cls_weight else {}
         terms = []
-        for level, s, t in self.align(signals.student, signals.teacher):
+        for level, s, t in self.align(signals):
             logits = teacher_cls[level.teacher_stride]
+            if self.classes is not None:
+                logits = self.classes.teacher(logits, dim=1)
             m_NHW = richness(logits)
             terms.append(self.loss(s, t, m_NHW))
             if self.loss.cls_weight:
-                terms.append(self.loss.scores(student_cls[level.student_stride], logits, m_NHW))
+                ours = student_cls[level.student_stride]
+                if self.classes is not None:
+                    ours = self.classes.student(ours, dim=1)
+                terms.append(self.loss.scores(ours, logits, m_NHW))
         return torch.stack(terms).sum()
 
 

@@ -8,7 +8,8 @@ used. With R of them in the batch, pooled to F (C, 10, 10) from both pyramids::
     L_relation = relation_weight · Σ_ij smooth-L1(D_T, D_S)_ij / (R (R - 1)),  D_ij = |F_i - F_j|₂ / its mean
                  over i ≠ j; 0 if R < 3
     L_class    = cls_weight · Σ BCE(z_S, σ(z_T)) / n      over the n anchors that would answer for an instance,
-    L_box      = box_weight · Σ |d_T - d_S| / n           were the instances objects; d is the head's encoding
+    L_box      = box_weight · Σ |d_T - d_S| / n           were the instances objects; d is the head's encoding,
+                                                          of distributions the mean
 
 Shape legend: N images, P anchors of all levels, Q classes, R instances of the batch, C channels.
 Reduction: "sum/R" (over R and the 100 cells, not over C), "mean" over pairs, "sum/n".
@@ -21,7 +22,7 @@ keeps the teacher's entropy, so that the loss of an equal student is not 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -34,7 +35,14 @@ from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import in_cells, stride_of_boxes
-from detdistill.distillation.responses import INSTEAD, box_outputs, class_logits, require_alike_heads
+from detdistill.distillation.responses import (
+    INSTEAD,
+    SharedClasses,
+    box_outputs,
+    class_logits,
+    require_alike_heads,
+    require_same_grid,
+)
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch, DenseRaw, Detector, Raw
 from detdistill.models.one_stage import OneStage
@@ -144,18 +152,16 @@ class GID(Method):
         student, teacher = setting.student, setting.teacher
         if not (isinstance(student, OneStage) and isinstance(teacher, OneStage)):
             raise UserError(f"gid chooses anchors by their class scores, so both must be one-stage: {INSTEAD}")
-        if list(student.pyramid_channels) != list(teacher.pyramid_channels):
-            raise UserError(
-                "gid compares scores cell by cell: give the student the teacher's strides "
-                f"{list(teacher.pyramid_channels)}, or {INSTEAD}"
-            )
+        require_same_grid(setting, "gid")
         if instances < 1:
             raise ValueError(f"instances must be at least 1, got {instances}")
         self.responses = loss.cls_weight > 0 or loss.box_weight > 0
+        instead = "use gid's cls_weight 0 and box_weight 0, which compare no responses"
+        self.classes = None  # where no class is shared, each has the scores of all of its own
+        if self.responses or setting.classes.pairs:
+            self.classes = SharedClasses(setting, "gid", instead=instead)
         try:
-            require_alike_heads(
-                setting, "gid", "use gid's cls_weight 0 and box_weight 0, which compare no responses"
-            )
+            require_alike_heads(setting, "gid", instead)
             self.by_anchor = True
         except UserError:
             if self.responses:
@@ -170,16 +176,22 @@ class GID(Method):
         assert isinstance(student, DenseRaw)
         assert isinstance(teacher, DenseRaw)
         assert isinstance(signals.student_model, OneStage)
+        assert isinstance(signals.teacher_model, OneStage)
         instances = self._choose(signals)
         pooled = self._pool(signals, instances)
         if not self.responses:
             return self.loss(*pooled)
-        model, num_classes = signals.student_model, len(signals.student_model.classes)
+        assert self.classes is not None
+        model = signals.student_model
         anchors = model.anchors(student.cls, signals.student_batch)
         return self.loss(
             *pooled,
-            *(class_logits(raw, num_classes) for raw in (student, teacher)),
-            *(box_outputs(raw) for raw in (student, teacher)),
+            *self.classes(
+                class_logits(student, self.classes.student_count),
+                class_logits(teacher, self.classes.teacher_count),
+            ),
+            box_outputs(student, model.head),
+            box_outputs(teacher, signals.teacher_model.head),
             torch.stack([model.match(boxes_K4, anchors) >= 0 for boxes_K4 in instances]),
         )
 
@@ -190,7 +202,10 @@ class GID(Method):
             (signals.student_model, signals.student_raw, signals.student_batch),
             (signals.teacher_model, signals.teacher_raw, signals.teacher_batch),
         )
-        (score_NP, boxes_NP4), (t_score_NP, t_boxes_NP4) = (self._view(*view) for view in views)
+        shared = (None, None) if self.classes is None else (self.classes.student, self.classes.teacher)
+        (score_NP, boxes_NP4), (t_score_NP, t_boxes_NP4) = (
+            self._view(*view, cut) for view, cut in zip(views, shared, strict=True)
+        )
         difference_NP = t_score_NP - score_NP
         boxes_NP4 = torch.where(difference_NP[..., None] > 0, t_boxes_NP4, boxes_NP4)
         chosen = []
@@ -206,11 +221,14 @@ class GID(Method):
             chosen.append(boxes_M4[kept[best_M[kept] >= 0]])
         return chosen
 
-    def _view(self, model: Detector, raw: Raw | None, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _view(
+        self, model: Detector, raw: Raw | None, batch: Batch, cut: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """What one model sees: scores (N, P) and boxes (N, P, 4), of anchors or of each cell's best anchor."""
         assert isinstance(model, OneStage)
         assert isinstance(raw, DenseRaw)
-        score_NP = class_logits(raw, len(model.classes)).sigmoid().amax(dim=2)
+        logits_NPQ = class_logits(raw, len(model.classes))
+        score_NP = (logits_NPQ if cut is None else cut(logits_NPQ)).sigmoid().amax(dim=2)
         boxes_NP4 = model.boxes(raw, batch)
         if self.by_anchor:
             return score_NP, boxes_NP4
@@ -225,7 +243,7 @@ class GID(Method):
         level_R = stride_of_boxes(torch.cat(list(instances)), strides)
         student: list[Tensor] = []
         teacher: list[Tensor] = []
-        for level, s_NCHW, t_NCHW in self.align(signals.student, signals.teacher):
+        for level, s_NCHW, t_NCHW in self.align(signals):
             boxes = [in_cells(boxes_K4, signals.teacher_batch, t_NCHW) for boxes_K4 in instances]
             here_R111 = (level_R == level.student_stride)[:, None, None, None]
             for x, pooled in ((s_NCHW, student), (t_NCHW, teacher)):

@@ -338,7 +338,7 @@ class IMA(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []
-        for _, student, teacher in self.align(signals.student, signals.teacher):
+        for _, student, teacher in self.align(signals):
             boxes = boxes_in_cells(signals.teacher_batch, teacher) if self.loss.instance == "box" else None
             terms.append(self.loss(student, teacher, boxes=boxes, generator=signals.generator))
         return torch.stack(terms).sum()

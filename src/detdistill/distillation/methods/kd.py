@@ -7,6 +7,8 @@ One-stage detectors score each class by itself: the soft target of an anchor is 
     L_cls = cls_weight · τ² · sum of w · KL(sigmoid(t / τ) || sigmoid(s / τ)) / n
     L_box = box_weight · sum of w · |b_S - b_T|₁ / n                        b in the head's own encoding
 
+where sides are distributions (GFL), b are their means, in strides; ld compares the distributions themselves.
+
 The weight w keeps the background, of which there is a thousand times more, from being all that is learned, and
 n, unlike a mean over anchors and classes, does not change with the size of the image or the number of classes.
 
@@ -28,20 +30,19 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import (
+    SharedClasses,
     box_outputs,
     class_logits,
     on_levels,
     region_responses,
     require_alike_heads,
-    require_same_classes,
     tempered_kl,
+    two_stage,
 )
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import DenseRaw
-from detdistill.models.faster_rcnn import FasterRCNN
 from detdistill.models.one_stage import OneStage
 
 
@@ -112,50 +113,49 @@ class KDLoss(nn.Module):
 
 
 class KD(Method):
-    """:class:`KDLoss` between the predictions of two detectors of one family.
+    """:class:`KDLoss` between the predictions of two detectors whose heads mean the same.
 
-    One-stage: on the matched levels, which may be fewer by `finest` or `strides`. Two-stage: on all regions.
+    One-stage: of one family, on the matched levels, which may be fewer by `finest` or `strides`. Two-stage:
+    Faster, Mask and Cascade R-CNN, also in inputs of unequal size, on all regions; of a cascade its first head
+    counts.
     """
 
-    # Box sides of FCOS are in strides, about four times as large as an anchor's deltas.
+    # Box sides of FCOS and GFL are in strides, about four times as large as an anchor's deltas.
     presets: ClassVar = {
         "anchor": {"box_weight": 1.0},
         "anchor_free": {"box_weight": 0.25},
         "two_stage": {"box_weight": 1.0},
+        "gfl": {"box_weight": 0.25},
     }
 
     def __init__(self, setting: Setting, loss: KDLoss) -> None:
         super().__init__()
-        if isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN):
-            require_same_classes(setting, "kd")
-        else:
+        regions = two_stage(setting)
+        if not regions:
             require_alike_heads(setting, "kd")
-            require_numbers(setting, "kd", loss.box_weight)
             self.needs = frozenset({"raw"})
+        self.classes = SharedClasses(setting, "kd", background=regions)
         self.strides = [level.student_stride for level in setting.matching.levels]
-        self.num_classes = len(setting.student.classes)
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
         student, teacher = signals.student_raw, signals.teacher_raw
         if not isinstance(student, DenseRaw):
-            raw, logits_RQ, deltas_RQ4 = region_responses(signals)
-            return self.loss.regions(raw.roi_logits_RQ, logits_RQ, raw.roi_deltas_RQ4, deltas_RQ4)
+            found = region_responses(signals, self.classes)
+            return self.loss.regions(
+                found.student_logits_RQ,
+                found.teacher_logits_RQ,
+                found.student_deltas_RQ4,
+                found.teacher_deltas_RQ4,
+            )
         assert isinstance(teacher, DenseRaw)
         student, teacher = (on_levels(raw, self.strides) for raw in (student, teacher))
-        logits = [class_logits(raw, self.num_classes) for raw in (student, teacher)]
-        boxes = [box_outputs(raw) for raw in (student, teacher)] if self.loss.box_weight else []
-        return self.loss(*logits, *boxes)
-
-
-def require_numbers(setting: Setting, name: str, box_weight: float) -> None:
-    """Refuse to compare box sides that a head gives as distributions.
-
-    Raises:
-        UserError: the student's head has bins, and the term is on.
-    """
-    if box_weight and isinstance(setting.student, OneStage) and setting.student.head.bins is not None:
-        raise UserError(
-            f"{name} compares box sides as numbers, but this head predicts distributions: use `box_weight: 0`, "
-            "and ld beside it"
+        logits = self.classes(
+            class_logits(student, self.classes.student_count), class_logits(teacher, self.classes.teacher_count)
         )
+        if not self.loss.box_weight:
+            return self.loss(*logits)
+        assert isinstance(signals.student_model, OneStage)
+        assert isinstance(signals.teacher_model, OneStage)
+        ours = box_outputs(student, signals.student_model.head)
+        return self.loss(*logits, ours, box_outputs(teacher, signals.teacher_model.head))

@@ -31,7 +31,7 @@ from torchvision.ops import box_iou, distance_box_iou
 
 from detdistill.config import UserError
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import require_alike_heads, tempered_kl
+from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads, tempered_kl
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.assignment import atss_thresholds, centre_depths, nearest_anchors
 from detdistill.models.base import DenseRaw
@@ -118,11 +118,13 @@ class LD(Method):
     ) -> None:
         super().__init__()
         student, teacher = setting.student, setting.teacher
+        one_stage = isinstance(student, OneStage) and isinstance(teacher, OneStage)
+        other = "the method kd or crosskd" if one_stage else INSTEAD.removeprefix("use ")
         for model in (student, teacher):
             if not isinstance(model, OneStage) or model.head.bins is None:
                 raise UserError(
                     f"ld compares distributions of box sides, and {type(model).__name__} predicts none: use a "
-                    "family with a distributional head (as GFL), or the method kd or crosskd"
+                    f"family with a distributional head (gfl), or {other}"
                 )
         assert isinstance(student, OneStage)
         assert isinstance(teacher, OneStage)
@@ -133,6 +135,7 @@ class LD(Method):
                 "a teacher with as many bins, or the method crosskd"
             )
         require_alike_heads(setting, "ld")
+        self.classes = SharedClasses(setting, "ld")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         if topk < 1:
@@ -160,7 +163,10 @@ class LD(Method):
 
         terms = []
         for stride in self.strides:
-            cls = [flatten_maps([raw.cls[stride]], len(model.classes))[0] for raw in (student, teacher)]
+            cls = self.classes(
+                *flatten_maps([student.cls[stride]], self.classes.student_count),
+                *flatten_maps([teacher.cls[stride]], self.classes.teacher_count),
+            )
             box = [
                 flatten_maps([raw.box[stride]], 4 * model.head.bins)[0].unflatten(2, (4, model.head.bins))
                 for raw in (student, teacher)

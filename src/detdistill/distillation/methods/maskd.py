@@ -31,14 +31,16 @@ the mean. Some of its configurations add an L1 term on box outputs: put `kd` wit
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import own_draws
+from detdistill.distillation.responses import INSTEAD, SharedClasses, own_draws
 from detdistill.distillation.signals import Method, Setting, Signals
 
 EPS = 1e-12  # beside sums over masks, which are some cells
@@ -146,6 +148,18 @@ class MasKD(Method):
         for name, value in (("token_fraction", token_fraction), ("student_masks_from", student_masks_from)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        student, teacher = setting.student, setting.teacher
+        if teacher.opaque:
+            raise UserError(
+                f"maskd runs the teacher's head on masked maps, and that of a {type(teacher).__name__} runs "
+                f"on its own alone: {INSTEAD}"
+            )
+        if teacher.needs_masks and not (student.needs_masks and student.preprocessor == teacher.preprocessor):
+            raise UserError(
+                f"maskd's tokens learn from the teacher's own losses, and those of a {type(teacher).__name__} "
+                f"want masks, which are at hand only for a student with masks and the same input: {INSTEAD}"
+            )
+        self.classes = SharedClasses(setting, "maskd")
         self.align = LevelAligner(setting.matching, adapt)
         self.loss = loss
         self.token_fraction, self.student_masks_from = token_fraction, student_masks_from
@@ -161,7 +175,7 @@ class MasKD(Method):
         if learns:
             self.in_use.load_state_dict(self.learning.state_dict())
         terms = []
-        for level, student, teacher in self.align(signals.student, signals.teacher):
+        for level, student, teacher in self.align(signals):
             tokens = self.in_use[str(level.student_stride)]
             assert isinstance(tokens, ReceptiveTokens)
             with torch.no_grad():
@@ -185,6 +199,9 @@ class MasKD(Method):
             pyramid[stride], masks_NTHW = self.learning[str(level.student_stride)](pyramid[stride])
             overlaps.append(self.loss.overlap(masks_NTHW))
         teacher, batch = signals.teacher_model, signals.teacher_batch
+        assert batch.targets is not None, "maskd needs a batch with targets"
+        if not self.classes.same:
+            batch = replace(batch, targets=self.classes.teacher_targets(batch.targets))
         try:
             # The flag of the detector alone: a two-stage one then samples regions as in training, while the
             # layers below stay in evaluation mode.

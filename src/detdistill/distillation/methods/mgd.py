@@ -73,7 +73,7 @@ class MGD(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []
-        for level, s, t in self.align(signals.student, signals.teacher):
+        for level, s, t in self.align(signals):
             masked = s * random_mask(s, self.mask_ratio, signals.generator)
             terms.append(self.loss(self.generators[str(level.student_stride)](masked), t))
         return torch.stack(terms).sum()

@@ -42,5 +42,5 @@ class Mimic(Method):
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
-        terms = [self.loss(s, t) for _, s, t in self.align(signals.student, signals.teacher)]
+        terms = [self.loss(s, t) for _, s, t in self.align(signals)]
         return torch.stack(terms).sum()

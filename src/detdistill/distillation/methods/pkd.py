@@ -68,5 +68,5 @@ class PKD(Method):
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
-        terms = [self.loss(s, t) for _, s, t in self.align(signals.student, signals.teacher)]
+        terms = [self.loss(s, t) for _, s, t in self.align(signals)]
         return torch.stack(terms).sum()

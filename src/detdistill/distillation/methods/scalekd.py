@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
-from detdistill.distillation.methods.kd import KDLoss, require_numbers
+from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, box_outputs, class_logits, own_draws
 from detdistill.distillation.signals import Method, Setting, Signals
@@ -156,7 +156,6 @@ class ScaleKD(Method):
                 f"scalekd copies the student's head, and {type(student).__name__} has none that it knows: "
                 f"{INSTEAD}"
             )
-        require_numbers(setting, "scalekd", loss.predictions.box_weight)
         if not 0 <= imitate_from <= 1:
             raise ValueError(f"imitate_from must be in [0, 1], got {imitate_from}")
         self.align = LevelAligner(setting.matching, adapt)
@@ -175,7 +174,7 @@ class ScaleKD(Method):
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []
-        for _, student, teacher in self.align(signals.student, signals.teacher):
+        for _, student, teacher in self.align(signals):
             ours = self.decoupled(student)
             with torch.no_grad():  # second: an autocast may keep the half-precision weights of the first use
                 target = self.decoupled(teacher)
@@ -203,7 +202,7 @@ class ScaleKD(Method):
         assistant = self.head(pyramid)
         logits = [class_logits(raw, self.num_classes) for raw in (student, assistant)]
         with_boxes = self.loss.predictions.box_weight != 0
-        boxes = [box_outputs(raw) for raw in (student, assistant)] if with_boxes else []
+        boxes = [box_outputs(raw, self.head) for raw in (student, assistant)] if with_boxes else []
         with own_draws(signals.generator):
             losses = signals.student_model.losses(assistant, signals.student_batch)
         return self.loss.predictions(*logits, *boxes), torch.stack(list(losses.values())).sum()

@@ -1,0 +1,96 @@
+"""The command line. Each verb parses, calls one function of :mod:`detdistill.experiments`, and prints.
+
+Exit codes: 0 done; 2 something that the user can mend, in one line; 1 a bug, with its traceback; 75 preempted
+and saved, start again; 130 interrupted.
+
+Verbs import what they need when they run, torch after the recipe is read, so that ``--help`` and mistakes are
+answered at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+
+from detdistill.cli import training  # isort: skip - the verbs are listed in this order
+from detdistill.cli import comparing, using  # isort: skip
+from detdistill.cli.app import BUG, INTERRUPTED, USER_ERROR, app
+
+__all__ = ["app", "comparing", "main", "training", "using"]
+
+ISSUES = (
+    "This is a bug in detdistill: please report it, with the lines above and what `detdistill --version` says."
+)
+_UsageError: Any = typer.BadParameter.__base__  # click's own, wherever this release of typer keeps it
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see the head of this file)."""
+    command = typer.main.get_command(app)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            code = command.main(arguments, prog_name="detdistill", standalone_mode=False)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception as error:
+            code = _explain(error)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return int(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Say on stderr what went wrong; returns the exit code."""
+    message = _message_for_user(error)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR
+    traceback.print_exception(error)
+    print(ISSUES, file=sys.stderr)
+    return BUG
+
+
+def _message_for_user(error: Exception) -> str | None:
+    """One line for what the user can mend, None for a bug."""
+    from pydantic import ValidationError
+
+    from detdistill.config import UserError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, _UsageError):
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "detdistill"
+        return f"{' '.join(error.format_message().split())} (see `{path} --help`)"
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return "the accelerator's memory is full: lower training.batch_size, or raise training.accumulate"
+    return None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """This package's warnings in one line, others as Python prints them."""
+    ours = Path(filename).is_relative_to(Path(__file__).parent.parent)
+    text = (
+        f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
+    )
+    print(text, end="", file=file or sys.stderr)

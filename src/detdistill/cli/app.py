@@ -1,0 +1,51 @@
+"""The application, and the arguments that several verbs take."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="detdistill",
+    help="Teach a small object detector with a big one: knowledge distillation.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file, see docs/recipes.md.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings over the recipe's own.")
+]
+Weights = Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A run folder or a .safetensors file.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Devices = Annotated[
+    list[str] | None, typer.Option("--device", help="Spread the runs: --device cuda:0 --device cuda:1.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0, 1, …; a verdict needs at least 2.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+AllowUnequal = Annotated[
+    bool, typer.Option("--allow-unequal", help="Let the arms' budgets differ, and say so.")
+]
+TableOnly = Annotated[bool, typer.Option("--table", help="Train nothing: tell what is there.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the versions in use and end.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        names = ("detdistill", "torch", "torchvision", "timm")
+        print("  ".join(f"{name} {version_of(name)}" for name in names), f" python {sys.version.split()[0]}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())

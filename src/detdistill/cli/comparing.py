@@ -1,0 +1,198 @@
+"""Verbs that compare: methods, values of a setting, parts of IMA, teachers, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from detdistill.cli.app import (
+    USER_ERROR,
+    AllowUnequal,
+    Device,
+    Devices,
+    Jobs,
+    Overrides,
+    RecipeFile,
+    Seeds,
+    TableOnly,
+    app,
+)
+
+if TYPE_CHECKING:
+    from detdistill.experiments.studies import Study
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe with a teacher, or a study file.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[METHOD]... [KEY=VALUE]...", help="More methods, and settings for all arms."),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="Arms: none (the student alone) and methods, as --methods none mimic ima."),
+    ] = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/compare/RECIPE unless given.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Instead of the recipe's: a run, a file, or a recipe to train first.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Of the runs' results.")] = "AP",
+    jobs: Jobs = 1,
+    device: Devices = None,
+    allow_unequal: AllowUnequal = False,
+    table: TableOnly = False,
+) -> None:
+    """Train arms that differ in the method alone, over seeds, and say what the difference is worth."""
+    from detdistill.config import UserError
+    from detdistill.experiments import studies
+    from detdistill.experiments.compare import trained_teacher
+
+    overrides = [word for word in words or [] if "=" in word]
+    names = [*(methods or []), *(word for word in words or [] if "=" not in word)]
+    if studies.is_study(recipe):
+        if names or teacher is not None:
+            raise UserError(f"{recipe} is a study and names its own arms and teacher: leave them out")
+        study = studies.read_study(recipe, overrides, out)
+    else:
+        out = out or Path("runs/compare") / recipe.stem
+        if teacher is not None:
+            overrides.append(f"teacher={trained_teacher(teacher, out)}")
+        study = studies.plan_methods(recipe, names or ["none", "ima"], overrides, range(seeds), out)
+    _run_study(study, metric, jobs, device, allow_unequal, table)
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    setting: Annotated[
+        str,
+        typer.Argument(metavar="KEY=A,B,C", help="As distill.weight=0.1,1,10 or methods.ima.options.alpha=…"),
+    ],
+    overrides: Overrides = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/sweep/RECIPE unless given.")
+    ] = None,
+    jobs: Jobs = 1,
+    device: Devices = None,
+    allow_unequal: AllowUnequal = False,
+    table: TableOnly = False,
+) -> None:
+    """Compare the values of one setting with the student alone (Table 8 of the paper)."""
+    from detdistill.experiments import studies
+
+    key, _, values = setting.partition("=")
+    folder = out or Path("runs/sweep") / f"{recipe.stem}-{key}"
+    study = studies.plan_sweep(
+        recipe, key, [v for v in values.split(",") if v], overrides or (), range(seeds), folder
+    )
+    _run_study(study, "AP", jobs, device, allow_unequal, table)
+
+
+@app.command()
+def ablate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    seeds: Seeds = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; runs/ablate/RECIPE unless given.")
+    ] = None,
+    jobs: Jobs = 1,
+    device: Devices = None,
+    table: TableOnly = False,
+) -> None:
+    """IMA's parts, one after another (Table 5 of the paper)."""
+    from detdistill.experiments import studies
+
+    folder = out or Path("runs/ablate") / recipe.stem
+    study = studies.plan_ablation(recipe, overrides or (), range(seeds), folder)
+    _run_study(study, "AP", jobs, device, False, table)
+
+
+def _run_study(
+    study: Study, metric: str, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool
+) -> None:
+    from detdistill.experiments.compare import run_study
+    from detdistill.printing import print_comparison, say
+
+    comparison = run_study(
+        study,
+        jobs=jobs,
+        devices=devices or (),
+        metric=metric,
+        allow_unequal=allow_unequal,
+        train=not table,
+        say=say,
+    )
+    print_comparison(comparison)
+    if any(arm.failed for arm in comparison.arms):
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def rank_teachers(
+    recipe: RecipeFile,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEACHER]... [KEY=VALUE]...", help="Run folders, weights files; settings."),
+    ] = None,
+    teachers: Annotated[list[str] | None, typer.Option(help="The same, as --teachers A B C.")] = None,
+    student: Annotated[Path | None, typer.Option(help="The recipe's student, trained alone, if any.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Validation images to compare features on.")] = 64,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure AP on so many of them only: quicker, rougher.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps with each teacher.")] = 5,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+) -> None:
+    """Score candidate teachers of a recipe's student before a long run: AP, likeness, cost, size."""
+    from dataclasses import asdict
+
+    from detdistill.config import load_recipe
+
+    settings = load_recipe(recipe, [word for word in words or [] if "=" in word])
+
+    from detdistill.experiments.rank_teachers import rank_teachers as rank
+    from detdistill.printing import print_ranking, say, write_json
+
+    names = [*(teachers or []), *(word for word in words or [] if "=" not in word)]
+    ranking = rank(
+        settings, names, student=student, images=images, limit=limit, rounds=rounds, device=device, say=say
+    )
+    print_ranking(ranking)
+    if json_file is not None:
+        write_json(json_file, {**asdict(ranking), "recommendation": ranking.recommendation})
+    if ranking.refused:
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def benchmark(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Run folders, weights files, recipes.")
+    ],
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of the image.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of throughput and memory.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before them that are not timed.")] = 3,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+) -> None:
+    """Parameters, FLOPs, latency, throughput and memory, side by side (Table 6 of the paper)."""
+    from dataclasses import asdict
+
+    from detdistill.experiments.benchmark import benchmark as measure
+    from detdistill.printing import print_efficiency, write_json
+
+    costs = measure(models, size=size, runs=runs, warmup=warmup, batch_size=batch_size, device=device)
+    print_efficiency(costs, runs, warmup)
+    if json_file is not None:
+        write_json(json_file, {name: asdict(cost) for name, cost in costs.items()})

@@ -1,0 +1,63 @@
+"""Verbs that train: one run, or many that are compared."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from detdistill.cli.app import USER_ERROR, Overrides, RecipeFile, app
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME unless given.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over where a run is already there.")] = False,
+) -> None:
+    """Train a recipe; the same command resumes a run that was stopped."""
+    from detdistill.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+
+    from detdistill.experiments.train import train as train_recipe
+    from detdistill.printing import percent, say
+
+    result = train_recipe(settings, out=out, resume=not fresh)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        say(
+            f"{result.status}: "
+            + "  ".join(f"{n} {percent(result.metrics[n])}" for n in ("AP", "AP50", "AP75"))
+        )
+        say(f"student: {result.student}")
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Look over a recipe's data, models and levels before it runs."""
+    from detdistill.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or ())
+
+    from detdistill.experiments.check import check as check_recipe
+    from detdistill.printing import print_check
+
+    result = check_recipe(settings)
+    print_check(result)
+    if not result.ok:
+        raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat the comparison; may be given often.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only, to see that all works.")] = False,
+) -> None:
+    """Distil a detector of drawn digits, beside the student alone."""
+    from detdistill.experiments.demo import demo as run_demo
+
+    run_demo(out=out, seeds=seed or (0,), fast=fast)

@@ -1,0 +1,169 @@
+"""Verbs for trained detectors, and lists of what there is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from detdistill.cli.app import Device, Weights, app
+
+
+class Metric(str, Enum):
+    """Ways to measure detections."""
+
+    coco = "coco"
+    voc = "voc"
+
+
+class Style(str, Enum):
+    """Whose ResNet: where the strides of its bottlenecks are, and what its input is."""
+
+    pytorch = "pytorch"
+    caffe = "caffe"
+
+
+@app.command()
+def evaluate(
+    weights: Weights,
+    data: Annotated[str, typer.Option(metavar="FOLDER_OR_RECIPE", help="The dataset, or a recipe with one.")],
+    split: Annotated[str, typer.Option(help="Which part of the dataset.")] = "val",
+    metric: Annotated[Metric, typer.Option(help="COCO's 12 numbers, or VOC's AP at IoU 0.5.")] = Metric.coco,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+) -> None:
+    """Measure a detector on a dataset."""
+    from detdistill.experiments.evaluate import evaluate as evaluate_model
+    from detdistill.printing import print_evaluation, progress_bar, write_json
+
+    with progress_bar("evaluating") as progress:
+        evaluation = evaluate_model(
+            weights, data, split=split, batch_size=batch_size, workers=workers, device=device, progress=progress
+        )
+    if metric is Metric.voc:
+        from detdistill.evaluation.voc import voc_ap
+
+        voc = voc_ap(evaluation.split, evaluation.detections)
+        numbers, per_class = {"mAP50": voc.mAP}, voc.per_class
+    else:
+        numbers, per_class = evaluation.numbers(), evaluation.coco.per_class
+    print_evaluation(evaluation, numbers, per_class)
+    if json_file is not None:
+        write_json(json_file, {**numbers, "per_class": per_class})
+
+
+@app.command()
+def predict(
+    weights: Weights,
+    images: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER")],
+    out: Annotated[Path, typer.Option(help="Folder for pictures and predictions.json.")] = Path("runs/predict"),
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Draw what this model finds beside it, on the right.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Detect objects in images: pictures and predictions.json."""
+    from detdistill.experiments.predict import predict as predict_images
+    from detdistill.printing import progress_bar, say
+
+    with progress_bar("detecting") as progress:
+        predictions = predict_images(
+            weights, images, out=out, threshold=threshold, teacher=teacher, device=device, progress=progress
+        )
+    found = Counter(name for prediction in predictions for name in prediction.names)
+    listed = ", ".join(f"{count} {name}" for name, count in found.most_common(10))
+    say(f"{len(predictions)} images, {found.total()} objects" + (f": {listed}" if listed else ""))
+    say(f"pictures and predictions.json: {out}")
+
+
+@app.command("import-mmdet")
+def import_mmdet(
+    checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A .pth file of MMDetection 2.x or 3.x.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; FILE.safetensors unless given.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Its config, all bases written out; the one in FILE unless given.")
+    ] = None,
+    style: Annotated[
+        Style | None, typer.Option(help="For a FILE without a config: the published one of this backbone.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Class names, where FILE has none.")
+    ] = None,
+) -> None:
+    """Take over one of MMDetection's checkpoints, as a teacher for example."""
+    from detdistill.models.mmdet_weights import import_mmdet as import_checkpoint
+    from detdistill.printing import say
+
+    names = classes.split(",") if classes is not None else None
+    path, found = import_checkpoint(
+        checkpoint, out, config=config, style=style.value if style else None, classes=names
+    )
+    model = found.model
+    say(f"{model.family} over {model.backbone}, {len(found.classes)} classes, at {model.size}")
+    for name in ("convention", "stride_in_1x1", "score_threshold", "nms_threshold", "max_detections"):
+        say(f"  {name}: {getattr(model, name)}")
+    say(f"  input: RGB, mean {_digits(found.mean)}, std {_digits(found.std)}" + " (from BGR)" * found.bgr)
+    say(f"  settings: {found.settings}")
+    say(f"weights: {path}")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Say all of this one: equation, options, presets.")] = None,
+) -> None:
+    """List the distillation methods, or describe one."""
+    from importlib import import_module
+
+    from detdistill.distillation.methods import METHODS, option_table
+    from detdistill.printing import first_line, say, show
+
+    if name is not None:
+        columns, rows = option_table(name)
+        say((import_module(f"detdistill.distillation.methods.{name}").__doc__ or "").strip() + "\n")
+        show(columns, rows, text_columns=len(columns))
+        return
+    files = {name: import_module(f"detdistill.distillation.methods.{name}") for name in METHODS}
+    show(
+        ("method", "what it is"),
+        [(name, first_line(file.__doc__)) for name, file in files.items()],
+        text_columns=2,
+    )
+
+
+@app.command()
+def models(
+    backbones: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="List timm's names instead, as 'resnet*' or '*mobile*'."),
+    ] = None,
+) -> None:
+    """List the detector families, or names of backbones."""
+    if backbones is not None:
+        import timm
+
+        print("\n".join(timm.list_models(backbones)))
+        return
+    import inspect
+
+    from detdistill.models.build import FAMILIES
+    from detdistill.models.detr import STRIDES
+    from detdistill.printing import first_line, say, show
+
+    rows = []
+    for name, build in FAMILIES.items():
+        strides = inspect.signature(build).parameters.get("strides")
+        levels = STRIDES if strides is None else strides.default  # the DETRs' are fixed
+        rows.append((name, " ".join(map(str, levels)), first_line(build.__doc__)))
+    show(("family", "strides", "what it is"), rows, text_columns=3)
+    say("backbone: any timm model with feature maps; `detdistill models --backbones 'resnet*'` lists names")
+
+
+def _digits(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

@@ -1,0 +1,139 @@
+"""What to compare: arms of one recipe, over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detdistill.config import UserError, load_recipe
+from detdistill.recipe_file import read_yaml
+
+ALONE = "alone"
+
+# Table 5 of the paper: plain imitation, then one part of IMA after another. Raw maps have the teacher's own
+# scale, on which α = 1 is what `mimic` has; standardised ones have the paper's 10.
+_RAW = {"importance": "none", "alpha": 1.0, "standardize_student": False, "standardize_teacher": False}
+ABLATION: Mapping[str, Any] = {
+    "KD": {"ima": {**_RAW, "mask_ratio": 0.0}},
+    "+ mask": {"ima": {**_RAW, "mask_ratio": 0.5, "keep_dc": True}},
+    "+ standardisation": {"ima": {"preset": "paper", "importance": "none"}},
+    "+ scale deflation": {"ima": {"preset": "paper"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is compared.
+
+    Attributes:
+        recipe: the file that every arm starts from.
+        arms: by name, the overrides that make it; the first is the baseline.
+        seeds: of the runs.
+        out: folder of the runs and the tables.
+        unequal: settings of the budget that differ between the arms, where that was allowed.
+    """
+
+    recipe: Path
+    arms: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    out: Path
+    unequal: tuple[str, ...] = ()
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+    def run_folder(self, arm: str, seed: int) -> Path:
+        return self.out / arm.replace("/", "÷") / str(seed)
+
+
+def plan_methods(
+    recipe: Path, methods: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path
+) -> Study:
+    """One arm for each method; ``none`` is the student alone, and comes first as the baseline.
+
+    Raises:
+        UserError: a method twice, or no method.
+    """
+    names = [ALONE if name in ("none", ALONE) else name for name in methods]
+    if len(set(names)) < len(names) or set(names) <= {ALONE}:
+        raise UserError(f"--methods {' '.join(methods)}: name at least one method, and each once")
+    names.sort(key=lambda name: name != ALONE)
+    arms = {name: (*overrides, *_arm_overrides(None if name == ALONE else name)) for name in names}
+    return Study(recipe, arms, tuple(seeds), out)
+
+
+def plan_sweep(
+    recipe: Path, key: str, values: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path
+) -> Study:
+    """The student alone, and one arm for each value of a setting (Table 8 sweeps ``distill.weight``).
+
+    ``distill.KEY`` is a setting of the recipe's only method. A setting of the training gives no common
+    baseline: the first value is it.
+
+    Raises:
+        UserError: no values, or ``distill`` where there is not exactly one method.
+    """
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{key}: give several values, each once, as {key}=0.1,1,10")
+    base = load_recipe(recipe, overrides)
+    arms: dict[str, tuple[str, ...]] = {}
+    if key.startswith("distill."):
+        if len(base.methods) != 1:
+            raise UserError(f"{key}: the recipe has {len(base.methods)} methods; say methods.NAME.KEY=…")
+        setting, name = key.removeprefix("distill."), base.methods[0].name
+        own = setting in type(base.methods[0]).model_fields
+        key = f"methods.{name}.{setting}" if own else f"methods.{name}.options.{setting}"
+    if key.startswith("methods."):
+        arms[ALONE] = (*overrides, *_arm_overrides(None))
+    short = key.rpartition(".")[2]
+    arms |= {f"{short} {value}": (*overrides, f"{key}={value}") for value in values}
+    return Study(recipe, arms, tuple(seeds), out)
+
+
+def plan_ablation(recipe: Path, overrides: Sequence[str], seeds: Sequence[int], out: Path) -> Study:
+    """Table 5: the student alone, imitation, and IMA's parts one after another."""
+    arms = {ALONE: _arm_overrides(None), **{name: _arm_overrides(arm) for name, arm in ABLATION.items()}}
+    return Study(recipe, {name: (*overrides, *changes) for name, changes in arms.items()}, tuple(seeds), out)
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Study:
+    """A study file: ``recipe``, ``seeds`` and ``arms``; ``teacher`` is laid over the recipe.
+
+    An arm is an entry of ``methods``, null for the student alone, or a list of overrides. Paths are relative to
+    the working folder.
+
+    Raises:
+        UserError: the file cannot be read, or says something else.
+    """
+    tree = read_yaml(path)
+    known = {"recipe", "teacher", "seeds", "arms"}
+    if not isinstance(tree, dict) or not {"recipe", "arms"} <= tree.keys() <= known or not tree["arms"]:
+        raise UserError(f"{path}: a study has the keys recipe, arms and perhaps teacher, seeds")
+    teacher = [f"teacher={tree['teacher']}"] if tree.get("teacher") else []
+    arms = {
+        str(name): (*overrides, *(teacher if arm is not None else []), *_arm_overrides(arm))
+        for name, arm in tree["arms"].items()
+    }
+    seeds = tuple(int(seed) for seed in tree.get("seeds", (0, 1, 2)))
+    return Study(Path(tree["recipe"]), arms, seeds, out or Path("runs/studies") / path.stem)
+
+
+def is_study(path: Path) -> bool:
+    """Whether a file is a study and no recipe."""
+    try:
+        tree = read_yaml(path)
+    except UserError:
+        return False
+    return isinstance(tree, dict) and "arms" in tree
+
+
+def _arm_overrides(arm: Any) -> tuple[str, ...]:
+    if arm is None:
+        return ("teacher=null", "methods=[]")
+    if isinstance(arm, list):
+        return tuple(str(item) for item in arm)
+    return (f"methods={json.dumps([arm])}",)

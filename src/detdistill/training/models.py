@@ -1,0 +1,34 @@
+"""The two models of a run: built from its recipe, or given as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detdistill.config import Recipe, UserError
+from detdistill.models import build_model, load_teacher
+from detdistill.models.base import Detector
+
+
+def models_of(
+    recipe: Recipe, classes: Sequence[str], student: Detector | None, teacher: Detector | None
+) -> tuple[Detector, Detector | None]:
+    """Student and teacher.
+
+    Args:
+        recipe: its sections are built, where there is no object.
+        classes: the data's class names.
+        student, teacher: objects for the sections that say ``python``.
+
+    Raises:
+        UserError: a section cannot be built, or the student object has other classes than the data.
+    """
+    if student is None:
+        student = build_model(recipe.student, classes)
+    elif student.classes != tuple(classes):
+        raise UserError(
+            f"the student's classes are {', '.join(student.classes):.60} and the data's "
+            f"{', '.join(classes):.60}: give both the same, in one order"
+        )
+    if teacher is None and recipe.teacher is not None:
+        teacher = load_teacher(recipe.teacher, classes)
+    return student, teacher

@@ -1,0 +1,270 @@
+"""torchvision's own detector objects in five steps: the losses and detections of their own ``forward``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+import detdistill
+from detdistill.config import UserError
+from detdistill.distillation.pair import Pair
+from detdistill.models import Preprocess, fcos
+from detdistill.models.torchvision_weights import COCO_CATEGORIES
+
+from .test_torchvision_parity import randomise
+
+CLASSES = ("cat", "dog", "bird")
+SIZE = {"min_size": 64, "max_size": 96}
+
+
+def resnet(levels="p6p7"):
+    if levels == "pool":
+        return resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    return resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
+    )
+
+
+def retinanet(**options):
+    return detection.RetinaNet(resnet(), len(CLASSES) + 1, **SIZE, **options)
+
+
+def retinanet_v2():
+    """As ``retinanet_resnet50_fpn_v2``: ATSS-like anchors, GroupNorm towers, GIoU."""
+    v2 = detection.retinanet_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=4, **SIZE)
+    v2.backbone = resnet()
+    return v2
+
+
+def fcos_object():
+    return detection.FCOS(resnet(), len(CLASSES) + 1, **SIZE)
+
+
+def faster_rcnn(**options):
+    return detection.FasterRCNN(resnet("pool"), len(CLASSES) + 1, **SIZE, **options)
+
+
+def faster_rcnn_v2():
+    v2 = detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=4, **SIZE)
+    v2.backbone = resnet("pool")
+    return v2
+
+
+def faster_rcnn_mobile():
+    return detection.fasterrcnn_mobilenet_v3_large_fpn(
+        weights=None, weights_backbone=None, num_classes=4, **SIZE
+    )
+
+
+def mask_rcnn():
+    return detection.MaskRCNN(resnet("pool"), len(CLASSES) + 1, **SIZE)
+
+
+DENSE = (retinanet, retinanet_v2, fcos_object)
+TWO_STAGE = (faster_rcnn, faster_rcnn_v2, faster_rcnn_mobile, mask_rcnn)
+
+
+def make(build):
+    torch.manual_seed(0)
+    model = build()
+    randomise(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("cls_logits.bias"):  # so that some score is above the threshold
+            nn.init.constant_(parameter, -1.0)
+    if isinstance(model, detection.FasterRCNN):  # fewer regions than 2000, to be quick
+        model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = {"training": 60, "testing": 40}
+        model.roi_heads.detections_per_img = 20
+    return model
+
+
+def example(shift=0):
+    """Images of unequal sizes, one of them without objects; labels from 0, or from ``shift``."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, *size, generator=generator) for size in ((96, 128), (120, 96))]
+    boxes = [torch.tensor([[8.0, 8, 60, 70], [50, 30, 110, 90]]), torch.zeros(0, 4)]
+    return images, [
+        {
+            "boxes": box,
+            "labels": torch.arange(len(box)) * 2 + shift,
+            "masks": torch.ones(len(box), *image.shape[1:], dtype=torch.uint8),
+        }
+        for box, image in zip(boxes, images, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("build", [*DENSE, *TWO_STAGE], ids=lambda build: build.__name__)
+def test_losses_and_detections_are_the_objects_own(build):
+    theirs = make(build)
+    ours = detdistill.wrap(theirs, classes=CLASSES)
+    assert ours.classes == CLASSES
+    theirs.train()
+    torch.manual_seed(3)
+    wanted = theirs(*example(shift=1))
+    torch.manual_seed(3)
+    for _ in example()[0]:  # torchvision draws each image's size, if only from one
+        torch.empty(1).uniform_()
+    got = ours.train()(*example())
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert sum(got.values()).requires_grad
+
+    theirs.eval()
+    with torch.no_grad():
+        wanted, got = theirs(example()[0]), ours.eval()(example()[0])
+    assert sum(len(one["boxes"]) for one in got) > 5
+    for one, two in zip(got, wanted, strict=True):
+        kept = two["labels"] > 0  # a dense head of torchvision also answers "background"
+        assert one.keys() == two.keys()
+        assert torch.equal(one["labels"], two["labels"][kept] - 1)
+        for name in one.keys() - {"labels"}:
+            torch.testing.assert_close(one[name], two[name][kept], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", DENSE, ids=lambda build: build.__name__)
+def test_raw_predictions_are_maps_as_our_families_have_them(build):
+    """From the maps alone our own choice of detections finds what the object finds."""
+    theirs = make(build).eval()
+    ours = detdistill.wrap(theirs, classes=CLASSES).eval()
+    with torch.no_grad():
+        batch = ours.preprocess(example()[0])
+        raw = ours.predict(ours.pyramid(batch), batch)
+        outputs = theirs.head([*ours.pyramid(batch).values()])
+    anchors = theirs.anchor_generator.num_anchors_per_location()[0]
+    assert list(raw.cls) == list(ours.pyramid_channels) == [8, 16, 32, 64, 128]
+    assert raw.cls[8].shape == (2, anchors * len(CLASSES), 12, 12)
+    logits = torch.cat(
+        [x.unflatten(1, (-1, 3)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in raw.cls.values()], 1
+    )
+    torch.testing.assert_close(logits, outputs["cls_logits"][..., 1:])
+    boxes = torch.cat(
+        [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in raw.box.values()], 1
+    )
+    torch.testing.assert_close(boxes, outputs["bbox_regression"])
+    hidden = ours.predict(ours.pyramid(batch), batch, hidden=True)
+    torch.testing.assert_close(hidden.cls[8], raw.cls[8])
+    assert len(hidden.hidden) == ours.head.depth == 4
+    for i, one in enumerate(super(type(ours).__mro__[1], ours).decode(raw, batch)):
+        own = ours.decode(raw, batch)[i]
+        n = min(len(own["boxes"]), 20)
+        torch.testing.assert_close(one["scores"][:n], own["scores"][:n], rtol=1e-4, atol=1e-5)
+
+
+def test_classes_of_torchvisions_weights_and_of_a_head_without_background():
+    coco = detdistill.wrap(make(lambda: detection.RetinaNet(resnet(), 91, **SIZE)))
+    assert coco.classes == COCO_CATEGORIES[1:]
+    same = detdistill.wrap(coco.model, classes=detection.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    assert same.classes == coco.classes
+    theirs = make(lambda: detection.RetinaNet(resnet(), 3, **SIZE)).train()  # labels from 0, as many do
+    ours = detdistill.wrap(theirs, classes=CLASSES)
+    wanted, got = theirs(*example()), ours(*example())
+    torch.testing.assert_close(got["classification"], wanted["classification"])
+    with pytest.raises(UserError, match=r"4 class rows.*give classes= with 3 names, not 2"):
+        detdistill.wrap(make(retinanet), classes=("a", "b"))
+    with pytest.raises(UserError, match=r"4 class rows.*give classes= with 3 names$"):
+        detdistill.wrap(make(faster_rcnn))
+    with pytest.raises(UserError, match="not 4"):
+        detdistill.wrap(make(faster_rcnn), classes=("a", "b", "c", "d"))
+
+
+def test_the_input_is_the_objects_own_unless_another_is_given():
+    model = detection.FCOS(
+        resnet(), 4, min_size=(64, 80), max_size=100, image_mean=[0.5] * 3, image_std=[0.2] * 3
+    )
+    detector = detdistill.wrap(model, classes=CLASSES)
+    assert detector.preprocessor == Preprocess((80, 100), (0.5,) * 3, (0.2,) * 3, 32)
+    other = Preprocess(size=(64, 64))
+    assert detdistill.wrap(model, None, other, CLASSES).preprocessor == other
+
+
+def test_two_levels_of_one_stride():
+    detector = detdistill.wrap(make(faster_rcnn_mobile), classes=CLASSES)
+    assert detector.pyramid_channels == {32: 256, 64: 256}
+    backbone = mobilenet_backbone(backbone_name="mobilenet_v3_large", weights=None, fpn=True)
+    dense = detection.RetinaNet(backbone, 4, anchor_generator=faster_rcnn_mobile().rpn.anchor_generator)
+    with pytest.raises(UserError, match=r"strides \[32, 32, 64\]"):
+        detdistill.wrap(dense, classes=CLASSES)
+
+
+def test_other_objects_are_refused_with_what_to_do():
+    ssd = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    with pytest.raises(UserError, match=r"a SSD has steps of its own: give taps=\{stride: module name\}"):
+        detdistill.wrap(ssd, classes=CLASSES)
+    tapped = detdistill.wrap(
+        ssd,
+        {16: "backbone.features.0", 32: "backbone.features.1"},
+        Preprocess(),
+        call=lambda model, images, batch: model.backbone(images),
+    )
+    assert tapped.pyramid_channels == {16: 672, 32: 480}
+    keypoints = detection.KeypointRCNN(resnet("pool"), 2)
+    with pytest.raises(UserError, match="keypoints are not learnt here: give taps"):
+        detdistill.wrap(keypoints, classes=("person",))
+
+    class Head(nn.Module):
+        classification_head = regression_head = nn.Identity()
+
+    with pytest.raises(UserError, match="the head of this RetinaNet is not torchvision's own"):
+        detdistill.wrap(detection.RetinaNet(resnet(), 4, head=Head()), classes=CLASSES)
+
+
+def test_images_without_objects_and_bf16_give_finite_losses():
+    images, targets = example()
+    empty = [
+        {**target, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        for target in targets
+    ]
+    for build in (*DENSE, faster_rcnn):
+        detector = detdistill.wrap(make(build), classes=CLASSES).train()
+        for them in (targets, empty):
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = detector(images, them)
+            assert all(torch.isfinite(value) for value in losses.values()), build.__name__
+
+
+def test_averages_and_exports_know_each_layer_once():
+    model = make(retinanet)
+    detector = detdistill.wrap(model, classes=CLASSES)
+    assert detector.exported is model
+    assert set(detector.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    other = copy.deepcopy(detector)
+    nn.init.zeros_(other.model.head.classification_head.cls_logits.weight)
+    assert other.head.cls is other.model.head.classification_head.cls_logits
+    assert detector.head.cls.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["ima", "kd", "gid", "dist", "crosskd", "scalekd"])
+def test_a_pair_of_retinanet_objects_learns_from_predictions(method):
+    student, teacher = (detdistill.wrap(make(retinanet), classes=CLASSES) for _ in range(2))
+    torch.manual_seed(9)
+    for parameter in student.model.head.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    pair = Pair(student, teacher, [method]).train()
+    losses = pair(*example())
+    assert losses[method] > 0
+    losses[method].backward()
+    assert student.model.backbone.fpn.inner_blocks[0][0].weight.grad.abs().max() > 0
+
+
+def test_a_torchvision_teacher_and_our_student():
+    teacher = detdistill.wrap(make(mask_rcnn), classes=CLASSES)
+    student = fcos(
+        "resnet10t",
+        classes=CLASSES,
+        channels=16,
+        strides=(8, 16, 32),
+        head_depth=1,
+        preprocess=teacher.preprocessor,
+    )
+    losses = Pair(student, teacher, ["ima"]).train()(*example())
+    assert losses["ima"] > 0
+    with pytest.raises(UserError, match="kd compares predictions"):
+        Pair(student, teacher, ["kd"])
+    with pytest.raises(ValueError, match="learns from masks"):
+        teacher.train().preprocess([torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0, 4)}])
