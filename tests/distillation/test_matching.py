@@ -121,3 +121,22 @@ def test_every_level_is_accounted_for_once(student, teacher):
         return
     assert sorted([m.student_stride for m in matching.levels] + list(matching.student_only)) == sorted(student)
     assert {m.teacher_stride for m in matching.levels} | set(matching.teacher_only) == set(teacher)
+
+
+def test_unit_maps_have_the_teachers_size_taken_out_of_both():
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    align = LevelAligner(match_levels({8: 4}, {8: 4}), unit=True)
+
+    def aligned(factor):
+        ((_, ours, theirs),) = align(
+            SimpleNamespace(student={8: factor * s}, teacher={8: factor * t}, overlay=resize_like)
+        )
+        return ours, theirs
+
+    ours, theirs = aligned(1.0)
+    assert theirs.square().mean().sqrt().item() == pytest.approx(1)
+    torch.testing.assert_close(ours / theirs, s / t)
+    for a, b in zip(aligned(70.0), (ours, theirs), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(x.isfinite().all() for x in aligned(0.0))

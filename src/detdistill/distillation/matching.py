@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Adapt = Literal["auto", "always", "never"]
 
 HALF_AN_OCTAVE = 0.5 + 1e-6  # of strides, in powers of 2: two levels that near are the same level
+TINY = 1e-6  # a map whose values are no larger has no size to speak of
 PHOTOGRAPH = (3, 4)  # rows and columns: the shape for which input sizes are compared, where they depend on it
 
 
@@ -295,6 +296,9 @@ class LevelAligner(nn.Module):
         adapt: "auto" puts an adapter where channels differ, "always" everywhere, "never" refuses unequal
             channels.
         adapter: makes one from (student channels, teacher channels).
+        unit: divide both maps of a level by the root mean square of the teacher's, in each batch (of each
+            process). Published weights of methods that compare raw maps suppose maps of about that size; a
+            teacher's may be ten times as large, and squares a hundred times.
     """
 
     def __init__(
@@ -302,9 +306,12 @@ class LevelAligner(nn.Module):
         matching: Matching,
         adapt: Adapt = "auto",
         adapter: Callable[[int, int], nn.Module] = conv1x1,
+        *,
+        unit: bool = False,
     ) -> None:
         super().__init__()
         self.levels = matching.levels
+        self.unit = unit
         self.adapters = nn.ModuleDict()
         for level in matching.levels:
             differ = level.student_channels != level.teacher_channels
@@ -325,7 +332,12 @@ class LevelAligner(nn.Module):
             t_NCHW = signals.teacher[level.teacher_stride]
             if str(level.student_stride) in self.adapters:
                 s_NCHW = self.adapters[str(level.student_stride)](s_NCHW)
-            yield level, signals.overlay(s_NCHW, t_NCHW), t_NCHW
+            s_NCHW = signals.overlay(s_NCHW, t_NCHW)
+            if self.unit:
+                size = t_NCHW.float().square().mean().sqrt()
+                factor = torch.where(size > TINY, 1 / size, 1.0)
+                s_NCHW, t_NCHW = s_NCHW * factor.to(s_NCHW.dtype), t_NCHW * factor.to(t_NCHW.dtype)
+            yield level, s_NCHW, t_NCHW
 
 
 def resize_like(x_NCHW: Tensor, like_NCHW: Tensor) -> Tensor:

@@ -132,6 +132,9 @@ class FGD(Method):
 
     Args:
         adapt: where a 1×1 convolution stands between the maps.
+        unit: maps are first divided by the size of the teacher's, so that the weights mean the same for any
+            teacher; raw maps six times as large gave gradients a hundred times the clipping norm
+            (docs/methods.md). False compares raw maps, as published.
     """
 
     presets: ClassVar = {
@@ -173,9 +176,9 @@ class FGD(Method):
         },
     }
 
-    def __init__(self, setting: Setting, loss: FGDLoss, *, adapt: Adapt = "auto") -> None:
+    def __init__(self, setting: Setting, loss: FGDLoss, *, adapt: Adapt = "auto", unit: bool = True) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
+        self.align = LevelAligner(setting.matching, adapt, unit=unit)
         self.loss = loss
         self.student_context, self.teacher_context = nn.ModuleDict(), nn.ModuleDict()
         if loss.relation_weight:

@@ -50,6 +50,9 @@ class MGD(Method):
     Args:
         adapt: where φ stands between the maps.
         mask_ratio: probability that a cell of the student's map is put to 0.
+        unit: maps are first divided by the size of the teacher's, so that α means the same for any teacher; on
+            raw maps six times as large the published α let the generators diverge (docs/methods.md). False
+            compares raw maps, as published.
     """
 
     presets: ClassVar = {
@@ -59,12 +62,18 @@ class MGD(Method):
     }
 
     def __init__(
-        self, setting: Setting, loss: MGDLoss, *, adapt: Adapt = "auto", mask_ratio: float = 0.65
+        self,
+        setting: Setting,
+        loss: MGDLoss,
+        *,
+        adapt: Adapt = "auto",
+        mask_ratio: float = 0.65,
+        unit: bool = True,
     ) -> None:
         super().__init__()
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
-        self.align = LevelAligner(setting.matching, adapt)
+        self.align = LevelAligner(setting.matching, adapt, unit=unit)
         self.generators = nn.ModuleDict({
             str(level.student_stride): generator(level.teacher_channels) for level in setting.matching.levels
         })  # fmt: skip
