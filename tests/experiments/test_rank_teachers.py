@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from detdistill.experiments.rank_teachers import (
     step_costs,
 )
 from detdistill.models import build_model, load_model, save_model
+from detdistill.printing import print_ranking, write_json
 
 RECIPE = """
 data: {format: digits, train_size: 8, val_size: 10, image_size: 64}
@@ -183,3 +184,13 @@ def test_a_clear_lead_and_an_ap_that_cannot_be_told() -> None:
 def test_a_student_that_is_as_good_alone() -> None:
     assert "little to give" in ranked(score("a", 0.40, 3.0, gap=-0.01)).recommendation
     assert "little to give" not in ranked(score("a", 0.40, 3.0, gap=0.1)).recommendation
+
+
+def test_what_cannot_be_told_is_null_in_json_and_a_dash_in_print(tmp_path, capsys) -> None:
+    ranking = ranked(score("a", math.nan, 1.0))
+    write_json(tmp_path / "ranking.json", asdict(ranking))
+    content = json.loads((tmp_path / "ranking.json").read_text(), parse_constant=pytest.fail)
+    assert content["scores"][0]["ap"] is None
+    print_ranking(ranking)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["a"])
+    assert row.split() == ["a", "fcos", "–", "0.500", "×", "1.00", "0.00", "×", "2.0"]

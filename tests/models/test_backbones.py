@@ -179,3 +179,26 @@ class TestBackboneWeights:
         name = "mobilenetv3_large_100.miil_in21k_ft_in1k"  # trained without mean and std
         torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
         assert self.built(name, tmp_path / "weights.pth").preprocessor.std == (1.0, 1.0, 1.0)
+
+
+def test_extra_levels_may_come_from_the_backbones_last_map() -> None:
+    torch.manual_seed(0)
+    maps = {16: torch.rand(1, 6, 8, 8), 32: torch.rand(1, 12, 4, 4)}
+    pyramid = FeaturePyramid({16: 6, 32: 12}, 8, (16, 32, 64, 128), extra="linear", extra_from="backbone")
+    got = pyramid(maps)
+    p6 = pyramid.extra[0](maps[32])
+    assert torch.equal(got[64], p6)
+    assert torch.equal(got[128], pyramid.extra[1](p6))  # without a ReLU
+    assert (p6 < 0).any()
+
+
+def test_a_pyramid_may_be_normalised_in_groups() -> None:
+    pyramid = FeaturePyramid({16: 6, 32: 12}, 32, (16, 32, 64), extra="linear", group_norm=True)
+    convolutions = [m for m in pyramid.modules() if isinstance(m, nn.Conv2d)]
+    norms = [m for m in pyramid.modules() if isinstance(m, nn.GroupNorm)]
+    assert len(convolutions) == len(norms) == 5
+    assert all(conv.bias is None for conv in convolutions)
+    assert {norm.num_groups for norm in norms} == {4}
+    for x in pyramid({16: torch.rand(2, 6, 8, 8), 32: torch.rand(2, 12, 4, 4)}).values():
+        groups = x.unflatten(1, (4, 8)).flatten(2)
+        torch.testing.assert_close(groups.mean(dim=2), torch.zeros(2, 4), rtol=0, atol=1e-5)

@@ -35,7 +35,7 @@ class Settings:
 
 
 DENSE = {"head_depth": 2, "strides": (8, 16, 32, 64)}
-QUERIES = {"head_depth": 2, "num_queries": 30, "num_denoising": 30}
+QUERIES = {"head_depth": 2, "neck_width": 0.5, "num_queries": 30, "num_denoising": 30, "freeze_stages": 4}
 TWO_STAGE = {"strides": (8, 16, 32, 64), "anchor_scale": 4.0, "roi_samples": 64}
 FAMILY_SETTINGS = {
     "retinanet": Settings(options=DENSE),
@@ -47,8 +47,8 @@ FAMILY_SETTINGS = {
     "faster_rcnn": Settings(steps=25, options=TWO_STAGE),
     "mask_rcnn": Settings(steps=50, options={**TWO_STAGE, "roi_samples": 32}),
     "cascade_rcnn": Settings(steps=30, options=TWO_STAGE),
-    "rtdetr_v2": Settings(steps=80, options=QUERIES),
-    "d_fine": Settings(steps=80, options=QUERIES),
+    "rtdetr_v2": Settings(steps=70, options=QUERIES),
+    "d_fine": Settings(steps=70, options=QUERIES),
 }
 
 

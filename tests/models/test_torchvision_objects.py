@@ -15,6 +15,7 @@ import detdistill
 from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
 from detdistill.models import Preprocess, fcos
+from detdistill.models import retinanet as our_retinanet
 from detdistill.models.torchvision_weights import COCO_CATEGORIES
 
 from .test_torchvision_parity import randomise
@@ -268,3 +269,13 @@ def test_a_torchvision_teacher_and_our_student():
         Pair(student, teacher, ["kd"])
     with pytest.raises(ValueError, match="learns from masks"):
         teacher.train().preprocess([torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0, 4)}])
+
+
+@pytest.mark.parametrize(("build", "ours"), [(retinanet, our_retinanet), (fcos_object, fcos)])
+def test_our_student_learns_from_an_objects_predictions(build, ours):
+    teacher = detdistill.wrap(make(build), classes=CLASSES)
+    torch.manual_seed(1)
+    student = ours("resnet10t", classes=CLASSES, channels=16, head_depth=1, preprocess=teacher.preprocessor)
+    losses = Pair(student, teacher, ["kd"]).train()(*example())
+    assert torch.isfinite(losses["kd"])
+    assert losses["kd"] > 0
