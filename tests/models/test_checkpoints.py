@@ -64,9 +64,10 @@ def test_a_saved_model_comes_back_from_its_file_alone(family: str, norm: str, tm
 
 def test_every_field_of_the_section_comes_back(tmp_path: Path) -> None:
     told = ModelConfig(
-        family="faster_rcnn", backbone="mobilenetv3_small_050", channels=24, head_depth=2,
+        family="faster_rcnn", backbone="resnet26", channels=24, head_depth=2,
         strides=(8, 16, 32, 64), anchor_scale=6.0, norm="frozen", freeze_stages=2, size=(70, 90),
         score_threshold=0.3, nms_threshold=0.4, max_detections=7, keep_ratio=False,
+        convention="mmdet", stride_in_1x1=True,
     )  # fmt: skip
     default = ModelConfig().model_dump()
     same_as_default = {key for key, value in told.model_dump().items() if value == default[key]}

@@ -23,6 +23,7 @@ from detdistill.models.backbones import Backbone
 from detdistill.models.base import Batch, Preprocess
 from detdistill.models.build import construct
 from detdistill.models.heads import AlignedRoIAlign
+from detdistill.models.mmdet_configs import parse_config
 from detdistill.models.mmdet_weights import (
     COCO_CLASSES,
     backbone_of,
@@ -30,7 +31,6 @@ from detdistill.models.mmdet_weights import (
     describe,
     family_of,
     import_mmdet,
-    parse_config,
 )
 
 from .mmdet_models import CASES, CLASSES, case_entries, config, entries, lively, picture

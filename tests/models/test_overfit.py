@@ -41,8 +41,9 @@ FAMILY_SETTINGS = {
     "retinanet": Settings(options=DENSE),
     "fcos": Settings(options=DENSE),
     "gfl": Settings(steps=60, lr=6e-4, options=DENSE),  # scores follow the boxes, and so come last
-    "reppoints": Settings(  # an object has one cell until first boxes fit it: more steps, which are made cheap
-        steps=130, lr=5e-3, options={"head_depth": 1, "strides": (16, 32, 64), "freeze_stages": 4}
+    # At first an object has one cell, others follow as first boxes fit it: more steps, each of them cheap.
+    "reppoints": Settings(
+        steps=90, options={"head_depth": 1, "strides": (16, 32, 64), "freeze_stages": 5}
     ),
     "faster_rcnn": Settings(steps=25, options=TWO_STAGE),
     "mask_rcnn": Settings(steps=50, options={**TWO_STAGE, "roi_samples": 32}),

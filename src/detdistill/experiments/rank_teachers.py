@@ -93,7 +93,7 @@ class TeacherRanking:
         best = self.scores[0]
         lines = [f"recommended: {best.teacher} ({self._reason()})"]
         if best.gap is not None and best.gap <= 0:
-            lines.append("but the student alone is as good: distilling it from any of these has little to give")
+            lines.append("no candidate is better than the student alone: a gain is less likely, not impossible")
         lines.append(
             f"by AP on {self.ap_images} of {self.val_images} validation images, and by the cost of a step "
             f"within {100 * TIE:.0f} AP of the best; CKA and size are not weighed (docs/choosing-a-teacher.md)"

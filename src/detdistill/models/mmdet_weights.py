@@ -2,12 +2,11 @@
 
 The names and shapes of a file's entries say its family, backbone and sizes. What they cannot say (where the
 strides are, the colours' order and scale, thresholds) stands in the config that MMDetection writes into its
-files; it is read as literals, never executed. ``docs/mmdet.md`` lists what is understood.
+files (``mmdet_configs.py``). ``docs/mmdet.md`` lists what is understood.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +17,27 @@ import torch
 from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
-from detdistill.models.backbones import group_norm_of, offered_strides
+from detdistill.models.backbones import offered_strides
 from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD
 from detdistill.models.build import construct
-from detdistill.models.cascade_rcnn import STAGES
 from detdistill.models.checkpoints import save_model
+from detdistill.models.mmdet_configs import (
+    Config,
+    Triple,
+    classes_in,
+    config_in,
+    detection_settings,
+    has_tricks,
+    input_scale,
+    normalisation,
+    read_config,
+    refuse_what_differs,
+    value_at,
+)
 from detdistill.models.torchvision_weights import COCO_CATEGORIES, TRAINED_SIZE
 from detdistill.models.weights import State, find_weights, load_weights, read_content, state_of
 
 Style = Literal["pytorch", "caffe"]
-Config = Mapping[str, Any]
-Triple = tuple[float, float, float]
 
 WAYS = ("retinanet", "fcos", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
 """Families that are built MMDetection's way when asked; others always are."""
@@ -103,98 +112,6 @@ RENAMES: Mapping[str, Sequence[tuple[str, str]]] = {
 ROI_HEAD = {"shared_fcs.0": "fc6", "shared_fcs.1": "fc7", "fc_cls": "cls", "fc_reg": "box"}
 MASK_HEAD = {**{f"convs.{i}.conv": f"tower.{i}.0" for i in range(4)}, "upsample": "up", "conv_logits": "mask"}
 
-EXTRA_LEVELS = {"retinanet": "on_input", "fcos": "on_output", "gfl": "on_output", "reppoints": "on_input"}
-"""From which map further levels are convolved; those of other families take every second cell."""
-
-DENSE_STRIDES = [8, 16, 32, 64, 128]
-COMMON: Mapping[str, Any] = {
-    "backbone.dcn": (None, None),
-    "backbone.plugins": (None, None),
-    "backbone.deep_stem": (False, False),
-    "backbone.avg_down": (False, False),
-    "backbone.strides": ([1, 2, 2, 2], [1, 2, 2, 2]),
-    "backbone.dilations": ([1, 1, 1, 1], [1, 1, 1, 1]),
-    "neck.type": ("FPN", "FPN"),
-    "neck.num_outs": (5, 5),
-    "neck.no_norm_on_lateral": (False, False),
-}
-DENSE: Mapping[str, Any] = {
-    "neck.start_level": (0, 1),
-    "bbox_head.strides": (DENSE_STRIDES, DENSE_STRIDES),
-    "bbox_head.point_strides": (DENSE_STRIDES, DENSE_STRIDES),
-    "bbox_head.anchor_generator.strides": (DENSE_STRIDES, DENSE_STRIDES),
-    "bbox_head.anchor_generator.center_offset": (0.0, 0.0),
-    "neck.relu_before_extra_convs": (False, False),
-}
-
-
-def _pooling(part: str, side: int) -> dict[str, tuple[Any, Any]]:
-    layer = f"roi_head.{part}_roi_extractor.roi_layer"
-    return {
-        f"roi_head.{part}_roi_extractor.type": ("SingleRoIExtractor", "SingleRoIExtractor"),
-        f"roi_head.{part}_roi_extractor.finest_scale": (56, 56),
-        f"{layer}.type": ("RoIAlign", "RoIAlign"),
-        f"{layer}.output_size": (side, side),
-        f"{layer}.sampling_ratio": (0, 0),
-        f"{layer}.aligned": (True, True),
-    }
-
-
-ROIS: Mapping[str, Any] = {
-    "neck.start_level": (0, 0),
-    "rpn_head.type": ("RPNHead", "RPNHead"),
-    "rpn_head.anchor_generator.scales": ([8], [8]),
-    "rpn_head.anchor_generator.ratios": ([0.5, 1.0, 2.0], [0.5, 1.0, 2.0]),
-    "rpn_head.anchor_generator.strides": ([4, 8, 16, 32, 64], [4, 8, 16, 32, 64]),
-    "rpn_head.anchor_generator.center_offset": (0.0, 0.0),
-    "rpn_head.bbox_coder.target_stds": ([1.0] * 4, [1.0] * 4),
-    **_pooling("bbox", 7),
-    "test_cfg.rpn.nms_pre": (1000, 1000),
-    "test_cfg.rpn.max_per_img": (1000, 1000),
-    "test_cfg.rpn.nms.iou_threshold": (0.7, 0.7),
-}
-ONE_HEAD: Mapping[str, Any] = {
-    "roi_head.type": ("StandardRoIHead", "StandardRoIHead"),
-    "roi_head.bbox_head.reg_class_agnostic": (False, False),
-    "roi_head.bbox_head.bbox_coder.target_stds": ([0.1, 0.1, 0.2, 0.2], [0.1, 0.1, 0.2, 0.2]),
-}
-CASCADE: Mapping[str, Any] = {
-    "roi_head.type": ("CascadeRoIHead", "CascadeRoIHead"),
-    **{
-        f"roi_head.bbox_head.{i}.{key}": (value, value)
-        for i, stage in enumerate(STAGES)
-        for key, value in (("reg_class_agnostic", True), ("bbox_coder.target_stds", list(stage.box_stds)))
-    },
-}
-EXPECTED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
-    "retinanet": {
-        **DENSE,
-        "bbox_head.type": ("RetinaHead", "RetinaHead"),
-        "bbox_head.anchor_generator.ratios": ([0.5, 1.0, 2.0], [0.5, 1.0, 2.0]),
-        "bbox_head.anchor_generator.octave_base_scale": (4, 4),
-        "bbox_head.anchor_generator.scales_per_octave": (3, 3),
-        "bbox_head.bbox_coder.target_stds": ([1.0] * 4, [1.0] * 4),
-    },
-    "fcos": {
-        **DENSE,
-        "bbox_head.type": ("FCOSHead", "FCOSHead"),
-        "bbox_head.dcn_on_last_conv": (False, False),
-        "neck.relu_before_extra_convs": (False, True),
-    },
-    "gfl": {**DENSE, "bbox_head.anchor_generator.ratios": ([1.0], [1.0])},
-    "reppoints": {
-        **DENSE,
-        "bbox_head.num_points": (9, 9),
-        "bbox_head.use_grid_points": (False, False),
-        "bbox_head.transform_method": ("moment", "moment"),
-    },
-    "faster_rcnn": {**ROIS, **ONE_HEAD},
-    "mask_rcnn": {**ROIS, **ONE_HEAD, **_pooling("mask", 14)},
-    "cascade_rcnn": {**ROIS, **CASCADE},
-    "cascade_mask_rcnn": {**ROIS, **CASCADE, **_pooling("mask", 14)},
-}
-"""What a config must say, for our model to compute the same: where, MMDetection's default and our value."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -247,8 +164,8 @@ def import_mmdet(
     state = state_of(content, path)
     meta = content.get("meta") if isinstance(content, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
-    settings = _read_config(Path(config)) if config is not None else _config_in(meta)
-    checkpoint = describe(state, settings, style=style, classes=classes or _classes_in(meta), source=str(path))
+    settings = read_config(Path(config)) if config is not None else config_in(meta)
+    checkpoint = describe(state, settings, style=style, classes=classes or classes_in(meta), source=str(path))
     normalisation = {"mean": list(checkpoint.mean), "std": list(checkpoint.std)}
     model = construct(checkpoint.model, checkpoint.classes, normalisation)
     load_weights(model, convert(state, checkpoint, source=str(path)), source=str(path))
@@ -287,19 +204,19 @@ def describe(
     if depth:
         options["head_depth"] = depth
     if config is not None:
-        _refuse_what_differs(config, family, options["channels"], source)
-        caffe = _get(config, "model.backbone.style", "pytorch") == "caffe"
-        tricks = family == "fcos" and _has_tricks(config, source)
-        mean, std, bgr = _normalisation(config, source)
-        options |= _test_settings(config, source)
+        refuse_what_differs(config, family, options["channels"], source)
+        caffe = value_at(config, "model.backbone.style", "pytorch") == "caffe"
+        tricks = family == "fcos" and has_tricks(config, source)
+        mean, std, bgr = normalisation(config, source)
+        options |= detection_settings(config, source)
     else:
         caffe = bgr = style == "caffe"
         # Of FCOS's published settings only the improved ones have a bias before GroupNorm.
         tricks = "bbox_head.cls_convs.0.conv.bias" in state and family == "fcos"
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if caffe:
-            mean = _input_scale(DETECTRON_BGR if family == "fcos" and not tricks else DETECTRON2_BGR, bgr)
-            std = _input_scale((1.0, 1.0, 1.0), bgr)
+            mean = input_scale(DETECTRON_BGR if family == "fcos" and not tricks else DETECTRON2_BGR, bgr)
+            std = input_scale((1.0, 1.0, 1.0), bgr)
         options["nms_threshold"] = 0.6 if family == "gfl" or tricks else 0.5
     if family in WAYS:
         options["convention"] = "mmdet_tricks" if tricks else "mmdet"
@@ -369,178 +286,6 @@ def _class_rows(state: Mapping[str, Tensor], family: str) -> int:
     if family == "retinanet":
         return rows // (len(state.get("bbox_head.retina_reg.bias", (0,) * 4)) // 4)
     return rows if family in ("gfl", "reppoints") else rows - 1  # the background has a row
-
-
-# --- configs ---------------------------------------------------------------------------------------------
-
-
-def _read_config(path: Path) -> Config:
-    try:
-        config = parse_config(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a config ({error})") from error
-    if not _is_whole(config):
-        raise UserError(f"{path}: has no whole `model`; give the config with all its bases written out")
-    return config
-
-
-def _config_in(meta: Mapping[str, Any]) -> Config | None:
-    text = meta.get("cfg", meta.get("config"))
-    try:
-        config = parse_config(text) if isinstance(text, str) else {}
-    except SyntaxError:  # files of early 2020 hold several configs, one after the other
-        return None
-    return config if _is_whole(config) else None
-
-
-def _classes_in(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
-    dataset = meta.get("dataset_meta")
-    for place in (meta, dataset) if isinstance(dataset, Mapping) else (meta,):
-        for key in ("CLASSES", "classes"):
-            if isinstance(place.get(key), list | tuple):
-                return tuple(str(name) for name in place[key])
-    return None
-
-
-def _is_whole(config: Config) -> bool:
-    return all(_get(config, f"model.{part}.type", None) for part in ("backbone", "neck"))
-
-
-def parse_config(text: str) -> dict[str, Any]:
-    """The assignments of a config in Python's syntax: literals, ``dict(...)`` and names; nothing is executed.
-
-    An assignment of anything else is left out.
-
-    Raises:
-        SyntaxError: the text is no Python.
-    """
-    found: dict[str, Any] = {}
-    for line in ast.parse(text).body:
-        if isinstance(line, ast.Assign) and len(line.targets) == 1 and isinstance(line.targets[0], ast.Name):
-            try:
-                found[line.targets[0].id] = _value(line.value, found)
-            except ValueError:
-                continue
-    return found
-
-
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Constant(value=value):
-            return value
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_value(item, names) for item in items]
-        case ast.Name(id=name) if name in names:
-            return names[name]
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, names)
-        case ast.BinOp(left=left, op=ast.Div(), right=right):
-            return _value(left, names) / _value(right, names)
-        case ast.Dict(keys=keys, values=values):
-            read = [None if key is None else _value(key, names) for key in keys]
-            pairs = list(zip(read, values, strict=True))
-        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
-            pairs = [(keyword.arg, keyword.value) for keyword in keywords]
-        case _:
-            raise ValueError(f"{ast.unparse(node)} is no literal")
-    made: dict[str, Any] = {}
-    for key, item in pairs:
-        made |= _value(item, names) if key is None else {key: _value(item, names)}
-    return made
-
-
-def _get(config: Config, path: str, default: Any) -> Any:
-    """The value at ``a.b.c``; the default where the way ends."""
-    value: Any = config
-    for key in path.split("."):
-        if isinstance(value, list):
-            value = dict(zip(map(str, range(len(value))), value, strict=True))
-        if not isinstance(value, Mapping) or key not in value:
-            return default
-        value = value[key]
-    return value
-
-
-def _transform(pipeline: Any, kinds: Sequence[str]) -> Any:
-    """The first transform of one of these types, however deep; None if there is none."""
-    if isinstance(pipeline, Mapping):
-        if pipeline.get("type") in kinds:
-            return pipeline
-        pipeline = list(pipeline.values())
-    if isinstance(pipeline, list):
-        return next((found for item in pipeline if (found := _transform(item, kinds))), None)
-    return None
-
-
-def _refuse_what_differs(config: Config, family: str, channels: int, source: str) -> None:
-    """Refuse a model that ours would not compute."""
-    kind = _get(config, "model.backbone.type", "")
-    if kind not in ("ResNet", "ResNeXt"):
-        raise UserError(f"{source}: its backbone is a {kind}; what is understood is a ResNet or ResNeXt")
-    extra = _get(config, "model.neck.add_extra_convs", False)
-    if extra is True:  # as written before MMDetection 2.1
-        extra = "on_input" if _get(config, "model.neck.extra_convs_on_inputs", True) else "on_output"
-    rows = {**COMMON, **EXPECTED[family], "neck.add_extra_convs": (False, EXTRA_LEVELS.get(family, False))}
-    for part in ("neck", "bbox_head"):
-        groups = group_norm_of(channels).num_groups
-        rows[f"{part}.norm_cfg.num_groups"] = (groups, groups)
-    for where, (default, ours) in rows.items():
-        theirs = extra if where == "neck.add_extra_convs" else _get(config, f"model.{where}", default)
-        if theirs != ours:
-            raise UserError(f"{source}: its {where} is {theirs!r}; what is understood is {ours!r}")
-
-
-def _has_tricks(config: Config, source: str) -> bool:
-    """Whether an FCOS has normalised boxes and centerness beside them."""
-    names = ("norm_on_bbox", "centerness_on_reg")
-    given = [bool(_get(config, f"model.bbox_head.{name}", False)) for name in names]
-    if given[0] != given[1]:
-        raise UserError(
-            f"{source}: its FCOS has one of {' and '.join(names)}, not both: that is not understood"
-        )
-    return all(given)
-
-
-def _normalisation(config: Config, source: str) -> tuple[Triple, Triple, bool]:
-    """Mean and deviation of RGB in [0, 1], and whether the network sees BGR."""
-    given: Any = _get(config, "model.data_preprocessor", config.get("data_preprocessor"))  # 3.x
-    if given is not None:
-        rgb, divisor = given.get("bgr_to_rgb", False), given.get("pad_size_divisor", 1)
-    else:
-        pipeline = config.get("test_pipeline", [])
-        given = _transform(pipeline, ("Normalize",)) or config.get("img_norm_cfg")
-        rgb = (given or {}).get("to_rgb", True)
-        divisor = (_transform(pipeline, ("Pad",)) or {}).get("size_divisor", 32)
-    if not given or "mean" not in given or "std" not in given:
-        raise UserError(f"{source}: its config does not say the mean and deviation of its input")
-    if divisor != 32:
-        raise UserError(f"{source}: its images are padded to a multiple of {divisor}; what is understood is 32")
-    return _input_scale(given["mean"], not rgb), _input_scale(given["std"], not rgb), not rgb
-
-
-def _input_scale(values: Sequence[float], bgr: bool) -> Triple:
-    """Values of 0 to 255, in the network's order, as values of RGB in [0, 1]."""
-    first, second, third = (float(value) / 255 for value in values)
-    return (third, second, first) if bgr else (first, second, third)
-
-
-def _test_settings(config: Config, source: str) -> dict[str, Any]:
-    """Size and thresholds."""
-    test = _get(config, "model.test_cfg", config.get("test_cfg")) or {}
-    test = test.get("rcnn", test)
-    nms = test.get("nms", {})
-    if nms.get("type", "nms") != "nms":
-        raise UserError(f"{source}: its suppression is {nms['type']!r}; what is understood is 'nms'")
-    found = {
-        "score_threshold": test.get("score_thr"),
-        "nms_threshold": nms.get("iou_threshold", nms.get("iou_thr")),
-        "max_detections": test.get("max_per_img"),
-    }
-    resize = _transform(config.get("test_pipeline", []), ("Resize", "MultiScaleFlipAug")) or {}
-    scale = resize.get("scale", resize.get("img_scale"))
-    if isinstance(scale, list) and len(scale) == 2:
-        found["size"] = tuple(sorted(scale))
-    return {name: value for name, value in found.items() if value is not None}
 
 
 # --- weights ---------------------------------------------------------------------------------------------
