@@ -26,8 +26,8 @@ def main() -> None:
     scores = {score["teacher"]: score for score in json.loads(args.ranking.read_text())["scores"]}
     distilled = distilled_ap(json.loads(args.comparison.read_text()))
     teachers = sorted(scores.keys() & distilled.keys(), key=lambda teacher: -distilled[teacher])
-    if len(teachers) < 2:
-        raise SystemExit("fewer than two teachers have both a score and a finished run")
+    if len(teachers) < 3:
+        raise SystemExit("fewer than three teachers have both a score and finished runs of the same seeds")
     columns = {name: [column(scores[teacher]) for teacher in teachers] for name, column in SCORES.items()}
     columns = {name: values for name, values in columns.items() if all(map(math.isfinite, values))}
     truth = [distilled[teacher] for teacher in teachers]

@@ -9,7 +9,8 @@ from torch import nn
 
 from detdistill.models import cascade_mask_rcnn, cascade_rcnn, faster_rcnn, load_weights, mask_rcnn
 from detdistill.models.cascade_rcnn import STAGES, CascadeRCNN
-from detdistill.models.faster_rcnn import build_parts, roi_losses
+from detdistill.models.faster_rcnn import roi_losses
+from detdistill.models.two_stage import build_parts
 
 OBJECTS = torch.tensor([[8.0, 6.0, 44.0, 50.0], [50.0, 12.0, 88.0, 40.0]])
 

@@ -42,9 +42,7 @@ FAMILY_SETTINGS = {
     "fcos": Settings(options=DENSE),
     "gfl": Settings(steps=60, lr=6e-4, options=DENSE),  # scores follow the boxes, and so come last
     # At first an object has one cell, others follow as first boxes fit it: more steps, each of them cheap.
-    "reppoints": Settings(
-        steps=90, options={"head_depth": 1, "strides": (16, 32, 64), "freeze_stages": 5}
-    ),
+    "reppoints": Settings(steps=90, options={"head_depth": 1, "strides": (16, 32, 64), "freeze_stages": 5}),
     "faster_rcnn": Settings(steps=25, options=TWO_STAGE),
     "mask_rcnn": Settings(steps=50, options={**TWO_STAGE, "roi_samples": 32}),
     "cascade_rcnn": Settings(steps=30, options=TWO_STAGE),

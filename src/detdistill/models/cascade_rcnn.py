@@ -18,8 +18,9 @@ from torchvision.ops import clip_boxes_to_image, remove_small_boxes
 
 from detdistill.config import Convention
 from detdistill.models.base import Batch, Preprocess, Pyramid, Raw, TwoStageRaw
-from detdistill.models.faster_rcnn import FasterRCNN, RoIHead, TwoStageParts, build_parts, roi_losses
+from detdistill.models.faster_rcnn import FasterRCNN, RoIHead, roi_losses
 from detdistill.models.masks import MaskBranch
+from detdistill.models.two_stage import TwoStageParts, build_parts
 
 
 class Stage(NamedTuple):

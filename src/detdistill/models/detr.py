@@ -95,8 +95,8 @@ class DETR(Detector):
     Losses are transformers' own, each with its published weight, summed over the decoder's layers and its
     initial queries and divided by the batch's number of objects (at least 1; averaged over the processes as in
     FCOS): ``classification`` (varifocal), ``bbox_l1``, ``bbox_giou``; for D-FINE ``bbox_distribution`` (FGL)
-    and ``self_distillation`` (DDF, a mean over queries); and ``denoising``, all of these for the noised objects,
-    whose noise is drawn in ``predict`` from torch's global random state.
+    and ``self_distillation`` (DDF, a mean over queries); and ``denoising``, all of these for noised objects,
+    drawn in ``predict`` from torch's global random state.
 
     Args:
         backbone: images to maps of STRIDES.

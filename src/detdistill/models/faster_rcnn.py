@@ -4,15 +4,13 @@ The same losses and detections as torchvision's ``FasterRCNN``; a test holds the
 outside; inside the RoI head class 0 is the background, as in torchvision. The convention ``mmdet`` gives
 MMDetection's detections: anchors are not rounded to whole pixels, cells are exactly a stride apart, no box is
 less than 16/1000 of its anchor wide or high, and regions are pooled its way
-(:class:`~detdistill.models.heads.AlignedRoIAlign`). Mask R-CNN and Cascade R-CNN build on
-it.
+(:class:`~detdistill.models.heads.AlignedRoIAlign`). Mask R-CNN and Cascade R-CNN build on it.
 Shape legend: N images, P all anchors of an image, R proposals, Q classes, K objects, M proposals with masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -52,30 +50,12 @@ from detdistill.models.heads import (
     tower,
 )
 from detdistill.models.masks import MaskBranch, crop_masks, mask_loss, paste_masks
+from detdistill.models.two_stage import TwoStageParts, build_parts
 
-RATIOS = (0.5, 1.0, 2.0)
 BETA = 1 / 9  # where smooth L1 turns from a parabola into a line
 RPN_NMS_THRESHOLD = 0.7
 RPN_LIMIT = {True: 2000, False: 1000}  # proposals, in training and not: of a level before, of an image after
 POOLED = 7  # cells of a pooled region
-
-
-class RPNHead(nn.Module):
-    """Objectness and box deltas of every anchor, shared by the levels."""
-
-    def __init__(self, channels: int, depth: int, num_anchors: int) -> None:
-        super().__init__()
-        self.tower = tower(channels, depth, group_norm=False)
-        self.objectness = nn.Conv2d(channels, num_anchors, 1)
-        self.box = nn.Conv2d(channels, num_anchors * 4, 1)
-        init_head(self)
-
-    def forward(self, pyramid: Pyramid) -> DenseRaw:
-        features = {stride: self.tower(x) for stride, x in pyramid.items()}
-        return DenseRaw(
-            cls={stride: self.objectness(x) for stride, x in features.items()},
-            box={stride: self.box(x) for stride, x in features.items()},
-        )
 
 
 class RoIHead(nn.Module):
@@ -115,24 +95,6 @@ class RoIHead(nn.Module):
         x = F.relu(self.fc7(F.relu(self.fc6(pooled_RC77.flatten(1)))))
         logits_RQ, deltas = self.cls(x), self.box(x)
         return logits_RQ, deltas.repeat(1, logits_RQ.shape[1]) if self.class_agnostic else deltas
-
-
-@dataclass(slots=True)
-class TwoStageParts:
-    """What the two-stage detectors have in common; :func:`build_parts` makes it."""
-
-    backbone: Backbone
-    neck: FeaturePyramid
-    rpn: RPNHead
-    anchor_generator: AnchorGenerator
-    convention: Convention
-    classes: tuple[str, ...]
-    preprocess: Preprocess
-    score_threshold: float
-    nms_threshold: float
-    max_detections: int
-    rpn_samples: int
-    roi_samples: int
 
 
 class Sample(NamedTuple):
@@ -352,49 +314,6 @@ def roi_losses(raw: TwoStageRaw) -> dict[str, Tensor]:
     if raw.mask_logits is not None and raw.mask_targets is not None:
         losses["loss_mask"] = mask_loss(raw.mask_logits, raw.mask_targets)
     return losses
-
-
-def build_parts(
-    backbone: str,
-    classes: Sequence[str],
-    *,
-    channels: int,
-    strides: Sequence[int],
-    head_depth: int,
-    anchor_scale: float,
-    convention: Convention,
-    norm: str,
-    freeze_stages: int,
-    stride_in_1x1: bool,
-    pretrained_backbone: bool,
-    preprocess: Preprocess | None,
-    score_threshold: float,
-    nms_threshold: float,
-    max_detections: int,
-    rpn_samples: int,
-    roi_samples: int,
-) -> TwoStageParts:
-    """All of a two-stage detector but its RoI heads; arguments as of :func:`faster_rcnn`."""
-    check_convention("a two-stage detector", convention, ("torchvision", "mmdet"))
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
-    )  # fmt: skip
-    sizes = tuple((stride * anchor_scale,) for stride in strides)
-    return TwoStageParts(
-        body,
-        FeaturePyramid(body.channels, channels, strides, extra="pool"),
-        RPNHead(channels, head_depth, len(RATIOS)),
-        (AnchorGenerator if convention == "torchvision" else ExactAnchors)(sizes, (RATIOS,) * len(sizes)),
-        convention,
-        tuple(classes),
-        preprocess or Preprocess(mean=body.mean, std=body.std),
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        rpn_samples=rpn_samples,
-        roi_samples=roi_samples,
-    )
 
 
 def faster_rcnn(

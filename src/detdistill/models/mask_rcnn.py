@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from detdistill.config import Convention
 from detdistill.models.base import Preprocess
-from detdistill.models.faster_rcnn import FasterRCNN, RoIHead, build_parts
+from detdistill.models.faster_rcnn import FasterRCNN, RoIHead
 from detdistill.models.masks import MaskBranch
+from detdistill.models.two_stage import build_parts
 
 
 class MaskRCNN(FasterRCNN):
