@@ -17,7 +17,7 @@ from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.models import DETR, build_model, d_fine, load_model, load_teacher, rtdetr_v2, save_model
 from detdistill.models.base import Batch, Detector, Preprocess, QueryRaw
-from detdistill.models.detr import _initialise
+from detdistill.models.detr_families import _initialise
 
 CLASSES = ("a", "b", "c")
 BUILD = {"rtdetr_v2": rtdetr_v2, "d_fine": d_fine}

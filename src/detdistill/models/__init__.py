@@ -17,7 +17,8 @@ from detdistill.models.base import (
 from detdistill.models.build import build_model, load_teacher
 from detdistill.models.cascade_rcnn import CascadeMaskRCNN, CascadeRCNN, cascade_mask_rcnn, cascade_rcnn
 from detdistill.models.checkpoints import load_model, save_model
-from detdistill.models.detr import DETR, d_fine, rtdetr_v2
+from detdistill.models.detr import DETR
+from detdistill.models.detr_families import d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import FasterRCNN, faster_rcnn
 from detdistill.models.fcos import FCOS, fcos
 from detdistill.models.gfl import GFL, gfl

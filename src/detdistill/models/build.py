@@ -14,7 +14,7 @@ from detdistill.data.records import Split
 from detdistill.models import torchvision_weights
 from detdistill.models.base import Detector
 from detdistill.models.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
-from detdistill.models.detr import d_fine, rtdetr_v2
+from detdistill.models.detr_families import d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import faster_rcnn
 from detdistill.models.fcos import fcos
 from detdistill.models.gfl import gfl

@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from detdistill.config import Convention
-from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import (
     Batch,
     DenseRaw,
@@ -35,19 +33,15 @@ from detdistill.models.base import (
 )
 from detdistill.models.heads import (
     IGNORED,
-    ExactAnchors,
     best_detections,
     box_coder,
-    check_convention,
     flatten_maps,
     in_original_pixels,
-    init_head,
     level_anchors,
     match_boxes,
     pool_regions,
     region_pool,
     take_objects,
-    tower,
 )
 from detdistill.models.masks import MaskBranch, crop_masks, mask_loss, paste_masks
 from detdistill.models.two_stage import TwoStageParts, build_parts

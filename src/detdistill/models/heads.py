@@ -276,8 +276,8 @@ def region_pool(strides: Iterable[int], side: int, convention: Convention) -> nn
 class AlignedRoIAlign(nn.Module):
     """MMDetection's way to pool regions: aligned to the centres of the map's cells, and sampled as finely.
 
-    torchvision's ``MultiScaleRoIAlign``, which is called alike, is half a cell off and takes 2×2 samples in each
-    cell of the output.
+    torchvision's ``MultiScaleRoIAlign``, which is called alike, is half a cell off and takes 2×2 samples in
+    each cell of the output.
     """
 
     def __init__(self, strides: Sequence[str], side: int) -> None:

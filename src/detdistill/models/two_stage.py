@@ -72,7 +72,7 @@ def build_parts(
     rpn_samples: int,
     roi_samples: int,
 ) -> TwoStageParts:
-    """All of a two-stage detector but its RoI heads; arguments as of :func:`~detdistill.models.faster_rcnn.faster_rcnn`."""
+    """Arguments are those of :func:`~detdistill.models.faster_rcnn.faster_rcnn`."""
     check_convention("a two-stage detector", convention, ("torchvision", "mmdet"))
     body = Backbone(
         backbone, split_strides(backbone, strides),
