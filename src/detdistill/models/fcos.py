@@ -4,8 +4,8 @@ The same losses and detections as torchvision's ``FCOS``; a test holds the proof
 MMDetection's detections:
 
 - ``mmdet_tricks``, its configs with normalised boxes: each level scales its box outputs by a factor of its own;
-  cell i's centre is at (i + 0.5) · stride; candidates are chosen by their class score, and ranked by class score
-  times centerness, where torchvision takes the root of it for both.
+  cell i's centre is at (i + 0.5) · stride; candidates are chosen by their class score, and ranked by class
+  score times centerness, where torchvision takes the root of it for both.
 - ``mmdet``, its plain configs: as well a side is exp(x) pixels, and centerness is beside the classes.
 
 What is learnt is the same in all; MMDetection's plain configs have an IoU loss and no centre sampling.

@@ -152,7 +152,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(old: Recipe, new: Recipe, free: Sequence[str] = FREE) -> list[str]:
-    """The settings, as ``training.epochs``, in which two recipes differ; ``free`` ones of the training are not told."""
+    """The settings (``training.epochs``) in which two recipes differ, ``free`` ones of the training aside."""
     a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     untold = {f"training.{key}" for key in free} | {"name"}
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in untold)
