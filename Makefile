@@ -1,6 +1,7 @@
 # Each target does its own set-up in $(VENV); a machine needs Python >= 3.10 and make, nothing else.
 #   make demo     a teacher teaches a student on drawn digits, side by side with the plain student
-#   make test     the whole test suite        make lint   style, types and the order of imports
+#   make test     the test suite              make lint   style, types and the order of imports
+#   make test-long   what takes minutes: every family learns eight photographs, every family teaches every other
 #   make bench    the benchmarks, small       make docs   links, commands and keys in the documentation
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: setup demo test lint format bench docs clean
+.PHONY: setup demo test test-long lint format bench docs clean
 
 setup: $(READY)
 
@@ -26,7 +27,11 @@ demo: setup
 
 # Tests run in $(WORKERS) processes of one thread each, which is quicker than many threads on small tensors.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not long" $(PYTEST_FLAGS)
+	@echo "left out: the tests marked long, of every family and every pair of them (make test-long)"
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long $(PYTEST_FLAGS)
 
 lint: setup
 	$(BIN)/ruff check .

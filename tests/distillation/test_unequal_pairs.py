@@ -95,14 +95,14 @@ def test_each_family_learns_and_teaches(models, student, teacher):
     check_a_step(models[0][student], models[1][teacher], "ima")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("teacher", NAMES)
 @pytest.mark.parametrize("student", NAMES)
 def test_every_pair_takes_a_step(models, student, teacher):
     check_a_step(models[0][student], models[1][teacher], "ima")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pair_that_is_not_refused_takes_a_step(models, found, method):
     """For methods that refuse some pairs: each family that learns by it, from the last teacher that may."""

@@ -38,10 +38,10 @@ def test_verdict(gains: tuple[float, ...], verdict: str) -> None:
 
 
 def test_two_seeds_claim_little() -> None:
-    """Two gains of 1 and 3 are no proof: the interval of two is 12.7 standard errors wide on each side."""
+    """Gains of 1 and 3 are no proof, nor is their sum of none: the interval is 12.7 standard errors a side."""
     result = paired({0: 1.0, 1: 3.0}, {0: 0.0, 1: 0.0})
     assert result is not None
-    assert result.verdict == "no measurable gain"
+    assert result.verdict == "two seeds cannot tell"
 
 
 def test_only_seeds_of_both_count_and_nan_is_absent() -> None:

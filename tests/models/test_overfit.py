@@ -19,7 +19,7 @@ from detdistill.models import Preprocess
 from detdistill.models.build import FAMILIES
 from detdistill.models.weights import load_backbone, read_state_dict
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 SIZE = (160, 224)
 SMALLEST = 48  # pixels in the photograph, about 20 in the network's input

@@ -32,13 +32,15 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """``better``, ``worse``, ``no measurable gain``, or that one seed cannot tell."""
+        """``better``, ``worse``, ``no measurable gain``, or that the seeds are too few to tell."""
         if self.interval is None:
             return "one seed: no verdict"
         low, high = self.interval
         if low > 0:
             return "better"
-        return "worse" if high < 0 else "no measurable gain"
+        if high < 0:
+            return "worse"
+        return "no measurable gain" if len(self.differences) > 2 else "two seeds cannot tell"
 
     def __str__(self) -> str:
         if self.interval is None:
