@@ -63,7 +63,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("block", blocks("console"))
 def test_commands_are_there(block: str) -> None:
     group: Any = typer.main.get_command(cli.app)
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for line in re.findall(r"^\$ (.+)$", block, re.MULTILINE):
         words = line.partition("#")[0].split()
         if words[0] == "make":
