@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from detdistill.distillation.methods.ima import IMALoss
     from detdistill.distillation.methods.mimic import MimicLoss
     from detdistill.distillation.pair import Pair
+    from detdistill.experiments.analyze import analyze
     from detdistill.experiments.check import check
     from detdistill.experiments.evaluate import evaluate
+    from detdistill.experiments.export import export
     from detdistill.experiments.predict import predict
     from detdistill.experiments.rank_teachers import rank_teachers
     from detdistill.experiments.train import distill, train
@@ -33,10 +35,12 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "analyze",
     "build_model",
     "check",
     "distill",
     "evaluate",
+    "export",
     "load_model",
     "load_recipe",
     "predict",
@@ -52,10 +56,12 @@ _HOMES = {
     "Preprocess": "models.base",
     "Recipe": "config",
     "UserError": "config",
+    "analyze": "experiments.analyze",
     "build_model": "models",
     "check": "experiments.check",
     "distill": "experiments.train",
     "evaluate": "experiments.evaluate",
+    "export": "experiments.export",
     "load_model": "models.checkpoints",
     "load_recipe": "config",
     "predict": "experiments.predict",

@@ -20,6 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from detdistill.evaluation.detector import Evaluation
     from detdistill.evaluation.efficiency import Efficiency
+    from detdistill.experiments.analyze import Analysis
     from detdistill.experiments.check import Check
     from detdistill.experiments.compare import Comparison
     from detdistill.experiments.rank_teachers import TeacherRanking, TeacherScore
@@ -125,6 +126,25 @@ def print_comparison(comparison: Comparison) -> None:
     show(comparison.columns(), comparison.rows())
     say(comparison.verdict)
     say(f"runs, table.md and comparison.json: {comparison.study.out}")
+
+
+def print_analysis(analysis: Analysis) -> None:
+    """AP, the kinds of error by COCO's decomposition and by TIDE, and what changed, all in points."""
+    models = analysis.models
+    numbers = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR100")
+    rows = [(model.role, *(percent(getattr(model.coco, name)) for name in numbers)) for model in models]
+    show(("model", *numbers), rows)
+    under = [model.curves.under() for model in models]
+    rows = [(m.role, *map(percent, areas.values())) for m, areas in zip(models, under, strict=True)]
+    show(("area under precision", *under[0]), rows)
+    rows = [(model.role, *map(percent, model.tide.dAP.values())) for model in models]
+    show(("AP50 gained without", *models[0].tide.dAP), rows)
+    if not models[0].curves.has_similar:
+        say("the classes have no supercategories: Sim is Loc")
+    if analysis.differences is not None:
+        changed = [(kind, str(count)) for kind, count in analysis.changes.items()]
+        show((f"distilled against alone, score ≥ {analysis.threshold:g}", "count"), changed)
+        say(f"{len(analysis.differences)} of {len(analysis.split)} images differ")
 
 
 def print_ranking(ranking: TeacherRanking) -> None:

@@ -24,7 +24,9 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings over the recipe's own.")
 ]
-Weights = Annotated[Path, typer.Argument(metavar="WEIGHTS", help="A run folder or a .safetensors file.")]
+Weights = Annotated[
+    Path, typer.Argument(metavar="WEIGHTS", help="A run folder, a .safetensors or an .onnx file.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Devices = Annotated[
     list[str] | None, typer.Option("--device", help="Spread the runs: --device cuda:0 --device cuda:1.")

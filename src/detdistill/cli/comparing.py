@@ -137,6 +137,32 @@ def _run_study(
 
 
 @app.command()
+def analyze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a comparison's folder.")],
+    alone: Annotated[Path | None, typer.Option(help="The run without distillation: what changed?")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For analysis.json; RUN/analysis unless given.")] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Least score, where images are compared one by one.")
+    ] = 0.3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    device: Device = "auto",
+) -> None:
+    """What kinds of error runs make, and what distillation changed, image by image (Figures 2 and 3)."""
+    from detdistill.experiments.analyze import analyze as analyze_runs
+    from detdistill.printing import print_analysis, progress_bar, say
+
+    with progress_bar("detecting") as progress:
+        analysis = analyze_runs(
+            run, alone=alone, teacher=teacher, out=out, threshold=threshold, batch_size=batch_size,
+            workers=workers, device=device, progress=progress,
+        )  # fmt: skip
+    print_analysis(analysis)
+    say(f"analysis.json: {out or run / 'analysis'}")
+
+
+@app.command()
 def rank_teachers(
     recipe: RecipeFile,
     words: Annotated[

@@ -83,6 +83,40 @@ def predict(
     say(f"pictures and predictions.json: {out}")
 
 
+@app.command()
+def export(
+    weights: Weights,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; beside the weights, as .onnx, unless given.")
+    ] = None,
+    size: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="H W", help="Input size; the model's own unless given.")
+    ] = None,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Take any number of images at once, not one.")
+    ] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGES", help="Compare on these; drawn digits and noise unless given."),
+    ] = None,
+) -> None:
+    """Write a trained one-stage detector as an ONNX file, checked against PyTorch."""
+    from detdistill.experiments.export import export as export_model
+    from detdistill.printing import say
+
+    done = export_model(weights, out, size=size, dynamic_batch=dynamic_batch, check=check)
+    same, facts = done.agreement, done.facts
+    say(f"{done.path}: {done.bytes / 1e6:.2f} MB, {done.parameters / 1e6:.2f} M parameters")
+    say(f"input: {'N' if dynamic_batch else 1} × 3 × {facts.size[0]} × {facts.size[1]}, RGB, 0 to 255")
+    if same.detections == 0:
+        say(f"against PyTorch: no detections in {same.images} images, so nothing is shown: give --check IMAGES")
+        return
+    say(
+        f"against PyTorch: {same.equal:.1%} of {same.detections} detections in {same.images} images are equal; "
+        f"largest difference {same.box_difference:.2g} pixels, {same.score_difference:.2g} in score"
+    )
+
+
 @app.command("import-mmdet")
 def import_mmdet(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A .pth file of MMDetection 2.x or 3.x.")],

@@ -87,8 +87,8 @@ def coco_ap(
         raise UserError(f"{split.source}: has no masks; evaluate its boxes (bbox)")
     usable = finite_detections(split, detections)
     library = load_library(backend)
-    results = _mask_results(usable) if iou_type == "segm" else _box_rows(usable)
-    return _result(run_evaluator(library, _ground_truth(split), results, iou_type))
+    results = _mask_results(usable) if iou_type == "segm" else coco_rows(usable)
+    return _result(run_evaluator(library, coco_truth(split), results, iou_type))
 
 
 def coco_ap_from_files(
@@ -113,7 +113,7 @@ def coco_ap_from_files(
     return _result(run_evaluator(load_library(backend), truth, found, iou_type))
 
 
-def _ground_truth(split: Split) -> dict[str, Any]:
+def coco_truth(split: Split) -> dict[str, Any]:
     """The split as a COCO file would say it; image ids are positions, so that ids of any type work."""
     annotations: list[dict[str, Any]] = []
     for i, record in enumerate(split.records):
@@ -138,7 +138,7 @@ def _ground_truth(split: Split) -> dict[str, Any]:
     }
 
 
-def _box_rows(detections: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float64]:
+def coco_rows(detections: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float64]:
     """(D, 7): image id, x, y, width, height, score, category id."""
     rows = [np.zeros((0, 7))]
     for i, found in enumerate(detections):

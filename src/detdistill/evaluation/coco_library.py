@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -51,13 +52,7 @@ def run_evaluator(library: ModuleType, truth: dict[str, Any], results: Any, iou_
         results: COCO results, or box rows (D, 7): image id, x, y, width, height, score, category id.
         iou_type: overlap of boxes or of masks.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = _index(library, truth)
-        # pycocotools cannot load an empty list of results.
-        found = coco.loadRes(results) if len(results) else _index(library, {**truth, "annotations": []})
-        evaluator = library.COCOeval(coco, found, iou_type)
-        evaluator.evaluate()
-        evaluator.accumulate()
+    evaluator = evaluated(library, truth, results, iou_type)
     # (IoU thresholds, recalls, classes, areas, caps) and the same without recalls; -1 where undefined.
     precision, recall = (np.asarray(evaluator.eval[name]) for name in ("precision", "recall"))
     numbers = {}
@@ -71,6 +66,32 @@ def run_evaluator(library: ModuleType, truth: dict[str, Any], results: Any, iou_
         per_class={name: _mean(precision[:, :, k, 0, 2]) for k, name in enumerate(classes)},
         per_class_AP50={name: _mean(precision[0, :, k, 0, 2]) for k, name in enumerate(classes)},
     )
+
+
+def evaluated(
+    library: ModuleType,
+    truth: dict[str, Any],
+    results: Any,
+    iou_type: IouType = "bbox",
+    thresholds: Sequence[float] | None = None,
+) -> Any:
+    """The library's evaluator, matched and accumulated.
+
+    Args:
+        library, truth, results, iou_type: as in :func:`run_evaluator`.
+        thresholds: of IoU, then with 100 detections an image as the only cap; by default COCO's ten and three.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = _index(library, truth)
+        # pycocotools cannot load an empty list of results.
+        found = coco.loadRes(results) if len(results) else _index(library, {**truth, "annotations": []})
+        evaluator = library.COCOeval(coco, found, iou_type)
+        if thresholds is not None:
+            evaluator.params.iouThrs = np.asarray(thresholds, dtype=np.float64)
+            evaluator.params.maxDets = [100]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    return evaluator
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from detdistill.config import ModelConfig, UserError
 from detdistill.models.base import Detector
 from detdistill.models.build import construct
+from detdistill.models.onnx_file import OnnxDetector
 from detdistill.models.weights import find_weights, load_weights, read_metadata, read_spec, read_state_dict
 
 
@@ -55,7 +56,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
     """Rebuild a detector from a self-describing file or a run folder.
 
     Args:
-        path: a file written by ``save_model``, or a folder that holds ``student.safetensors``.
+        path: a file written by ``save_model``, a folder that holds ``student.safetensors``, or an exported ONNX
+            file (it stays on the CPU, and cannot learn).
         device: where to put it.
 
     Returns:
@@ -65,6 +67,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
         UserError: no such file, no spec in it, or its tensors do not fit its spec.
     """
     path = find_weights(path)
+    if path.suffix == ".onnx":
+        return OnnxDetector(path)
     spec = read_spec(path)
     if spec is None and (python := read_metadata(path).get("python")):
         raise UserError(

@@ -16,7 +16,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from detdistill.data.loading import DetectionDataset
 from detdistill.data.masks import decode_mask
+from detdistill.data.records import Split
 from detdistill.evaluation.detector import Evaluation
+from detdistill.evaluation.difference import CHANGES, ImageDifference
 
 CELL = 480  # pixels of a gallery's pictures: smaller images are enlarged, so that a label can be read
 SAMPLES = 8
@@ -143,3 +145,27 @@ def save_samples(evaluation: Evaluation, out: Path | str) -> None:
 def _decoded(lengths: Sequence[Mapping[str, Any]], height: int, width: int) -> Tensor:
     masks = [decode_mask(one, height, width) for one in lengths]
     return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.bool)
+
+
+def save_differences(split: Split, differences: Sequence[ImageDifference], out: Path | str) -> None:
+    """Write the first of the images that differ: on the left what is gone, on the right what is new.
+
+    Args:
+        split: the images.
+        differences: of :func:`~detdistill.evaluation.difference.difference`, at least one.
+        out: a PNG file; its folder is made.
+    """
+    images = DetectionDataset(split, None)
+    sides = {"gone": ("lost", "gone false alarm"), "new": ("found", "new false alarm")}
+    names = [f"{kind}: {name}" for kind in CHANGES for name in split.classes]
+    rows = []
+    for one in differences[:SAMPLES]:
+        image, _ = images[one.index]
+        row = {}
+        for title, kinds in sides.items():
+            shown = [change for change in one.changes if change.kind in kinds]
+            labels = [CHANGES.index(change.kind) * len(split.classes) + change.label for change in shown]
+            boxes = torch.tensor([change.box for change in shown]).reshape(-1, 4)
+            row[title] = (image, {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64)})
+        rows.append(row)
+    save_gallery(rows, names, out)

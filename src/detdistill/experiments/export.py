@@ -1,0 +1,262 @@
+"""Write a trained detector as an ONNX file, and hold it against PyTorch before it is called good."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from detdistill.config import UserError
+from detdistill.data.digits import write_digits
+from detdistill.data.images import is_image, read_image
+from detdistill.experiments.evaluate import as_detector
+from detdistill.models.base import Detections, Detector, Preprocess
+from detdistill.models.graph import DetectionGraph, letterbox_of
+from detdistill.models.onnx_file import (
+    INPUT,
+    METADATA_KEY,
+    OUTPUTS,
+    OnnxDetector,
+    OnnxFacts,
+    import_for_export,
+)
+from detdistill.models.weights import STUDENT_FILE
+
+OPSET = 19  # the first with deformable convolution
+CHECK_IMAGES = 16
+PIXELS, SCORE = 0.1, 1e-3  # how far a detection may be off to count as equal
+EQUAL = 0.99  # share of equal detections from which the file is good
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an exported file's detections compare with PyTorch's, on the same images and the same input size.
+
+    Attributes:
+        images, detections: how many were compared; detections are PyTorch's.
+        equal: share of detections, of either side, that the other has too: same label, box and score within
+            PIXELS and SCORE; 1 where neither finds anything.
+        box_difference: largest difference, in pixels of the images, of a coordinate of equal detections.
+        score_difference: theirs.
+    """
+
+    images: int
+    detections: int
+    equal: float
+    box_difference: float
+    score_difference: float
+
+
+@dataclass(frozen=True)
+class Export:
+    """A written file.
+
+    Attributes:
+        path: the ONNX file; ``facts`` are also beside it, as .json.
+        bytes: its size.
+        parameters: of the detector.
+        facts: what the file says of itself.
+        agreement: with PyTorch.
+    """
+
+    path: Path
+    bytes: int
+    parameters: int
+    facts: OnnxFacts
+    agreement: Agreement
+
+
+def export(
+    model: Detector | str | Path,
+    out: str | Path | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    dynamic_batch: bool = False,
+    check: str | Path | None = None,
+) -> Export:
+    """Write a one-stage detector as an ONNX file that needs nothing beside it, after comparing it with PyTorch.
+
+    Args:
+        model: a detector, a run folder, or a file that detdistill saved. It is moved to the CPU.
+        out: the file to write; ``student.onnx`` in the run folder, or the weights' name with ``.onnx``, if not
+            given.
+        size: (height, width) of the input; the model's own where it has one.
+        dynamic_batch: let the graph take any number of images; else one.
+        check: a folder of images to compare on (the first 16); drawn digits and noise if not given.
+
+    Raises:
+        UserError: another kind of detector, no or a wrong size, a file that cannot be written, the packages are
+            not installed, or the file's detections are not PyTorch's; no file is left then.
+    """
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        import_for_export(package)
+    path = _target(model, out)
+    detector = as_detector(model).cpu().eval()
+    graph = DetectionGraph(detector)
+    size = _input_size(detector.preprocessor, size)
+    facts = _facts(detector, size)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
+    try:
+        _write(graph, facts, dynamic_batch, temporary)
+        agreement = compare(detector, OnnxDetector(temporary), _check_images(check, size))
+        if agreement.equal < EQUAL:
+            raise UserError(
+                f"{path}: not written: only {agreement.equal:.1%} of the detections are PyTorch's; "
+                f"please report it with the versions that `detdistill --version` prints"
+            )
+        temporary.replace(path)
+        path.with_suffix(".json").write_text(facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    return Export(path, path.stat().st_size, parameters, facts, agreement)
+
+
+def _target(model: Detector | str | Path, out: str | Path | None) -> Path:
+    if out is not None:
+        path = Path(out)
+    elif isinstance(model, Detector):
+        raise UserError("say where to write the file: out='student.onnx'")
+    else:
+        path = (Path(model) / STUDENT_FILE if Path(model).is_dir() else Path(model)).with_suffix(".onnx")
+    if path.suffix != ".onnx":
+        raise UserError(f"{path}: what is written is an ONNX file; give a name that ends in .onnx")
+    return path
+
+
+def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[int, int]:
+    divisor = preprocess.divisor
+    if size is None:
+        if preprocess.size is None:
+            raise UserError(
+                "this detector takes images of any size: give one height and width (--size 320 320)"
+            )
+        short, long = (-(-side // divisor) * divisor for side in preprocess.size)
+        return short, long
+    if any(side < 1 or side % divisor for side in size):
+        raise UserError(f"size {size[0]} {size[1]}: height and width must be multiples of {divisor}")
+    return size
+
+
+def _facts(model: Detector, size: tuple[int, int]) -> OnnxFacts:
+    convention = model.preprocessor
+    red, green, blue = (
+        255 * (convention.fill * std + mean) for mean, std in zip(convention.mean, convention.std, strict=True)
+    )
+    graph_model = DetectionGraph(model).model
+    return OnnxFacts(
+        version=importlib.metadata.version("detdistill"),
+        classes=model.classes,
+        size=size,
+        keep_ratio=convention.keep_ratio,
+        padding=(red, green, blue),
+        score_threshold=graph_model.score_threshold,
+        nms_threshold=graph_model.nms_threshold,
+        max_detections=graph_model.max_detections,
+        drop_empty=graph_model.convention != "torchvision",
+        spec=model.spec,
+    )
+
+
+def _write(graph: DetectionGraph, facts: OnnxFacts, dynamic_batch: bool, path: Path) -> None:
+    example = torch.rand(2 if dynamic_batch else 1, 3, *facts.size) * 255
+    shapes = {"images_N3HW": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, on its own internals
+        traced = torch.export.export(graph, (example,), dynamic_shapes=shapes)
+        program = torch.onnx.export(
+            traced, input_names=[INPUT], output_names=list(OUTPUTS),
+            opset_version=OPSET, dynamo=True, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    # The exporter notes for each node from which line of which file it came: paths of this machine.
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()
+    program.model.metadata_props[METADATA_KEY] = facts.model_dump_json()
+    program.save(str(path))
+
+
+# --- the check -------------------------------------------------------------------------------------------
+
+
+def compare(model: Detector, exported: OnnxDetector, images: Sequence[Tensor]) -> Agreement:
+    """Detections of the exported file and of the model's own five steps, at the exported size.
+
+    Args:
+        model: what was exported, on the CPU, in evaluation mode.
+        exported: the file.
+        images: (3, H, W) each, of any size.
+    """
+    found = total = 0
+    boxes, scores = [0.0], [0.0]
+    detections = 0
+    with torch.inference_mode(), _at_size(model, exported.facts.size):
+        for image in images:
+            (ours,), (theirs,) = exported([image]), model([image])
+            here, there, box, score = _equal(theirs, ours)
+            found += here + there
+            total += len(theirs["scores"]) + len(ours["scores"])
+            detections += len(theirs["scores"])
+            boxes.append(box)
+            scores.append(score)
+    return Agreement(len(images), detections, found / total if total else 1.0, max(boxes), max(scores))
+
+
+@contextmanager
+def _at_size(model: Detector, size: tuple[int, int]) -> Iterator[None]:
+    own = model.preprocessor
+    model.preprocessor = letterbox_of(own, size)
+    try:
+        yield
+    finally:
+        model.preprocessor = own
+
+
+def _equal(first: Detections, second: Detections) -> tuple[int, int, float, float]:
+    """Detections of either side that the other has, and how far these are off in boxes and in scores."""
+    if not len(first["scores"]) or not len(second["scores"]):
+        return 0, 0, 0.0, 0.0
+    box_KL = (first["boxes"][:, None] - second["boxes"]).abs().amax(dim=2)
+    score_KL = (first["scores"][:, None] - second["scores"]).abs()
+    equal_KL = (box_KL <= PIXELS) & (score_KL <= SCORE) & (first["labels"][:, None] == second["labels"])
+    if not equal_KL.any():
+        return 0, 0, 0.0, 0.0
+    # Of several that are near enough, the nearest: the next anchor's box is no difference.
+    apart_KL = torch.where(equal_KL, box_KL / PIXELS + score_KL / SCORE, float("inf"))
+    nearest_K1 = apart_KL.argmin(dim=1, keepdim=True)
+    has_K = equal_KL.any(dim=1)
+    box_K, score_K = (difference.gather(1, nearest_K1).squeeze(1) for difference in (box_KL, score_KL))
+    return (
+        int(has_K.sum()),
+        int(equal_KL.any(dim=0).sum()),
+        float(box_K[has_K].max()),
+        float(score_K[has_K].max()),
+    )
+
+
+def _check_images(folder: str | Path | None, size: tuple[int, int]) -> list[Tensor]:
+    if folder is not None:
+        root = Path(folder)
+        paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if is_image(path))
+        if not paths:
+            raise UserError(f"{root}: no images here to check the file on; give a folder of images to --check")
+        return [read_image(path) for path in paths[:CHECK_IMAGES]]
+    generator = torch.Generator().manual_seed(0)
+    noise = [
+        torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator)
+        for shape in (size, (size[0], size[1] // 2), (size[0] // 2 + 1, size[1]))
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        write_digits(Path(name), 1, 5, max(64, min(size)))
+        drawn = [read_image(path) for path in sorted(Path(name).rglob("*")) if is_image(path)]
+    return noise + drawn
