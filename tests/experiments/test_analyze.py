@@ -78,7 +78,8 @@ def test_three_runs_side_by_side(runs, tmp_path, capsys):
     kinds = [change["kind"] for image in changed["images"] for change in image["changes"]]
     assert changed["counts"] == {kind: kinds.count(kind) for kind in changed["counts"]}
     assert sum(changed["counts"].values()) > 0
-    assert (distilled / "analysis" / "difference.png").stat().st_size > 1000
+    for name in ("difference", "errors", "errors_by_class"):
+        assert (distilled / "analysis" / f"{name}.png").stat().st_size > 1000
     assert all(Path(image["path"]).is_file() for image in changed["images"])
 
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from detdistill.config import UserError
-from detdistill.report.plots import plot_comparison, plot_curves
+from detdistill.evaluation.errors import AREAS, KINDS, RECALLS, ErrorCurves
+from detdistill.report.plots import ERROR_COLORS, plot_comparison, plot_curves, plot_errors
 
 LOSSES = [
     {"step": s, "lr": 0.1 / s, "loss": 2.0 / s, "loss/cls": 1.5 / s, "loss/ima": 0.5 / s, "distill_share": 0.25}
@@ -45,3 +46,33 @@ def test_nothing_to_draw_is_told(tmp_path):
         plot_curves([{"step": 1}], tmp_path / "curves.png")
     with pytest.raises(UserError, match=r"missing\.csv"):
         plot_curves(tmp_path / "missing.csv", tmp_path / "curves.png")
+
+
+def errors_of(*heights):
+    """Flat curves: each kind's precision is the same at every recall; a second class has no objects."""
+    precision_K1QR = np.full((len(KINDS), len(AREAS), 2, len(RECALLS)), np.nan)
+    precision_K1QR[:, :, 0] = np.array(heights)[:, None, None]
+    return ErrorCurves(("dog", "cat"), precision_K1QR, False)
+
+
+def test_each_kind_of_error_has_an_area_of_its_size(tmp_path):
+    curves = errors_of(0.1, 0.3, 0.4, 0.4, 0.5, 0.8, 1.0)
+    plot_errors({"alone": curves}, tmp_path / "errors.png")
+    with Image.open(tmp_path / "errors.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    counts = {
+        kind: int((pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=1).sum())
+        for kind, color in ERROR_COLORS.items()
+    }
+    # The legend lies on the lower left; the kinds that have an area above it keep their proportions.
+    assert counts["BG"] / counts["FN"] == pytest.approx(0.3 / 0.2, rel=0.15)
+    assert counts["Sim"] < counts["FN"] / 10  # it costs nothing: only its patch in the legend
+
+
+def test_classes_without_objects_are_not_drawn(tmp_path):
+    curves = errors_of(0.1, 0.3, 0.4, 0.4, 0.5, 0.8, 1.0)
+    plot_errors({"a": curves, "b": curves}, tmp_path / "two.png", ["dog", "cat"])
+    plot_errors({"a": curves, "b": curves}, tmp_path / "one.png", ["dog"])
+    assert size(tmp_path / "two.png") == size(tmp_path / "one.png")
+    with pytest.raises(UserError, match="no class has objects"):
+        plot_errors({"a": curves}, tmp_path / "none.png", ["cat"])

@@ -36,10 +36,12 @@ from detdistill.experiments.evaluate import choose_device, open_split
 from detdistill.models.checkpoints import load_model
 from detdistill.models.weights import find_weights
 from detdistill.report.gallery import save_differences
+from detdistill.report.plots import plot_errors
 from detdistill.training.run_folder import RunFolder, write_atomically
 
 Progress = Callable[[int, int], None]
 Found = list[dict[str, NDArray[Any]]]
+DRAWN_CLASSES = 12  # rows of the figure of classes; analysis.json has them all
 DETECTIONS, STAMP = "detections.json", "detections.stamp.json"
 
 
@@ -131,7 +133,8 @@ def analyze(
             finished, its best arm are taken.
         alone: the run of the student without distillation: what changed from it is listed image by image.
         teacher: the teacher's run.
-        out: where ``analysis.json`` and ``difference.png`` go; ``RUN/analysis`` unless given.
+        out: where ``analysis.json``, ``errors.png``, ``errors_by_class.png`` and ``difference.png`` go;
+            ``RUN/analysis`` unless given.
         threshold: least score of the detections that are compared image by image.
         batch_size, workers, device: of the detection, for runs whose detections are not kept yet.
         progress: called after each batch with (images done, images in all), for each such run.
@@ -179,10 +182,24 @@ def analyze(
         changed = tuple(difference(split, found["alone"], found["distilled"], threshold=threshold))
     analysis = Analysis(split, models, changed, threshold)
     folder.mkdir(parents=True, exist_ok=True)
+    _draw(analysis, folder)
     if changed:
         save_differences(split, changed, folder / "difference.png")
     write_atomically(folder / "analysis.json", json.dumps(analysis.as_dict(), allow_nan=False) + "\n")
     return analysis
+
+
+def _draw(analysis: Analysis, folder: Path) -> None:
+    """The models side by side: over all classes, and for each of those with the most objects."""
+    curves = {model.role: model.curves for model in analysis.models}
+    objects = np.zeros(len(analysis.split.classes), dtype=np.int64)
+    for record in analysis.split.records:
+        np.add.at(objects, np.asarray(record.labels_K), 1)
+    most = [int(label) for label in np.argsort(-objects, kind="stable")[:DRAWN_CLASSES] if objects[label]]
+    if not most:
+        return
+    plot_errors(curves, folder / "errors.png")
+    plot_errors(curves, folder / "errors_by_class.png", [analysis.split.classes[label] for label in most])
 
 
 def detections_of(

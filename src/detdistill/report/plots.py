@@ -1,4 +1,4 @@
-"""Curves of one run and AP of several, as PNG files."""
+"""Curves of one run, AP of several, and kinds of error, as PNG files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detdistill.config import UserError
+from detdistill.evaluation.errors import KINDS, RECALLS, ErrorCurves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,10 @@ Metrics = Sequence[Mapping[str, Any]]
 INK, MUTED, GRID = "#22252b", "#6b7280", "#e5e7eb"
 # Okabe and Ito's colours, that colour-blind people tell apart, without the yellow that white paper swallows.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#4D4D4D")
+# What each kind of error costs: pale where the detection was nearly right, strong where it was not there.
+ERROR_COLORS = dict(
+    zip(KINDS, ("#cbd5e1", "#94a3b8", "#56B4E9", "#E69F00", "#CC79A7", "#7F3C8D", "#D55E00"), strict=True)
+)
 
 
 def plot_curves(metrics: Metrics | Path | str, out: Path | str) -> None:
@@ -81,6 +86,51 @@ def plot_comparison(runs: Mapping[str, Metrics | Path | str], out: Path | str, m
     _legend(ax)
     _finish(ax, f"{metric} on the validation images, %")
     _save(figure, out)
+
+
+def plot_errors(
+    curves: Mapping[str, ErrorCurves], out: Path | str, classes: Sequence[str | None] = (None,)
+) -> None:
+    """Draw precision over recall with one kind of error after another forgiven (Figure 2 of the paper).
+
+    A coloured area is what its kind of error costs; the legend gives the area under each curve, in percent.
+
+    Args:
+        curves: by the model's name: a column each.
+        out: a PNG (or PDF, SVG) file; its folder is made.
+        classes: a row each; None is the mean over all.
+
+    Raises:
+        UserError: none of these classes has an object.
+    """
+    shown = [
+        name for name in classes if not np.isnan(next(iter(curves.values())).curve("FN", "all", name)).any()
+    ]
+    if not shown:
+        raise UserError("no class has objects, so there are no errors to draw; check the annotations")
+    figure, axes = _figure(len(shown), len(curves))
+    panels = [(name, model, curve) for name in shown for model, curve in curves.items()]
+    for ax, (name, model, curve) in zip(axes, panels, strict=True):
+        _draw_errors(ax, curve, name)
+        _finish(ax, model if name is None else f"{name}, {model}", xlabel="recall, %")
+    _save(figure, out)
+
+
+def _draw_errors(ax: Axes, curves: ErrorCurves, name: str | None) -> None:
+    recall, under = 100 * RECALLS, curves.under("all", name)
+    below = np.zeros_like(recall)
+    for kind in KINDS:
+        above = 100 * curves.curve(kind, "all", name)
+        # Loosening the overlap can take a hit away, so that a curve dips under the one before it.
+        ax.fill_between(
+            recall, below, np.maximum(above, below), label=f"{kind}  {100 * under[kind]:.1f}",
+            facecolor=ERROR_COLORS[kind], linewidth=0,
+        )  # fmt: skip
+        below = np.maximum(above, below)
+    ax.plot(recall, 100 * curves.curve("C50", "all", name), color=INK, linewidth=1.2)
+    ax.set(xlim=(0, 100), ylim=(0, 100), ylabel="precision, %")
+    ax.yaxis.label.set(color=MUTED, size=9)
+    ax.legend(fontsize=9, labelcolor=INK, loc="lower left", framealpha=0.85, edgecolor="none")
 
 
 def _draw_losses(ax: Axes, rows: Metrics) -> None:
@@ -197,11 +247,11 @@ def _plain_log_ticks(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _finish(ax: Axes, title: str) -> None:
+def _finish(ax: Axes, title: str, xlabel: str = "step") -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set_title(title, loc="left", fontsize=11, color=INK, pad=10)
-    ax.set_xlabel("step", color=MUTED, fontsize=9)
+    ax.set_xlabel(xlabel, color=MUTED, fontsize=9)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     ax.tick_params(colors=MUTED, labelsize=9, which="both", length=0)
     ax.grid(axis="y", color=GRID, linewidth=0.8)
