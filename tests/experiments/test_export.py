@@ -19,8 +19,8 @@ from detdistill.experiments.evaluate import evaluate
 from detdistill.experiments.export import Agreement, compare, export
 from detdistill.experiments.predict import predict
 from detdistill.models import Detector, Preprocess, build_model, faster_rcnn, load_model, save_model
+from detdistill.models.exported import ExportedDetector, load_onnx
 from detdistill.models.graph import DetectionGraph, letterbox_of
-from detdistill.models.onnx_file import OnnxDetector
 
 pytestmark = pytest.mark.slow  # each export takes seconds
 
@@ -118,15 +118,29 @@ def test_input_conventions(convention: Preprocess, folder: Path, tmp_path: Path)
 
 def test_any_number_of_images(folder: Path, tmp_path: Path) -> None:
     model = as_if_trained_at(detector(strides=[16, 32]))
-    exported = OnnxDetector(
-        export(model, tmp_path / "x.onnx", size=SIZE, dynamic_batch=True, check=folder).path
-    )
+    exported = load_onnx(export(model, tmp_path / "x.onnx", size=SIZE, dynamic_batch=True, check=folder).path)
     images = [torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8) for _ in range(3)]
     with torch.inference_mode():
         for ours, theirs in zip(exported(images), model(images), strict=True):
             assert len(theirs["scores"]) > 5
             torch.testing.assert_close(ours["boxes"], theirs["boxes"], atol=1e-3, rtol=0)
             torch.testing.assert_close(ours["labels"], theirs["labels"])
+
+
+def test_a_program_of_torch_export(folder: Path, tmp_path: Path) -> None:
+    model = as_if_trained_at(detector(strides=[16, 32]))
+    done = export(model, tmp_path / "x.pt2", size=SIZE, dynamic_batch=True, check=folder)
+    assert done.agreement.equal == 1
+    assert done.agreement.detections > 5
+    stored = {"detdistill": ""}
+    program = torch.export.load(done.path, extra_files=stored).module()
+    assert json.loads(stored["detdistill"])["classes"] == list(CLASSES)
+    images = torch.randint(0, 256, (3, 3, *SIZE)).float()
+    (boxes, scores, labels), candidates = program(images), DetectionGraph(model)(images)
+    for theirs, ours in zip((boxes, scores, labels), candidates, strict=True):
+        torch.testing.assert_close(theirs, ours)
+    with pytest.raises(UserError, match=r"not opened here: give the \.safetensors"):
+        load_model(done.path)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (100, 50), (50, 100), (31, 1000), (1000, 31), (7, 7)])
@@ -146,7 +160,7 @@ def test_letterbox_holds_every_image(height: int, width: int) -> None:
 def test_the_file_holds_the_student_and_says_what_it_is(saved: tuple[Path, Path]) -> None:
     weights, path = saved
     exported = load_model(path)
-    assert isinstance(exported, OnnxDetector)
+    assert isinstance(exported, ExportedDetector)
     model = load_model(weights)
     assert exported.classes == CLASSES
     assert exported.spec == model.spec
@@ -163,7 +177,7 @@ def test_the_check_sees_another_model(saved: tuple[Path, Path], folder: Path) ->
     other = load_model(weights)
     nn.init.normal_(other.head.box.weight, std=0.3)
     images = [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in sorted(folder.iterdir())]
-    agreement = compare(other, OnnxDetector(path), images)
+    agreement = compare(other, load_onnx(path), images)
     assert agreement.equal < 0.5
 
 
@@ -224,7 +238,7 @@ def test_an_exported_file_can_be_evaluated(tmp_path: Path, monkeypatch: pytest.M
     [
         (None, "x.onnx", r"give one height and width \(--size 320 320\)"),
         ((64, 100), "x.onnx", "size 64 100: height and width must be multiples of 32"),
-        ((64, 64), "x.pt", r"give a name that ends in \.onnx"),
+        ((64, 64), "x.pt", r"give a name that ends in \.onnx, or in \.pt2"),
         ((64, 64), "none/x.onnx", "cannot be written"),
     ],
 )
@@ -264,7 +278,7 @@ def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_exported_detector_cannot_learn(saved: tuple[Path, Path]) -> None:
     target: dict[str, Tensor] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     with pytest.raises(UserError, match="cannot learn"):
-        OnnxDetector(saved[1]).train()([torch.rand(3, 50, 50)], [target])
+        load_onnx(saved[1]).train()([torch.rand(3, 50, 50)], [target])
 
 
 def test_the_graph_keeps_the_model(saved: tuple[Path, Path]) -> None:

@@ -87,7 +87,8 @@ def predict(
 def export(
     weights: Weights,
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; beside the weights, as .onnx, unless given.")
+        Path | None,
+        typer.Option(help="The file to write, .onnx or .pt2; beside the weights, as .onnx, unless given."),
     ] = None,
     size: Annotated[
         tuple[int, int] | None, typer.Option(metavar="H W", help="Input size; the model's own unless given.")
@@ -100,7 +101,7 @@ def export(
         typer.Option(metavar="IMAGES", help="Compare on these; drawn digits and noise unless given."),
     ] = None,
 ) -> None:
-    """Write a trained one-stage detector as an ONNX file, checked against PyTorch."""
+    """Write a trained one-stage detector as ONNX (or torch.export) file, checked against PyTorch."""
     from detdistill.experiments.export import export as export_model
     from detdistill.printing import say
 

@@ -1,4 +1,4 @@
-"""Write a trained detector as an ONNX file, and hold it against PyTorch before it is called good."""
+"""Write a trained detector as a graph for devices, and hold it against PyTorch before it is called good."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from detdistill.config import UserError
 from detdistill.data.digits import write_digits
 from detdistill.data.images import is_image, read_image
 from detdistill.experiments.evaluate import as_detector
 from detdistill.models.base import Detections, Detector, Preprocess
-from detdistill.models.graph import DetectionGraph, letterbox_of
-from detdistill.models.onnx_file import (
+from detdistill.models.exported import (
     INPUT,
     METADATA_KEY,
     OUTPUTS,
-    OnnxDetector,
-    OnnxFacts,
+    ExportedDetector,
+    ExportFacts,
     import_for_export,
+    load_onnx,
 )
+from detdistill.models.graph import DetectionGraph, letterbox_of
 from detdistill.models.weights import STUDENT_FILE
 
+ONNX, PROGRAM = ".onnx", ".pt2"
 OPSET = 19  # the first with deformable convolution
 CHECK_IMAGES = 16
 PIXELS, SCORE = 0.1, 1e-3  # how far a detection may be off to count as equal
@@ -60,7 +63,7 @@ class Export:
     """A written file.
 
     Attributes:
-        path: the ONNX file; ``facts`` are also beside it, as .json.
+        path: the file; ``facts`` are also beside it, as .json.
         bytes: its size.
         parameters: of the detector.
         facts: what the file says of itself.
@@ -70,7 +73,7 @@ class Export:
     path: Path
     bytes: int
     parameters: int
-    facts: OnnxFacts
+    facts: ExportFacts
     agreement: Agreement
 
 
@@ -82,12 +85,12 @@ def export(
     dynamic_batch: bool = False,
     check: str | Path | None = None,
 ) -> Export:
-    """Write a one-stage detector as an ONNX file that needs nothing beside it, after comparing it with PyTorch.
+    """Write a one-stage detector as a file that needs nothing beside it, after comparing it with PyTorch.
 
     Args:
         model: a detector, a run folder, or a file that detdistill saved. It is moved to the CPU.
-        out: the file to write; ``student.onnx`` in the run folder, or the weights' name with ``.onnx``, if not
-            given.
+        out: the file to write, ``.onnx`` or, for a program of torch.export, ``.pt2``; ``student.onnx`` in the
+            run folder, or the weights' name with ``.onnx``, if not given.
         size: (height, width) of the input; the model's own where it has one.
         dynamic_batch: let the graph take any number of images; else one.
         check: a folder of images to compare on (the first 16); drawn digits and noise if not given.
@@ -96,17 +99,19 @@ def export(
         UserError: another kind of detector, no or a wrong size, a file that cannot be written, the packages are
             not installed, or the file's detections are not PyTorch's; no file is left then.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        import_for_export(package)
     path = _target(model, out)
+    if path.suffix == ONNX:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            import_for_export(package)
     detector = as_detector(model).cpu().eval()
     graph = DetectionGraph(detector)
     size = _input_size(detector.preprocessor, size)
     facts = _facts(detector, size)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        _write(graph, facts, dynamic_batch, temporary)
-        agreement = compare(detector, OnnxDetector(temporary), _check_images(check, size))
+        write = _write_onnx if path.suffix == ONNX else _write_program
+        exported = write(_traced(graph, size, dynamic_batch), facts, dynamic_batch, temporary)
+        agreement = compare(detector, exported, _check_images(check, size))
         if agreement.equal < EQUAL:
             raise UserError(
                 f"{path}: not written: only {agreement.equal:.1%} of the detections are PyTorch's; "
@@ -128,9 +133,9 @@ def _target(model: Detector | str | Path, out: str | Path | None) -> Path:
     elif isinstance(model, Detector):
         raise UserError("say where to write the file: out='student.onnx'")
     else:
-        path = (Path(model) / STUDENT_FILE if Path(model).is_dir() else Path(model)).with_suffix(".onnx")
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: what is written is an ONNX file; give a name that ends in .onnx")
+        path = (Path(model) / STUDENT_FILE if Path(model).is_dir() else Path(model)).with_suffix(ONNX)
+    if path.suffix not in (ONNX, PROGRAM):
+        raise UserError(f"{path}: give a name that ends in .onnx, or in .pt2 for a program of torch.export")
     return path
 
 
@@ -148,13 +153,13 @@ def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[i
     return size
 
 
-def _facts(model: Detector, size: tuple[int, int]) -> OnnxFacts:
+def _facts(model: Detector, size: tuple[int, int]) -> ExportFacts:
     convention = model.preprocessor
     red, green, blue = (
         255 * (convention.fill * std + mean) for mean, std in zip(convention.mean, convention.std, strict=True)
     )
     graph_model = DetectionGraph(model).model
-    return OnnxFacts(
+    return ExportFacts(
         version=importlib.metadata.version("detdistill"),
         classes=model.classes,
         size=size,
@@ -168,12 +173,19 @@ def _facts(model: Detector, size: tuple[int, int]) -> OnnxFacts:
     )
 
 
-def _write(graph: DetectionGraph, facts: OnnxFacts, dynamic_batch: bool, path: Path) -> None:
-    example = torch.rand(2 if dynamic_batch else 1, 3, *facts.size) * 255
+def _traced(graph: DetectionGraph, size: tuple[int, int], dynamic_batch: bool) -> ExportedProgram:
+    example = torch.rand(2 if dynamic_batch else 1, 3, *size) * 255
     shapes = {"images_N3HW": {0: torch.export.Dim("batch")}} if dynamic_batch else None
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, on its own internals
-        traced = torch.export.export(graph, (example,), dynamic_shapes=shapes)
+        return torch.export.export(graph, (example,), dynamic_shapes=shapes)
+
+
+def _write_onnx(
+    traced: ExportedProgram, facts: ExportFacts, dynamic_batch: bool, path: Path
+) -> ExportedDetector:
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         program = torch.onnx.export(
             traced, input_names=[INPUT], output_names=list(OUTPUTS),
             opset_version=OPSET, dynamo=True, verbose=False,
@@ -184,12 +196,22 @@ def _write(graph: DetectionGraph, facts: OnnxFacts, dynamic_batch: bool, path: P
         node.metadata_props.clear()
     program.model.metadata_props[METADATA_KEY] = facts.model_dump_json()
     program.save(str(path))
+    return load_onnx(path)
+
+
+def _write_program(
+    traced: ExportedProgram, facts: ExportFacts, dynamic_batch: bool, path: Path
+) -> ExportedDetector:
+    for node in traced.graph.nodes:
+        node.meta.pop("stack_trace", None)  # as for ONNX
+    torch.export.save(traced, path, extra_files={METADATA_KEY: facts.model_dump_json()})
+    return ExportedDetector(facts, torch.export.load(path).module(), any_batch=dynamic_batch)
 
 
 # --- the check -------------------------------------------------------------------------------------------
 
 
-def compare(model: Detector, exported: OnnxDetector, images: Sequence[Tensor]) -> Agreement:
+def compare(model: Detector, exported: ExportedDetector, images: Sequence[Tensor]) -> Agreement:
     """Detections of the exported file and of the model's own five steps, at the exported size.
 
     Args:

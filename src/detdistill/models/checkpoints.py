@@ -20,7 +20,7 @@ from torch import Tensor
 from detdistill.config import ModelConfig, UserError
 from detdistill.models.base import Detector
 from detdistill.models.build import construct
-from detdistill.models.onnx_file import OnnxDetector
+from detdistill.models.exported import load_onnx
 from detdistill.models.weights import find_weights, load_weights, read_metadata, read_spec, read_state_dict
 
 
@@ -68,7 +68,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
     """
     path = find_weights(path)
     if path.suffix == ".onnx":
-        return OnnxDetector(path)
+        return load_onnx(path)
+    if path.suffix == ".pt2":
+        raise UserError(
+            f"{path}: a program of torch.export can hold pickles, so it is not opened here: give the .safetensors or "
+            f".onnx file of the same student"
+        )
     spec = read_spec(path)
     if spec is None and (python := read_metadata(path).get("python")):
         raise UserError(

@@ -96,8 +96,11 @@ class DetectionGraph(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
 
-    def forward(self, images_N3HW: Tensor) -> Candidates:
-        """Candidates from RGB images, 0…255, all of one size."""
+    def forward(self, images_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields of :class:`Candidates` from RGB images, 0…255, all of one size.
+
+        A plain tuple: a program of torch.export is to be opened where detdistill is not.
+        """
         model = self.model
         x_N3HW = (images_N3HW - self.mean_311) / self.std_311
         x_N3HW = x_N3HW.flip(1) if model.preprocessor.bgr else x_N3HW
@@ -117,7 +120,8 @@ class DetectionGraph(nn.Module):
                 encoded_NPE.gather(1, at[..., None].expand(-1, -1, encoded_NPE.shape[2])), anchors_P4[at]
             )
             found.append((boxes, torch.where(kept, scores, 0.0), labels))
-        return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+        boxes_NM4, scores_NM, labels_NM = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return boxes_NM4, scores_NM, labels_NM
 
 
 def best_of_level(scores_NPQ: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

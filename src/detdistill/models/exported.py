@@ -1,16 +1,15 @@
-"""Detectors in ONNX files: an exported student, used like any other detector through onnxruntime.
+"""Exported students: a graph of one input size, used like any other detector.
 
-The file says all that is needed beside its graph, in its metadata under ``detdistill`` (and so does the .json
-file beside it): :class:`OnnxFacts`.
+A file says all that is needed beside its graph, in its metadata under ``detdistill`` (and so does the .json
+file beside it): :class:`ExportFacts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -25,7 +24,7 @@ OUTPUTS = ("boxes", "scores", "labels")
 INSTALL = 'pip install "detdistill[export]"'
 
 
-class OnnxFacts(BaseModel):
+class ExportFacts(BaseModel):
     """What an exported file says of itself.
 
     Attributes:
@@ -56,55 +55,37 @@ class OnnxFacts(BaseModel):
     spec: dict[str, Any] | None
 
 
-class OnnxDetector(Detector):
-    """A detector whose graph onnxruntime runs, on the CPU; it cannot learn.
+Graph = Callable[[Tensor], Sequence[Tensor]]
+"""(N, 3, H, W) float32 RGB, 0…255, to the boxes, scores and labels of :class:`Candidates`."""
+
+
+class ExportedDetector(Detector):
+    """A detector whose graph something else runs, on the CPU; it cannot learn.
 
     Args:
-        path: a file that ``detdistill export`` wrote. Nothing in it is executed but its graph of operators.
-        threads: of onnxruntime; 0 lets it choose.
-
-    Raises:
-        UserError: no such file, no graph in it, not from detdistill, or onnxruntime is not installed.
+        facts: what the file says of itself.
+        graph: runs it.
+        any_batch: whether it takes any number of images; else one.
     """
 
     opaque = True
     can_learn = False
 
-    def __init__(self, path: str | Path, threads: int = 0) -> None:
+    def __init__(self, facts: ExportFacts, graph: Graph, *, any_batch: bool) -> None:
         super().__init__()
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        onnxruntime = import_for_export("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own exceptions have no common base but this
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{path}: cannot be read as an ONNX file ({reason}); export it again") from None
-        stored = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-        if stored is None:
-            raise UserError(f"{path}: does not say what detector it is: give a file of `detdistill export`")
-        try:
-            self.facts = OnnxFacts.model_validate_json(stored)
-        except ValidationError as error:
-            fault = ".".join(map(str, error.errors()[0]["loc"]))
-            raise UserError(
-                f"{path}: written by another version of detdistill ({fault}); export it again"
-            ) from None
-        self.classes = self.facts.classes
-        self.spec = self.facts.spec
+        self.facts = facts
+        self.any_batch = any_batch
+        self.classes = facts.classes
+        self.spec = facts.spec
         self.pyramid_channels = {}
         # 255 · x - padding, filled with 0: adding the padding afterwards gives each channel its own.
         self.preprocessor = Letterbox(
-            size=self.facts.size,
-            mean=tuple(value / 255 for value in self.facts.padding),  # type: ignore[arg-type]
+            size=facts.size,
+            mean=tuple(value / 255 for value in facts.padding),  # type: ignore[arg-type]
             std=(1 / 255,) * 3,
-            keep_ratio=self.facts.keep_ratio,
+            keep_ratio=facts.keep_ratio,
         )
-        self.any_batch = not isinstance(self.session.get_inputs()[0].shape[0], int)
+        self._graph = (graph,)  # in a tuple: a graph that is a module would become a part of this one
         self.eval()
 
     def preprocess(
@@ -120,11 +101,10 @@ class OnnxDetector(Detector):
         return {}
 
     def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
-        images = batch.images_N3HW.cpu().numpy()
-        runs = [images] if self.any_batch else np.split(images, len(images))
-        answers = [self.session.run(OUTPUTS, {INPUT: part}) for part in runs]
-        parts = (torch.from_numpy(np.concatenate(part)) for part in zip(*answers, strict=True))
-        return ForeignRaw(Candidates(*parts))
+        images_N3HW = batch.images_N3HW.cpu()
+        (graph,) = self._graph
+        runs = [graph(part) for part in ([images_N3HW] if self.any_batch else images_N3HW.split(1))]
+        return ForeignRaw(Candidates(*(torch.cat(part) for part in zip(*runs, strict=True))))
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         raise UserError("an exported detector cannot learn: train the run or weights file that it came from")
@@ -139,6 +119,47 @@ class OnnxDetector(Detector):
             max_detections=facts.max_detections,
             drop_empty=facts.drop_empty,
         )
+
+
+def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector:
+    """The detector of an ONNX file that ``detdistill export`` wrote, run by onnxruntime.
+
+    Nothing in the file is executed but its graph of operators.
+
+    Args:
+        path: the file.
+        threads: of onnxruntime; 0 lets it choose.
+
+    Raises:
+        UserError: no such file, no graph in it, not from detdistill, or onnxruntime is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    onnxruntime = import_for_export("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common base but this
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path}: cannot be read as an ONNX file ({reason}); export it again") from None
+    stored = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if stored is None:
+        raise UserError(f"{path}: does not say what detector it is: give a file of `detdistill export`")
+    try:
+        facts = ExportFacts.model_validate_json(stored)
+    except ValidationError as error:
+        fault = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{path}: written by another version of detdistill ({fault}); export it again"
+        ) from None
+
+    def run(images_N3HW: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(part) for part in session.run(OUTPUTS, {INPUT: images_N3HW.numpy()})]
+
+    return ExportedDetector(facts, run, any_batch=not isinstance(session.get_inputs()[0].shape[0], int))
 
 
 def import_for_export(name: str) -> Any:
