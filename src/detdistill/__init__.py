@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detdistill.config import Recipe, UserError, load_recipe
+    from detdistill.distillation.matching import LevelAligner
+    from detdistill.distillation.methods import METHODS
     from detdistill.distillation.methods.ima import IMALoss
     from detdistill.distillation.methods.mimic import MimicLoss
     from detdistill.distillation.pair import Pair
+    from detdistill.distillation.signals import Method, Setting, Signals
     from detdistill.experiments.analyze import analyze
     from detdistill.experiments.check import check
     from detdistill.experiments.evaluate import evaluate
@@ -28,11 +31,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "IMALoss",
+    "LevelAligner",
+    "Method",
     "MimicLoss",
     "Pair",
     "Preprocess",
     "Recipe",
+    "Setting",
+    "Signals",
     "UserError",
     "__version__",
     "analyze",
@@ -51,10 +59,15 @@ __all__ = [
 
 _HOMES = {
     "IMALoss": "distillation.methods.ima",
+    "LevelAligner": "distillation.matching",
+    "METHODS": "distillation.methods",
+    "Method": "distillation.signals",
     "MimicLoss": "distillation.methods.mimic",
     "Pair": "distillation.pair",
     "Preprocess": "models.base",
     "Recipe": "config",
+    "Setting": "distillation.signals",
+    "Signals": "distillation.signals",
     "UserError": "config",
     "analyze": "experiments.analyze",
     "build_model": "models",

@@ -154,17 +154,17 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="Say all of this one: equation, options, presets.")] = None,
 ) -> None:
     """List the distillation methods, or describe one."""
-    from importlib import import_module
+    import sys
 
     from detdistill.distillation.methods import METHODS, option_table
     from detdistill.printing import first_line, say, show
 
     if name is not None:
         columns, rows = option_table(name)
-        say((import_module(f"detdistill.distillation.methods.{name}").__doc__ or "").strip() + "\n")
+        say((sys.modules[METHODS[name].__module__].__doc__ or "").strip() + "\n")
         show(columns, rows, text_columns=len(columns))
         return
-    files = {name: import_module(f"detdistill.distillation.methods.{name}") for name in METHODS}
+    files = {name: sys.modules[method.__module__] for name, method in METHODS.items()}
     show(
         ("method", "what it is"),
         [(name, first_line(file.__doc__)) for name, file in files.items()],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -75,6 +77,11 @@ __all__ = [
     "method_options",
 ]
 
+logger = logging.getLogger(__name__)
+
+PLUGINS = "detdistill.methods"
+"""The group of entry points by which an installed package brings methods of its own."""
+
 METHODS: dict[str, type[Method]] = {
     "ima": IMA,
     "mimic": Mimic,
@@ -102,6 +109,18 @@ COMMON: dict[str, Any] = {"preset": str, "strides": list[int], "finest": int}
 """Options of every method: a named set of options; the student's levels to use, or how many from the finest."""
 
 
+def add_installed_methods() -> None:
+    """Add what other packages bring (docs/your-own-method.md); one that fails is told of and left out."""
+    for entry in entry_points(group=PLUGINS):
+        if entry.name in METHODS:
+            logger.warning("%s: method %r is ours already, and left out", entry.value, entry.name)
+            continue
+        try:
+            METHODS[entry.name] = entry.load()
+        except Exception as error:  # it is not our code
+            logger.warning("%s: method %r cannot be loaded (%r)", entry.value, entry.name, error)
+
+
 def build_method(name: str, setting: Setting, options: Mapping[str, Any] | None = None) -> Method:
     """The method of that name, with the preset for the student's family or kind, bound to a pair.
 
@@ -112,6 +131,10 @@ def build_method(name: str, setting: Setting, options: Mapping[str, Any] | None 
     if name not in METHODS:
         raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
     method = METHODS[name]
+    task = setting.student.task
+    if task not in method.tasks:
+        able = ", ".join(other for other in METHODS if task in METHODS[other].tasks)
+        raise UserError(f"{name} is not for {task}; these are: {able}")
     options = dict(options or {})
     known = {**method_options(name), **COMMON}
     for key, value in options.items():
@@ -213,3 +236,6 @@ def _check(where: str, value: Any, hint: Any) -> None:
     ):
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise UserError(f"{where} is {value!r}; give a {names}")
+
+
+add_installed_methods()
