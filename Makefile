@@ -3,6 +3,7 @@
 #   make test     the test suite              make lint   style, types and the order of imports
 #   make test-long   what takes minutes: every family learns eight photographs, every family teaches every other
 #   make bench    the benchmarks, small       make docs   links, commands and keys in the documentation
+#   make paper-mini  the paper's tables on small sets: hours; stopped, it goes on where it was
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: setup demo test test-long lint format bench docs clean
+.PHONY: setup demo test test-long lint format bench docs paper-mini clean
 
 setup: $(READY)
 
@@ -46,6 +47,10 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/step_cost.py --size 128 128 --rounds 3
 	$(BIN)/python benchmarks/evaluator.py --images 300
+
+# What it needs and how it takes parts: benchmarks/paper_mini.py.
+paper-mini: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper_mini.py --jobs 2 $(FLAGS)
 
 docs: setup
 	$(BIN)/python -m pytest tests/test_docs.py
