@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from detdistill.config import UserError
+from detdistill.distillation.matching import resize_like
 from detdistill.distillation.methods.fgd import FGD, FGDLoss, GlobalContext, focal_masks
 from detdistill.distillation.pair import Pair
 from detdistill.models.base import Batch
@@ -117,3 +120,45 @@ def test_the_pair_is_finite_where_maps_are_constant():
     pair = make_pair(["fgd"]).train()
     pair(*batch(constant=True, empty=True))["fgd"].backward()
     assert all(p.grad.isfinite().all() for p in pair.methods.parameters())
+
+
+def test_a_factor_on_the_sums_is_one_on_the_maps():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(2, 4, 5, 6).double()
+    foreground, background = torch.rand(2, 5, 6), torch.rand(2, 5, 6)
+    loss, block = FGDLoss(relation_weight=0.1), GlobalContext(4).double()
+    torch.nn.init.normal_(block.transform[-1].weight)
+    found = []
+    for on_maps, on_sums in ((0.3, 1.0), (1.0, torch.tensor(0.3, dtype=torch.float64))):
+        s = student.clone().requires_grad_()
+        context = [block(x * on_maps, on_sums) for x in (s, teacher)]
+        value = loss(s * on_maps, teacher * on_maps, foreground, background, *context, on_sums)
+        found.append((value, *torch.autograd.grad(value, [s, block.key_C])))
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second)
+    assert found[0][1].any()
+
+
+def test_unit_makes_the_scale_of_both_no_matter():
+    pair = make_pair(["fgd"])
+    images, targets = batch()
+    inputs = pair.student.preprocess(images, targets)
+    maps = {
+        stride: (torch.randn(2, 16, n, n), torch.randn(2, 24, n, n)) for stride, n in ((8, 8), (16, 4), (32, 2))
+    }
+    method = pair.methods["fgd"]
+    for adapter in method.align.adapters.values():
+        torch.nn.init.zeros_(adapter.bias)  # an affine map is no scale
+
+    def value(scale):
+        return method(
+            SimpleNamespace(
+                student={stride: scale * s for stride, (s, _) in maps.items()},
+                teacher={stride: scale * t for stride, (_, t) in maps.items()},
+                overlay=resize_like, teacher_batch=inputs,
+            )
+        )  # fmt: skip
+
+    torch.testing.assert_close(value(50.0), value(1.0))
+    method.unit = False
+    assert value(50.0) > 100 * value(1.0)

@@ -334,10 +334,16 @@ class LevelAligner(nn.Module):
                 s_NCHW = self.adapters[str(level.student_stride)](s_NCHW)
             s_NCHW = signals.overlay(s_NCHW, t_NCHW)
             if self.unit:
-                size = t_NCHW.float().square().mean().sqrt()
-                factor = torch.where(size > TINY, 1 / size, 1.0)
+                factor = unit_factor(t_NCHW)
                 s_NCHW, t_NCHW = s_NCHW * factor.to(s_NCHW.dtype), t_NCHW * factor.to(t_NCHW.dtype)
             yield level, s_NCHW, t_NCHW
+
+
+def unit_factor(teacher_NCHW: Tensor) -> Tensor:
+    """1 over the root mean square of a map; 1 for one that is all but 0."""
+    # The norm reads the map once and writes none.
+    size = torch.linalg.vector_norm(teacher_NCHW, dtype=torch.float32) / teacher_NCHW.numel() ** 0.5
+    return torch.where(size > TINY, 1 / size, 1.0)
 
 
 def resize_like(x_NCHW: Tensor, like_NCHW: Tensor) -> Tensor:

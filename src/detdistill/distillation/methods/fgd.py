@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from detdistill.distillation.correlation import channel_parts
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import Adapt, LevelAligner, unit_factor
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, touched_cells
 from detdistill.distillation.signals import Method, Setting, Signals
@@ -71,6 +71,7 @@ class FGDLoss(nn.Module):
         background_NHW: Tensor,
         student_context_NC: Tensor | None = None,
         teacher_context_NC: Tensor | None = None,
+        factor: Tensor | float = 1.0,
     ) -> Tensor:
         """The loss, a scalar.
 
@@ -78,14 +79,17 @@ class FGDLoss(nn.Module):
             student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
             foreground_NHW, background_NHW: M_f and M_b.
             student_context_NC, teacher_context_NC: R(F) - F of each, one number for a channel; None: 0.
+            factor: on both maps (not on the contexts): applied to the sums, it costs no scaled maps.
         """
         s_NCP, t_NCP = student_NCHW.flatten(2), teacher_NCHW.detach().flatten(2)
         n, _, pixels = s_NCP.shape
-        pixels_t_NP, channels_t_NC = self._attention(*_sizes(t_NCP))
+        pixels_t_NP, channels_t_NC = self._attention(*(factor * size for size in _sizes(t_NCP)))
 
         focus_NHW = self.foreground_weight * foreground_NHW + self.background_weight * background_NHW
         focus_NP = focus_NHW.flatten(1).to(s_NCP.dtype) * pixels_t_NP
         size_NP, size_NC, difference_NC, squares_NC, focal_NC = _MapSums.apply(s_NCP, t_NCP, focus_NP)
+        size_NP, size_NC, difference_NC = (factor * of for of in (size_NP, size_NC, difference_NC))
+        squares_NC, focal_NC = (factor**2 * of for of in (squares_NC, focal_NC))
 
         focal = (focal_NC * channels_t_NC).sum()
         pixels_s_NP, channels_s_NC = self._attention(size_NP, size_NC)
@@ -120,9 +124,9 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(parameter)
 
     @in_full_precision
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C)."""
-        return self.transform(_AttentionPool.apply(x_NCHW.flatten(2), self.key_C))
+    def forward(self, x_NCHW: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        """(N, C, H, W) times the factor to (N, C)."""
+        return self.transform(factor * _AttentionPool.apply(x_NCHW.flatten(2), factor * self.key_C))
 
 
 class FGD(Method):
@@ -178,7 +182,8 @@ class FGD(Method):
 
     def __init__(self, setting: Setting, loss: FGDLoss, *, adapt: Adapt = "auto", unit: bool = True) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt, unit=unit)
+        self.align = LevelAligner(setting.matching, adapt)
+        self.unit = unit
         self.loss = loss
         self.student_context, self.teacher_context = nn.ModuleDict(), nn.ModuleDict()
         if loss.relation_weight:
@@ -190,10 +195,11 @@ class FGD(Method):
         terms = []
         for level, s, t in self.align(signals):
             key = str(level.student_stride)
-            context = []
+            factor = unit_factor(t) if self.unit else 1.0
+            context = [None, None]
             if self.loss.relation_weight:
-                context = [self.student_context[key](s), self.teacher_context[key](t)]
-            terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context))
+                context = [self.student_context[key](s, factor), self.teacher_context[key](t, factor)]
+            terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context, factor))
         return torch.stack(terms).sum()
 
 
