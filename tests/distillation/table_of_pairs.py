@@ -51,7 +51,7 @@ def build(family, channels, size=SIZE, classes=CLASSES, seed=0, **options):
     if family == "wrapped":
         model = YoloLike(channels, len(classes))
         taps = {8: "model.5", 16: "model.6", 32: "model.7"}
-        return wrap(model, taps, preprocess, classes, losses=yolo_losses(model), decode=yolo_decode)
+        return wrap(model, taps, preprocess, classes, losses=yolo_losses, decode=yolo_decode)
     if family in QUERIES:
         channels, options = 32 if channels <= 16 else 64, {"num_queries": 10, "head_depth": 1, **options}
     else:

@@ -45,9 +45,7 @@ def teacher(seed=0, channels=16):
 def student(seed=1, width=4, losses=None):
     torch.manual_seed(seed)
     model = YoloLike(width, num_classes=10)
-    return detdistill.wrap(
-        model, LEVELS, PLAIN, DIGITS, losses=losses or yolo_losses(model), decode=yolo_decode
-    )
+    return detdistill.wrap(model, LEVELS, PLAIN, DIGITS, losses=losses or yolo_losses, decode=yolo_decode)
 
 
 def distill(teacher, student, out, **options):
@@ -96,14 +94,13 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path):
     whole = load_file(distill(teacher(), student(), tmp_path / "whole").student)
     steps = []
 
-    def cut_off(output, batch):
+    def cut_off(model, output, batch):
         steps.append(1)
         if len(steps) == 4:
             raise KeyboardInterrupt
-        return inner(output, batch)
+        return yolo_losses(model, output, batch)
 
     broken = student(losses=cut_off)
-    inner = yolo_losses(broken.model)
     with pytest.raises(KeyboardInterrupt):
         distill(teacher(), broken, tmp_path / "cut")
     resumed = load_file(distill(teacher(), student(seed=7), tmp_path / "cut").student)
@@ -127,6 +124,6 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=r"a YoloLike is no detector yet: give detdistill.wrap"):
             use()
-    other = detdistill.wrap(model, LEVELS, PLAIN, ("a", "b"), losses=yolo_losses(model))
+    other = detdistill.wrap(model, LEVELS, PLAIN, ("a", "b"), losses=yolo_losses)
     with pytest.raises(UserError, match="the student's classes are a, b and the data's 0, 1, 2"):
         distill(teacher(), other, tmp_path / "classes")

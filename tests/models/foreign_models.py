@@ -104,27 +104,23 @@ class YoloLike(nn.Module):
         return loss * len(batch["img"]), loss.detach()
 
 
-def yolo_losses(model):
+def yolo_losses(model, output, batch):
     """What docs/foreign-models.md shows, in the words of the stand-in."""
-
-    def losses(output, batch):
-        height, width = batch.padded_size
-        over = torch.tensor([width, height, width, height])
-        boxes = [box_convert(target["boxes"], "xyxy", "cxcywh") / over for target in batch.targets]
-        labels = [target["labels"] for target in batch.targets]
-        theirs = {
-            "img": batch.images_N3HW,
-            "bboxes": torch.cat(boxes),
-            "cls": torch.cat(labels)[:, None].float(),
-            "batch_idx": torch.cat([torch.full((len(x),), float(i)) for i, x in enumerate(labels)]),
-        }
-        box, cls, dfl = model.loss(theirs, output)[0] / len(batch.sizes)
-        return {"box": box, "cls": cls, "dfl": dfl}
-
-    return losses
+    height, width = batch.padded_size
+    over = torch.tensor([width, height, width, height])
+    boxes = [box_convert(target["boxes"], "xyxy", "cxcywh") / over for target in batch.targets]
+    labels = [target["labels"] for target in batch.targets]
+    theirs = {
+        "img": batch.images_N3HW,
+        "bboxes": torch.cat(boxes),
+        "cls": torch.cat(labels)[:, None].float(),
+        "batch_idx": torch.cat([torch.full((len(x),), float(i)) for i, x in enumerate(labels)]),
+    }
+    box, cls, dfl = model.loss(theirs, output)[0] / len(batch.sizes)
+    return {"box": box, "cls": cls, "dfl": dfl}
 
 
-def yolo_decode(output, batch):
+def yolo_decode(model, output, batch):
     found = []
     for one_DP in output[0]:
         scores_P, labels_P = one_DP[4:].max(0)

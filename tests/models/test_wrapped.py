@@ -37,7 +37,7 @@ def yolo_teacher(width=8):
 def yolo_student(width=4):
     torch.manual_seed(2)
     model = YoloLike(width)
-    return detdistill.wrap(model, LEVELS, PLAIN, CLASSES, losses=yolo_losses(model), decode=yolo_decode)
+    return detdistill.wrap(model, LEVELS, PLAIN, CLASSES, losses=yolo_losses, decode=yolo_decode)
 
 
 def our_student(channels=8):
@@ -233,7 +233,7 @@ def test_what_else_is_told_at_once():
     with pytest.raises(UserError, match="preprocess is missing"):
         detdistill.wrap(YoloLike(), LEVELS)
     with pytest.raises(UserError, match="classes is missing"):
-        detdistill.wrap(YoloLike(), LEVELS, PLAIN, losses=lambda output, batch: {})
+        detdistill.wrap(YoloLike(), LEVELS, PLAIN, losses=lambda model, output, batch: {})
 
     class Wants(MmdetLike):
         def forward(self, inputs, data_samples):
@@ -358,7 +358,7 @@ def test_losses_are_the_models_own():
 def test_detections_are_in_pixels_of_the_image_that_was_given():
     sized = Preprocess(size=(64, 64), mean=(0, 0, 0), std=(1, 1, 1))
 
-    def decode(output, batch):
+    def decode(model, output, batch):
         box = torch.tensor([[8.0, 4, 40, 30], [0, 0, 99, 99]])
         return [{"boxes": box, "labels": torch.tensor([1, 0]), "scores": torch.tensor([0.2, 0.9])}]
 
@@ -369,10 +369,34 @@ def test_detections_are_in_pixels_of_the_image_that_was_given():
     torch.testing.assert_close(found["boxes"], torch.tensor([[0.0, 0, 128, 32], [16, 8, 80, 32]]))
 
 
+def test_a_copy_hands_its_own_model_to_the_functions():
+    """An average over training is a copy: its losses and detections must not be the original's."""
+    seen = []
+
+    def losses(model, output, batch):
+        seen.append(model)
+        return {"sum": sum(x.sum() for x in model.parameters())}
+
+    def decode(model, output, batch):
+        seen.append(model)
+        return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}]
+
+    student = detdistill.wrap(YoloLike(), LEVELS, PLAIN, CLASSES, losses=losses, decode=decode)
+    again = copy.deepcopy(student)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.fill_(1)
+    images, targets = example()
+    total = again.train()(images[:1], targets[:1])["sum"]
+    assert total == sum(parameter.numel() for parameter in again.parameters())
+    again.eval()(images[:1])
+    assert all(model is again.model for model in seen)
+
+
 def test_wrong_losses_are_told():
     for losses, seen in (
-        (lambda output, batch: output[0].sum(), r"a tensor \(\)"),
-        (lambda output, batch: {"box": output[0].flatten()}, r"a dict of 1"),
+        (lambda model, output, batch: output[0].sum(), r"a tensor \(\)"),
+        (lambda model, output, batch: {"box": output[0].flatten()}, r"a dict of 1"),
     ):
         student = detdistill.wrap(YoloLike(), LEVELS, PLAIN, CLASSES, losses=losses).train()
         with pytest.raises(UserError, match=seen):
@@ -384,7 +408,7 @@ def test_wrong_losses_are_told():
 # --- several processes -----------------------------------------------------------------------------------
 
 
-def losses_of_mmdet(output, batch):
+def losses_of_mmdet(model, output, batch):
     return {"cls": sum(x.sigmoid().mean() for x in output[0]), "box": sum(x.abs().mean() for x in output[1])}
 
 
@@ -425,7 +449,7 @@ ours = [retinanet("resnet10t", classes=CLASSES, **options) for _ in range(2)]
 yolo = YoloLike(4)
 students = [
     (ours[0], detdistill.wrap(YoloLike(8), levels, plain)),
-    (detdistill.wrap(yolo, levels, plain, CLASSES, losses=yolo_losses(yolo)), ours[1]),
+    (detdistill.wrap(yolo, levels, plain, CLASSES, losses=yolo_losses), ours[1]),
 ]
 for student, teacher in students:
     pair = detdistill.Pair(student, teacher, ["mimic"]).train()

@@ -34,8 +34,8 @@ from detdistill.models.base import (
 from detdistill.models.torchvision_objects import wrap_torchvision
 
 Call = Callable[[nn.Module, Tensor, Batch], Any]
-Losses = Callable[[Any, Batch], Mapping[str, Tensor]]
-Decode = Callable[[Any, Batch], Sequence[Detections]]
+Losses = Callable[[nn.Module, Any, Batch], Mapping[str, Tensor]]
+Decode = Callable[[nn.Module, Any, Batch], Sequence[Detections]]
 
 PROBE = 64  # pixels: least height of the image on which the taps are tried; it is twice as wide
 WITHOUT_TAPS = (detection.RetinaNet, detection.FCOS, detection.FasterRCNN)  # a MaskRCNN is a FasterRCNN
@@ -63,10 +63,11 @@ def wrap(
         preprocess: what the model was trained to see. Of torchvision's objects: their own, when not given.
         classes: names, without a background; label i means ``classes[i]``. A teacher of features needs none.
         call: ``call(model, images_N3HW, batch)`` runs it; ``model(images_N3HW)`` when not given. It is first
-            tried on an image of zeros with ``batch.targets`` None.
-        losses: ``losses(output, batch)``: of what ``call`` returned in training mode, scalars by name. The
-            objects, in pixels of the network input, are in ``batch.targets``.
-        decode: ``decode(output, batch)``: of what ``call`` returned in evaluation mode, for each image
+            tried on an image of zeros with ``batch.targets`` None. These functions are given the model because
+            it may be a copy: an average over training, or that of another process.
+        losses: ``losses(model, output, batch)``: of what ``call`` returned in training mode, scalars by name.
+            The objects, in pixels of the network input, are in ``batch.targets``.
+        decode: ``decode(model, output, batch)``: of what ``call`` returned in evaluation mode, for each image
             ``boxes`` (K, 4) xyxy in pixels of the network input, ``labels`` (K,) in 0…Q-1, ``scores`` (K,).
         kind: what it answers from, as methods have settings for anchors, cells and proposals.
 
@@ -162,12 +163,12 @@ class Wrapped(Detector):
         assert isinstance(raw, ForeignRaw)
         if self._losses is None:
             raise UserError("this wrapped model cannot learn: give wrap(..., losses=...)")
-        losses = self._losses(raw.output, batch)
+        losses = self._losses(self.model, raw.output, batch)
         if not isinstance(losses, Mapping) or any(
             not isinstance(value, Tensor) or value.ndim for value in losses.values()
         ):
             raise UserError(
-                f"losses(output, batch) gave {_seen(losses)}: return a dict of scalar tensors by name"
+                f"losses(model, output, batch) gave {_seen(losses)}: return a dict of scalar tensors by name"
             )
         return dict(losses)
 
@@ -176,7 +177,7 @@ class Wrapped(Detector):
         if self._decode is None:
             raise UserError("this wrapped model gives no detections: give wrap(..., decode=...)")
         detections = []
-        found = self._decode(raw.output, batch)
+        found = self._decode(self.model, raw.output, batch)
         for one, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True):
             order = one["scores"].argsort(descending=True, stable=True)
             one = {name: value[order] for name, value in one.items()}
