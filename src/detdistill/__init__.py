@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from detdistill.experiments.export import export
     from detdistill.experiments.predict import predict
     from detdistill.experiments.rank_teachers import rank_teachers
+    from detdistill.experiments.report import write_report
     from detdistill.experiments.train import distill, train
     from detdistill.models import build_model
     from detdistill.models.base import Preprocess
@@ -55,6 +56,7 @@ __all__ = [
     "rank_teachers",
     "train",
     "wrap",
+    "write_report",
 ]
 
 _HOMES = {
@@ -81,6 +83,7 @@ _HOMES = {
     "rank_teachers": "experiments.rank_teachers",
     "train": "experiments.train",
     "wrap": "models.wrapped",
+    "write_report": "experiments.report",
 }
 
 

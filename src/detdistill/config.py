@@ -52,10 +52,12 @@ class DataConfig(_Section):
     """Where the images and labels are. ``data: FOLDER`` alone is enough where the folder tells the rest."""
 
     root: Path | None = Field(None, description="the dataset's folder; not needed for `digits`")
-    format: Literal["auto", "coco", "voc", "yolo", "digits"] = Field(
-        "auto", description="told by looking at the folder unless given"
+    format: Literal["auto", "coco", "voc", "yolo", "digits", "label_maps", "cityscapes", "voc_segmentation"] = (
+        Field("auto", description="told by looking at the folder unless given; the last three are segmentation")
     )
-    train: str | None = Field(None, description="COCO: json file; VOC: image set; YOLO: images folder or list")
+    train: str | None = Field(
+        None, description="COCO: json file; VOC: image set; YOLO: images folder or list; label maps: the part"
+    )
     val: str | None = Field(None, description="as `train`, for evaluation")
     images: str | None = Field(None, description="COCO: image folder, where it is not beside the json")
     classes: tuple[str, ...] | None = Field(None, description="keep these classes, in this order")
@@ -90,12 +92,25 @@ class AugmentConfig(_Section):
     photometric: bool = Field(False, description="brightness, contrast, saturation, hue")
     crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps boxes (IoU crop)")
     zoom_out: float = Field(0.0, ge=0, le=1, description="probability of pasting on a larger canvas")
+    scale: tuple[float, float] | None = Field(
+        None, description="each image is resized by a factor between these, as [0.5, 2]"
+    )
+    crop_size: tuple[int, int] | None = Field(
+        None, description="(height, width) of a random crop after that; smaller images are padded"
+    )
     multi_scale: tuple[float, float] | None = Field(
         None,
         description="factors on the model's input size, drawn once a batch for teacher and student alike",
     )
 
-    @field_validator("multi_scale")
+    @field_validator("crop_size")
+    @classmethod
+    def _at_least_one_pixel(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError(f"give height and width in pixels, as [512, 1024]; got {list(value)}")
+        return value
+
+    @field_validator("multi_scale", "scale")
     @classmethod
     def _low_high(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not 0 < value[0] <= value[1]:
@@ -104,17 +119,9 @@ class AugmentConfig(_Section):
 
 
 Family = Literal[
-    "retinanet",
-    "fcos",
-    "gfl",
-    "reppoints",
-    "faster_rcnn",
-    "mask_rcnn",
-    "cascade_rcnn",
-    "cascade_mask_rcnn",
-    "rtdetr_v2",
-    "d_fine",
-]
+    "retinanet", "fcos", "gfl", "reppoints", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn",
+    "rtdetr_v2", "d_fine", "pspnet", "deeplabv3",
+]  # fmt: skip
 
 
 Convention = Literal["torchvision", "mmdet", "mmdet_tricks"]
@@ -154,6 +161,9 @@ class ModelConfig(_Section):
     score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
     max_detections: int = Field(100, gt=0, description="detections kept of an image")
+    window: tuple[int, int] | None = Field(
+        None, description="segmenters: (side, stride) of the windows in which large images are evaluated"
+    )
     python: str | None = Field(
         None, description="only in a run's own recipe: what object `detdistill.distill` was given"
     )
@@ -202,15 +212,18 @@ class OptimizerConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    name: Literal["step", "cosine", "constant"] = Field("step", description="how the learning rate falls")
+    name: Literal["step", "cosine", "poly", "constant"] = Field(
+        "step", description="how the learning rate falls"
+    )
     milestones: tuple[float, ...] = Field(
         (16 / 24, 22 / 24),
         description="step: fractions of the run at which the rate falls (2x: 16 and 22 of 24)",
     )
     gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
+    power: float = Field(0.9, gt=0, description="poly: (1 - progress) to this power")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
     warmup_factor: float = Field(0.001, ge=0, le=1, description="the first rate over the learning rate")
-    final_factor: float = Field(0.0, ge=0, le=1, description="cosine: the last rate over the first")
+    final_factor: float = Field(0.0, ge=0, le=1, description="cosine, poly: the last rate over the first")
 
     @field_validator("milestones")
     @classmethod
@@ -242,7 +255,7 @@ class TrainingConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, order, augmentation and methods")
     evaluate_every: float = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
     checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints; also at each epoch's end")
-    patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better AP")
+    patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better one")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator where there is one")
 
     @model_validator(mode="after")

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from detdistill.evaluation.detector import Evaluation
     from detdistill.evaluation.efficiency import Efficiency
+    from detdistill.evaluation.measure import Evaluation
     from detdistill.experiments.analyze import Analysis
     from detdistill.experiments.check import Check
     from detdistill.experiments.compare import Comparison
@@ -75,19 +75,22 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 def print_evaluation(
     evaluation: Evaluation, numbers: Mapping[str, float], by_class: Mapping[str, float]
 ) -> None:
-    """The numbers, AP by class, and how fast it was."""
+    """The numbers, the main one by class, and how fast it was."""
+    from detdistill.evaluation.detector import DetectionEvaluation
+
     split = evaluation.split
     say(f"{split.name} of {split.source}: {len(split)} images")
     masks = {n.removeprefix("mask_"): value for n, value in numbers.items() if n.startswith("mask_")}
     boxes = {n: value for n, value in numbers.items() if n.removeprefix("mask_") == n}
-    if evaluation.coco_masks is not None and masks:
+    if masks and isinstance(evaluation, DetectionEvaluation) and evaluation.coco_masks is not None:
         rows = [(what, *map(percent, table.values())) for what, table in (("boxes", boxes), ("masks", masks))]
         show(("of", *boxes), rows)
         of_masks = evaluation.coco_masks.per_class
         show(("class", "AP", "mask AP"), [(n, percent(ap), percent(of_masks[n])) for n, ap in by_class.items()])
     else:
         show(boxes, [[percent(value) for value in boxes.values()]], text_columns=0)
-        show(("class", "AP"), [(n, percent(ap)) for n, ap in by_class.items()])
+        number = evaluation.main.removeprefix("m")  # a class has no mean over classes
+        show(("class", number), [(n, percent(value)) for n, value in by_class.items()])
     say(f"{evaluation.seconds:.1f} s, {evaluation.images_per_second:.1f} images/s with loading")
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 
 from detdistill.config import ModelConfig
+from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, gfl
+from detdistill.models.build import SEGMENTERS
 
 CLASSES = ("a", "b", "c")
 STRIDES = (8, 16, 32)
+DETECTION = [name for name, method in METHODS.items() if "detection" in method.tasks]
+SEGMENTATION = [name for name, method in METHODS.items() if "segmentation" in method.tasks]
 
 
 def detector(family="fcos", channels=16, seed=0, **options):
     torch.manual_seed(seed)
-    options = {"head_depth": 2, "strides": STRIDES, **options}
+    if family not in SEGMENTERS:
+        options = {"head_depth": 2, "strides": STRIDES, **options}
     config = ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=channels, **options)
     model = build_model(config, CLASSES)
     if family == "reppoints":  # whose untrained points lie on one spot: no box would be large enough for gid

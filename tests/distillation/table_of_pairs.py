@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 
 from detdistill.config import UserError
-from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.models import Preprocess, wrap
 from detdistill.models.build import FAMILIES
 
 from ..models.foreign_models import YoloLike, yolo_decode, yolo_losses
+from .pairs import DETECTION
 
 PAGE = Path(__file__).parents[2] / "docs" / "pairs.md"
-NAMES = (*FAMILIES, "wrapped")
+SEGMENTERS = ("pspnet", "deeplabv3")
+NAMES = (*(name for name in FAMILIES if name not in SEGMENTERS), "wrapped")
 CLASSES = ("a", "b", "c")
 SIZE = (64, 64)
 QUERIES = ("rtdetr_v2", "d_fine")  # their widths are multiples of 32
@@ -78,7 +79,7 @@ def outcomes(students, teachers):
             for s, student in students.items()
             for t, teacher in teachers.items()
         }
-        for method in METHODS
+        for method in DETECTION
     }
 
 

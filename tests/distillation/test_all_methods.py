@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from detdistill.config import OptimizerConfig, UserError
-from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.models.checkpoints import save_model
 from detdistill.models.weights import read_state_dict
 from detdistill.training.step import build_optimizer
 
-from .pairs import assert_same, batch, detector, make_pair, snapshot, take_steps
+from .pairs import DETECTION, assert_same, batch, detector, make_pair, snapshot, take_steps
 
 FAMILIES = ("fcos", "retinanet", "gfl", "reppoints", "faster_rcnn")
 
@@ -51,10 +50,10 @@ NOT_ZERO = {
 
 
 def combinations():
-    return [(method, family) for method in METHODS for family in FAMILIES if (method, family) not in REFUSED]
+    return [(method, family) for method in DETECTION for family in FAMILIES if (method, family) not in REFUSED]
 
 
-on_fcos = pytest.mark.parametrize("method", [name for name in METHODS if (name, "fcos") not in REFUSED])
+on_fcos = pytest.mark.parametrize("method", [name for name in DETECTION if (name, "fcos") not in REFUSED])
 everywhere = pytest.mark.parametrize(("method", "family"), combinations())
 
 
@@ -157,14 +156,14 @@ def test_exported_student_is_a_plain_student(method, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_methods_at_once_each_logged_apart(family):
-    methods = [method for method in METHODS if (method, family) not in REFUSED]
+    methods = [method for method in DETECTION if (method, family) not in REFUSED]
     losses = take_steps(make_pair(methods, family), steps=1)
     assert set(methods) <= losses.keys()
     assert all(value.isfinite() for value in losses.values())
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("fcos", "faster_rcnn"), ("faster_rcnn", "retinanet")])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DETECTION)
 def test_unlike_pairs_work_or_are_refused_in_one_line(method, student, teacher):
     try:
         pair = make_pair([method], student, teacher)

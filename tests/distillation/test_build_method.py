@@ -10,7 +10,7 @@ from detdistill.config import UserError
 from detdistill.distillation.methods import METHODS, build_method, method_options, option_table
 from detdistill.distillation.signals import Setting
 
-from .pairs import make_pair
+from .pairs import DETECTION, make_pair
 
 
 @lru_cache
@@ -73,20 +73,26 @@ def test_options_and_presets_are_listed(name):
     assert all(key in {row[0] for row in rows} for preset in METHODS[name].presets.values() for key in preset)
 
 
+def usual_family(name):
+    return "retinanet" if name in DETECTION else "pspnet"
+
+
 @pytest.mark.filterwarnings("ignore:this IMA")  # "literal" warns, as it should
 @pytest.mark.parametrize("name", METHODS)
 def test_a_preset_for_a_kind_builds_for_it(name):
     """No preset names an option that its method does not have, or a value that it refuses."""
-    families = {"anchor": "retinanet", "anchor_free": "fcos", "two_stage": "faster_rcnn"}
+    families = {
+        "anchor": "retinanet", "anchor_free": "fcos", "two_stage": "faster_rcnn", "segmentation": "pspnet",
+    }  # fmt: skip
     for preset in METHODS[name].presets:
         if name == "ld":  # no family has its head yet
             continue
-        build_method(name, setting_of(families.get(preset, "retinanet")), {"preset": preset})
+        build_method(name, setting_of(families.get(preset, usual_family(name))), {"preset": preset})
 
 
 def test_detectors_are_not_kept():
     """A method that kept a detector would train, save and export it."""
-    setting = setting_of("fcos")
-    kept = {type(setting.student), type(setting.teacher)}
     for name in METHODS.keys() - {"ld"}:
+        setting = setting_of("fcos" if name in DETECTION else "pspnet")
+        kept = {type(setting.student), type(setting.teacher)}
         assert not any(type(module) in kept for module in build_method(name, setting).modules()), name

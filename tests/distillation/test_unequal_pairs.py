@@ -13,13 +13,12 @@ from torchvision.models import detection
 
 from detdistill.config import UserError
 from detdistill.distillation.matching import Overlay, read_at, resize_like
-from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import boxes_in_cells
 from detdistill.models import Preprocess, fcos, retinanet, wrap
 from detdistill.models.base import Batch
 
-from .pairs import assert_same, snapshot
+from .pairs import DETECTION, assert_same, snapshot
 from .table_of_pairs import CLASSES, NAMES, PAGE, all_models, build, outcomes, page
 
 SMALL, LARGE = (64, 64), (128, 128)
@@ -103,7 +102,7 @@ def test_every_pair_takes_a_step(models, student, teacher):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DETECTION)
 def test_a_pair_that_is_not_refused_takes_a_step(models, found, method):
     """For methods that refuse some pairs: each family that learns by it, from the last teacher that may."""
     pairs = {student: teacher for (student, teacher), line in found[method].items() if line is None}
@@ -235,7 +234,7 @@ def test_levels_meet_by_what_a_cell_covers():
 
 
 @pytest.mark.parametrize("empty", [False, True])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in CELL_BY_CELL])
+@pytest.mark.parametrize("method", [name for name in DETECTION if name not in CELL_BY_CELL])
 def test_a_teacher_that_sees_more_pixels(method, empty):
     options = {"cls_weight": 0.0} if method == "frs" else {}
     pair = Pair(build("fcos", 16), build("fcos", 24, size=LARGE, seed=1), [{method: options}])

@@ -17,6 +17,7 @@ from detdistill.experiments.studies import (
     plan_sweep,
     read_study,
 )
+from detdistill.training.run_folder import RunFolder
 
 RECIPE = """
 name: tiny
@@ -136,6 +137,21 @@ def test_allowed_inequality_is_written_in_the_table(recipe, tmp_path) -> None:
     comparison = run_study(study, allow_unequal=True, train=False)
     assert comparison.study.unequal == ("training.max_steps",)
     assert "nothing to compare yet" in comparison.verdict
+
+
+def test_runs_are_compared_by_their_own_main_metric(tmp_path, recipe) -> None:
+    study = Study(recipe, {"a": (), "b": ()}, (0, 1), tmp_path)
+    for arm, gain in (("a", 0.0), ("b", 0.1)):
+        for seed in (0, 1):
+            metrics = {"mIoU": 0.5 + gain, "pixel_accuracy": 0.9}
+            folder = RunFolder(tmp_path / arm / str(seed))
+            folder.path.mkdir(parents=True)
+            folder.write_result("finished", metrics, {}, "mIoU")
+    comparison = read_comparison(study)
+    assert comparison.metric == "mIoU"
+    assert comparison.arms[1].paired is not None
+    assert comparison.arms[1].paired.mean == pytest.approx(10)
+    assert read_comparison(study, "pixel_accuracy").arms[1].paired.mean == 0
 
 
 def test_a_metric_that_no_run_has_is_an_error(tmp_path, recipe) -> None:

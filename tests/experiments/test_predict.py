@@ -12,7 +12,7 @@ from PIL import Image
 
 from detdistill.config import UserError, parse_recipe
 from detdistill.experiments.predict import predict
-from detdistill.models import Detector, build_model, save_model
+from detdistill.models import Detector, build_model, pspnet, save_model
 
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32], "score_threshold": 0.0}
 CLASSES = ("bolt", "nut")
@@ -112,3 +112,23 @@ def test_wrong_arguments(model: Detector, folder: Path, tmp_path: Path) -> None:
         predict(model, tmp_path / "empty", device="cpu")
     with pytest.raises(UserError, match=r"device 'tpu:9' cannot be used here"):
         predict(model, folder, device="tpu:9")
+
+
+def test_a_segmenter_writes_label_maps(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    segmenter = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8).eval()
+    out = tmp_path / "out"
+    found = predict(segmenter, folder, out=out, teacher=segmenter, device="cpu")
+    assert len(found) == 3
+    for prediction in found:
+        pixels = torch.from_numpy(np.array(Image.open(prediction.path))).permute(2, 0, 1)
+        with torch.inference_mode():
+            direct = segmenter([pixels])[0]["semantic"]
+        assert torch.equal(prediction.semantic_HW, direct)
+        assert sum(prediction.shares.values()) == pytest.approx(1)
+        assert prediction.names == []
+    written = np.array(Image.open(out / "a.labels.png"))
+    assert np.array_equal(written, found[1].semantic_HW.numpy())
+    rows = json.loads((out / "predictions.json").read_text())
+    assert [row["image_id"] for row in rows] == [139, "a", "a"]
+    assert rows[0]["shares"] == pytest.approx(found[0].shares, abs=1e-5)

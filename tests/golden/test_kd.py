@@ -115,3 +115,20 @@ def test_no_regions_count_nothing():
     value = KDLoss().regions(logits, logits.detach(), deltas, deltas.detach())
     value.backward()
     assert value.item() == 0
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_pixels(tau):
+    valid = np.ones((2, 4, 5), bool)
+    valid[1, :, 3:] = False
+
+    def formula(student, teacher):
+        kl = []
+        for n, y, x in np.argwhere(valid):
+            want, have = softmax(teacher[n, :, y, x] / tau), softmax(student[n, :, y, x] / tau)
+            kl.append(np.sum(want * np.log(want / have)))
+        return 2.0 * tau**2 * np.mean(kl)
+
+    student, teacher = arrays((2, 3, 4, 5), (2, 3, 4, 5))
+    loss = KDLoss(cls_weight=2.0, temperature=tau)
+    assert_golden(lambda s, t: loss.pixels(s, t, torch.tensor(valid)), formula, student, teacher)

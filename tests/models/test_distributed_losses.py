@@ -15,7 +15,7 @@ WORKER = """
 import sys
 import torch
 from torch import distributed
-from detdistill.models import fcos, gfl, reppoints, retinanet
+from detdistill.models import fcos, gfl, pspnet, reppoints, retinanet
 
 world, rank, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -25,14 +25,20 @@ generator = torch.Generator().manual_seed(0)
 images = [torch.rand(3, 64, 64, generator=generator) for _ in range(2)]
 boxes = [torch.tensor([[4.0, 4, 60, 60], [20, 20, 40, 44], [2, 30, 20, 50]]), torch.tensor([[30.0, 8, 60, 34]])]
 targets = [{"boxes": b, "labels": torch.zeros(len(b), dtype=torch.int64)} for b in boxes]
+for i, target in enumerate(targets):
+    target["semantic"] = torch.full((64, 64), 255)
+    target["semantic"][: 20 * i + 5] = i  # other numbers of labelled pixels
 mine = [i for i in range(2) if i % world == rank]
 gradients = []
-for build in (fcos, retinanet, gfl, reppoints):
+for build in (fcos, retinanet, gfl, reppoints, pspnet):
     torch.manual_seed(1)
     model = build("resnet18", 2, channels=16, norm="frozen").train()
+    if build is pspnet:
+        model.eval().training = True  # its BatchNorms see other images in each process
     losses = model([images[i] for i in mine], [targets[i] for i in mine])
     sum(losses.values()).backward()
-    for parameter in (model.head.cls.weight, model.head.box.bias, model.backbone.body.conv1.weight):
+    other = model.head.aux_cls if build is pspnet else model.head.box
+    for parameter in (model.head.cls.weight, other.bias, model.backbone.body.conv1.weight):
         gradient = parameter.grad
         if world > 1:  # what DistributedDataParallel does
             distributed.all_reduce(gradient)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -73,3 +74,32 @@ def test_masks_are_painted_where_they_are(dtype):
         wanted = torch.zeros_like(changed)
         wanted[36 * factor : 40 * factor, 4 * factor : 14 * factor] = True
         assert torch.equal(changed, wanted)
+
+
+def test_label_maps_are_painted_and_ignored_pixels_left_alone():
+    image = torch.full((3, 40, 60), 100, dtype=torch.uint8)
+    labels = torch.zeros(40, 60, dtype=torch.uint8)
+    labels[:, 20:40], labels[:, 40:] = 1, 255
+    drawn = draw_detections(image, {"semantic": labels}, CLASSES)
+    assert drawn.shape == image.shape
+    assert (drawn[:, :, 40:] == 100).all()
+    colors = [tuple(drawn[:, 5, column].tolist()) for column in (5, 25, 45)]
+    assert len(set(colors)) == 3
+    assert drawn.unique(dim=2).shape[2] == 3  # one colour a class
+    larger = draw_detections(image, {"semantic": labels}, CLASSES, shortest=80)
+    assert torch.equal(larger[:, ::2, ::2], drawn)
+
+
+def test_a_gallery_of_label_maps_has_a_legend(tmp_path):
+    image = torch.full((3, 40, 60), 255, dtype=torch.uint8)  # all white but for the legend
+    unlabelled = {"semantic": torch.full((40, 60), 255)}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    for name, drawn in (("maps", unlabelled), ("boxes", nothing)):
+        save_gallery([{"found": (image, drawn)}], CLASSES, tmp_path / f"{name}.png")
+    dark = []
+    for name in ("maps", "boxes"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pixels = np.asarray(picture.convert("L"))
+        dark.append((pixels[len(pixels) // 2 :] < 128).sum())
+    assert dark[0] > 100
+    assert dark[1] == 0

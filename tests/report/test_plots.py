@@ -28,6 +28,12 @@ def test_curves_have_a_panel_for_each_thing_that_was_logged(tmp_path):
     assert size(tmp_path / "all.png")[1] > size(tmp_path / "plain.png")[1]
 
 
+def test_segmentation_has_a_panel_of_its_own(tmp_path):
+    rows = [{"step": s, "mIoU": s / 100, "pixel_accuracy": s / 50} for s in (10, 20, 30)]
+    plot_curves(rows, tmp_path / "miou.png")
+    size(tmp_path / "miou.png")
+
+
 def test_curves_from_a_csv_file_with_empty_cells(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,loss,AP\n1,2.0,\n2,1.5,\n2,,0.25\n")
     plot_curves(tmp_path / "metrics.csv", tmp_path / "new" / "curves.png")

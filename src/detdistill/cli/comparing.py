@@ -43,7 +43,9 @@ def compare(
     teacher: Annotated[
         Path | None, typer.Option(help="Instead of the recipe's: a run, a file, or a recipe to train first.")
     ] = None,
-    metric: Annotated[str, typer.Option(help="Of the runs' results.")] = "AP",
+    metric: Annotated[
+        str | None, typer.Option(help="Of the runs' results; AP, or mIoU of segmenters, unless given.")
+    ] = None,
     jobs: Jobs = 1,
     device: Devices = None,
     allow_unequal: AllowUnequal = False,
@@ -93,7 +95,7 @@ def sweep(
     study = studies.plan_sweep(
         recipe, key, [v for v in values.split(",") if v], overrides or (), range(seeds), folder
     )
-    _run_study(study, "AP", jobs, device, allow_unequal, table)
+    _run_study(study, None, jobs, device, allow_unequal, table)
 
 
 @app.command()
@@ -113,11 +115,11 @@ def ablate(
 
     folder = out or Path("runs/ablate") / recipe.stem
     study = studies.plan_ablation(recipe, overrides or (), range(seeds), folder)
-    _run_study(study, "AP", jobs, device, False, table)
+    _run_study(study, None, jobs, device, False, table)
 
 
 def _run_study(
-    study: Study, metric: str, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool
+    study: Study, metric: str | None, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool
 ) -> None:
     from detdistill.experiments.compare import run_study
     from detdistill.printing import print_comparison, say
@@ -132,6 +134,10 @@ def _run_study(
         say=say,
     )
     print_comparison(comparison)
+    if not table:
+        from detdistill.experiments.report import try_report
+
+        try_report(study.out, say, device=devices[0] if devices else "auto")
     if any(arm.failed for arm in comparison.arms):
         raise typer.Exit(USER_ERROR)
 
@@ -160,6 +166,34 @@ def analyze(
         )  # fmt: skip
     print_analysis(analysis)
     say(f"analysis.json: {out or run / 'analysis'}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A comparison's folder, or a run's.")],
+    alone: Annotated[Path | None, typer.Option(help="Beside a run: that of the student alone.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="The teacher's run; the one that the recipes name, unless given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file; FOLDER/report.html unless given.")] = None,
+    models: Annotated[
+        bool, typer.Option("--models/--no-models", help="Run them, for kinds of error, pictures and cost.")
+    ] = True,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection shown.")] = 0.3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    device: Device = "auto",
+) -> None:
+    """Tell a comparison or a run in one HTML file: verdict, curves, classes, errors, pictures, cost."""
+    from detdistill.experiments.report import write_report
+    from detdistill.printing import progress_bar, say
+
+    with progress_bar("detecting") as progress:
+        file = write_report(
+            folder, alone=alone, teacher=teacher, out=out, models=models, threshold=threshold,
+            batch_size=batch_size, workers=workers, device=device, progress=progress,
+        )  # fmt: skip
+    say(f"report: {file}")
 
 
 @app.command()

@@ -30,7 +30,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         say(
             f"{result.status}: "
-            + "  ".join(f"{n} {percent(result.metrics[n])}" for n in ("AP", "AP50", "AP75"))
+            + "  ".join(f"{n} {percent(value)}" for n, value in list(result.metrics.items())[:3])
         )
         say(f"student: {result.student}")
 

@@ -38,7 +38,7 @@ def evaluate(
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
 ) -> None:
-    """Measure a detector on a dataset."""
+    """Measure a detector or segmenter on a dataset."""
     from detdistill.experiments.evaluate import evaluate as evaluate_model
     from detdistill.printing import print_evaluation, progress_bar, write_json
 
@@ -47,12 +47,16 @@ def evaluate(
             weights, data, split=split, batch_size=batch_size, workers=workers, device=device, progress=progress
         )
     if metric is Metric.voc:
+        from detdistill.config import UserError
+        from detdistill.evaluation.detector import DetectionEvaluation
         from detdistill.evaluation.voc import voc_ap
 
+        if not isinstance(evaluation, DetectionEvaluation):
+            raise UserError("--metric voc is AP of boxes, and this is a segmenter: leave it out")
         voc = voc_ap(evaluation.split, evaluation.detections)
         numbers, per_class = {"mAP50": voc.mAP}, voc.per_class
     else:
-        numbers, per_class = evaluation.numbers(), evaluation.coco.per_class
+        numbers, per_class = evaluation.numbers(), evaluation.per_class
     print_evaluation(evaluation, numbers, per_class)
     if json_file is not None:
         write_json(json_file, {**numbers, "per_class": per_class})
@@ -69,7 +73,7 @@ def predict(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Detect objects in images: pictures and predictions.json."""
+    """Detect objects in images, or segment them: pictures and predictions.json."""
     from detdistill.experiments.predict import predict as predict_images
     from detdistill.printing import progress_bar, say
 
@@ -77,9 +81,16 @@ def predict(
         predictions = predict_images(
             weights, images, out=out, threshold=threshold, teacher=teacher, device=device, progress=progress
         )
-    found = Counter(name for prediction in predictions for name in prediction.names)
-    listed = ", ".join(f"{count} {name}" for name, count in found.most_common(10))
-    say(f"{len(predictions)} images, {found.total()} objects" + (f": {listed}" if listed else ""))
+    if any(prediction.semantic_HW is not None for prediction in predictions):
+        pixels = Counter[str]()
+        for prediction in predictions:
+            pixels.update(prediction.shares)
+        listed = ", ".join(f"{share / len(predictions):.0%} {name}" for name, share in pixels.most_common(10))
+        say(f"{len(predictions)} images: {listed}")
+    else:
+        found = Counter(name for prediction in predictions for name in prediction.names)
+        listed = ", ".join(f"{count} {name}" for name, count in found.most_common(10))
+        say(f"{len(predictions)} images, {found.total()} objects" + (f": {listed}" if listed else ""))
     say(f"pictures and predictions.json: {out}")
 
 
@@ -179,7 +190,7 @@ def models(
         typer.Option(metavar="PATTERN", help="List timm's names instead, as 'resnet*' or '*mobile*'."),
     ] = None,
 ) -> None:
-    """List the detector families, or names of backbones."""
+    """List the families of models, or names of backbones."""
     if backbones is not None:
         import timm
 
@@ -189,12 +200,17 @@ def models(
 
     from detdistill.models.build import FAMILIES
     from detdistill.models.detr import STRIDES
+    from detdistill.models.segmentation import OUTPUT_STRIDE
     from detdistill.printing import first_line, say, show
 
     rows = []
     for name, build in FAMILIES.items():
-        strides = inspect.signature(build).parameters.get("strides")
-        levels = STRIDES if strides is None else strides.default  # the DETRs' are fixed
+        options = inspect.signature(build).parameters
+        levels: Sequence[int] = STRIDES  # the DETRs' are fixed, and so is a segmenter's
+        if "window" in options:
+            levels = (OUTPUT_STRIDE,)
+        elif "strides" in options:
+            levels = options["strides"].default
         rows.append((name, " ".join(map(str, levels)), first_line(build.__doc__)))
     show(("family", "strides", "what it is"), rows, text_columns=3)
     say("backbone: any timm model with feature maps; `detdistill models --backbones 'resnet*'` lists names")

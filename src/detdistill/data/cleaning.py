@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from detdistill.config import UserError, nearest
 from detdistill.data.masks import usable_segmentation
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
 
 _ROUNDING = 1.0  # pixels by which a box may leave its image before it is worth a word
 
@@ -202,20 +202,29 @@ def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], i
     """The split in another list of classes; objects of classes that are not in it are left out."""
     new_label = {name: i for i, name in enumerate(classes)}
     table = np.array([new_label.get(name, -1) for name in split.classes], dtype=np.int64)
+    codes: dict[int, LabelCode] = {}  # one for all maps that share one
     return replace(
         split,
-        records=[_relabelled(record, table) for record in split.records],
+        records=[_relabelled(record, table, codes) for record in split.records],
         classes=tuple(classes),
         category_ids=tuple(category_id(name) for name in classes),
     )
 
 
-def _relabelled(record: Record, table: NDArray[np.int64]) -> Record:
+def _relabelled(record: Record, table: NDArray[np.int64], codes: dict[int, LabelCode]) -> Record:
     labels_K = table[record.labels_K]
     kept_K = labels_K >= 0
-    masks = record.masks
+    masks, label_map = record.masks, record.label_map
+    if label_map is not None:
+        code = label_map.code
+        if id(code) not in codes:
+            after_256 = np.full(256, UNLABELLED, np.uint8)
+            after_256[: len(table)] = np.where(table < 0, UNLABELLED, table)
+            codes[id(code)] = LabelCode(after_256[code.classes_256], code.declared_256)
+        label_map = LabelMap(label_map.path, codes[id(code)])
     return replace(
         record,
+        label_map=label_map,
         boxes_K4=record.boxes_K4[kept_K],
         labels_K=labels_K[kept_K],
         ignore_K=record.ignore_K[kept_K],

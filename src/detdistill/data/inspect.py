@@ -1,4 +1,4 @@
-"""The doctor's look at a dataset: all annotations read, a sample of images decoded."""
+"""The doctor's look at a dataset: all annotations read, a sample of images and label maps decoded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from detdistill.config import DataConfig, UserError
 from detdistill.data.images import read_image
+from detdistill.data.label_maps import read_numbers
 from detdistill.data.loading import open_data
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
 
 _READERS = 16  # threads that wait for the disk
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -31,6 +33,8 @@ class Statistics:
         per_class: objects by class name, in the order of the classes.
         sizes: the square root of the boxes' area in pixels at the quantiles 0, 10, 50, 90 and 100%; empty
             without objects.
+        pixels: of label maps, the share of each class in the pixels of the sample, and of "unlabelled"; else
+            empty.
     """
 
     images: int
@@ -39,6 +43,23 @@ class Statistics:
     ignored: int
     per_class: dict[str, int]
     sizes: tuple[float, ...]
+    pixels: dict[str, float]
+
+    def lines(self, name: str, source: Path) -> list[str]:
+        """The numbers as text."""
+        where = f"in {len(self.per_class)} classes, from {source}"
+        if self.pixels:
+            shares = ", ".join(f"{cls} {100 * share:.1f}%" for cls, share in self.pixels.items())
+            return [f"{name}: {self.images} images with label maps {where}", f"  pixels of a sample: {shares}"]
+        lines = [
+            f"{name}: {self.images} images ({self.background} background), {self.objects} objects "
+            f"({self.ignored} ignored) {where}"
+        ]
+        if self.sizes:
+            quantiles = ", ".join(f"{size:.0f}" for size in self.sizes)
+            lines.append(f"  object sizes (√area, px) at 0, 10, 50, 90, 100%: {quantiles}")
+        counts = ", ".join(f"{cls} {n}" for cls, n in self.per_class.items())
+        return [*lines, f"  objects by class: {counts}"]
 
 
 @dataclass(frozen=True)
@@ -59,15 +80,7 @@ class Inspection:
         """The report as text: numbers first, then the findings, at most ``per_kind`` of each kind."""
         lines = []
         for name, stats in self.statistics.items():
-            lines.append(
-                f"{name}: {stats.images} images ({stats.background} background), {stats.objects} objects "
-                f"({stats.ignored} ignored) in {len(stats.per_class)} classes, from {self.splits[name].source}"
-            )
-            if stats.sizes:
-                quantiles = ", ".join(f"{size:.0f}" for size in stats.sizes)
-                lines.append(f"  object sizes (√area, px) at 0, 10, 50, 90, 100%: {quantiles}")
-            counts = ", ".join(f"{cls} {n}" for cls, n in stats.per_class.items())
-            lines.append(f"  objects by class: {counts}")
+            lines += stats.lines(name, self.splits[name].source)
         by_kind: dict[tuple[str, str], list[Finding]] = defaultdict(list)
         for finding in self.findings:
             by_kind[finding.severity, finding.kind].append(finding)
@@ -92,9 +105,12 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     """
     splits = open_data(config)
     findings = [finding for split in splits.values() for finding in split.findings]
-    for split in splits.values():
+    pixels = {}
+    for name, split in splits.items():
         findings += _file_findings(split, sample)
-    statistics = {name: _statistics(split) for name, split in splits.items()}
+        pixels[name], wrong = _look_at_label_maps(split, sample)
+        findings += wrong
+    statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
     if "train" in splits:
         findings += _unlearnable_classes(splits["train"], statistics["train"])
     if "train" in splits and "val" in splits:
@@ -153,7 +169,39 @@ def _tail_finding(record: Record, source: Path) -> Finding | None:
     return None if whole else _decode_finding(record, source)
 
 
-def _statistics(split: Split) -> Statistics:
+def _look_at_label_maps(split: Split, sample: int | None) -> tuple[dict[str, float], list[Finding]]:
+    """The share of each class in the sample's pixels, and the maps with numbers that mean nothing."""
+    maps = [record.label_map for record in _chosen(split.records, sample) if record.label_map is not None]
+    if not maps:
+        return {}, []
+    findings = []
+    counts_256 = np.zeros(256, np.int64)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for label_map, seen in zip(maps, pool.map(_count_numbers, maps), strict=True):
+            if isinstance(seen, Finding):
+                findings.append(seen)
+                continue
+            code = label_map.code
+            unknown = np.flatnonzero((seen > 0) & ~code.declared_256).tolist()
+            if unknown:
+                message = f"has numbers that mean no class ({', '.join(map(str, unknown[:5]))})"
+                fix = f"name them in the classes, or write {UNLABELLED} where nothing is to be learnt"
+                findings.append(Finding("error", "unknown number", label_map.path, message, fix))
+            np.add.at(counts_256, code.classes_256, seen)
+    shares = (counts_256 / max(1, counts_256.sum())).tolist()
+    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}, findings
+
+
+def _count_numbers(label_map: LabelMap) -> NDArray[np.int64] | Finding:
+    """How often each number occurs, (256,); or why that cannot be told."""
+    try:
+        return np.bincount(read_numbers(label_map.path).ravel(), minlength=256)
+    except UserError as error:
+        message, _, fix = str(error).removeprefix(f"{label_map.path}: ").partition("; ")
+        return Finding("error", "undecodable label map", label_map.path, message, fix)
+
+
+def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
     labels = np.concatenate([np.zeros(0, np.int64), *(record.labels_K for record in split.records)])
     boxes_K4 = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes_K4 for record in split.records)])
     counts = np.bincount(labels, minlength=len(split.classes)).tolist()
@@ -165,10 +213,17 @@ def _statistics(split: Split) -> Statistics:
         ignored=int(sum(record.ignore_K.sum() for record in split.records)),
         per_class=dict(zip(split.classes, counts, strict=True)),
         sizes=tuple(np.quantile(sizes, _QUANTILES).tolist()) if sizes.size else (),
+        pixels=pixels,
     )
 
 
 def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
+    if statistics.pixels:
+        empty = [name for name, share in statistics.pixels.items() if share == 0 and name != "unlabelled"]
+        if not empty:
+            return []
+        message = f"{len(empty)} classes have no pixel in train's sample: {', '.join(empty)}"
+        return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
     empty = [name for name, count in statistics.per_class.items() if count == 0]
     if not empty or statistics.objects == 0:
         return []

@@ -16,6 +16,15 @@ from detdistill.data.cleaning import relabel
 from detdistill.data.coco import find_coco, open_coco
 from detdistill.data.digits import digits_root
 from detdistill.data.images import read_image
+from detdistill.data.label_maps import (
+    find_cityscapes,
+    find_label_folders,
+    find_voc_segmentation,
+    open_cityscapes,
+    open_label_folders,
+    open_voc_segmentation,
+    read_labels,
+)
 from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
@@ -26,12 +35,16 @@ from detdistill.seeding import mix_seed
 _EXPECTED = (
     "Expected: COCO (annotations/instances_train*.json, or train.json and val.json), "
     "VOC (Annotations, ImageSets/Main, JPEGImages), or YOLO (a .yaml with "
-    "names and train, or images and labels); or set data.format, data.train and data.val"
+    "names and train, or images and labels); for segmentation images/train and labels/train with label maps, "
+    "or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and data.val"
 )
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 """(3, H, W) uint8 image and its target: ``boxes`` (K, 4) float32 xyxy pixels, ``labels`` (K,) int64, ``index``
-() int64, the place in ``split.records``, and ``masks`` (K, H, W) bool where they were asked for."""
+() int64, the place in ``split.records``, and ``masks`` (K, H, W) bool where they were asked for. Of a split
+with label maps the target is ``semantic`` (H, W) uint8, 255 where a pixel has no class, and ``index``."""
+
+Format = Literal["coco", "voc", "yolo", "label_maps", "cityscapes", "voc_segmentation"]
 
 
 def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
@@ -80,13 +93,21 @@ def _open(config: DataConfig, with_masks: bool) -> dict[str, Split]:
         root = digits_root(config)
         return open_coco(DataConfig(format="coco", root=root, classes=config.classes), with_masks)
     kind = config.format if config.format != "auto" else tell_format(config)
-    if kind == "voc":
-        return open_voc(config)
-    return open_coco(config, with_masks) if kind == "coco" else open_yolo(config, with_masks)
+    if kind == "coco":
+        return open_coco(config, with_masks)
+    if kind == "yolo":
+        return open_yolo(config, with_masks)
+    others = {
+        "voc": open_voc,
+        "label_maps": open_label_folders,
+        "cityscapes": open_cityscapes,
+        "voc_segmentation": open_voc_segmentation,
+    }
+    return others[kind](config)
 
 
-def tell_format(config: DataConfig) -> Literal["coco", "voc", "yolo"]:
-    """Look at ``data.root`` and say what it holds.
+def tell_format(config: DataConfig) -> Format:
+    """Look at ``data.root`` and say what it holds; of VOC with boxes and label maps, the boxes.
 
     Raises:
         UserError: nothing or more than one thing is recognised; the message lists what was seen.
@@ -101,11 +122,17 @@ def tell_format(config: DataConfig) -> Literal["coco", "voc", "yolo"]:
         )
     if root.is_file():
         return "yolo"
-    found: list[Literal["coco", "voc", "yolo"]] = []
+    found: list[Format] = []
     if find_coco(root) or str(config.train or config.val).endswith(".json"):
         found.append("coco")
     if find_voc(root):
         found.append("voc")
+    elif find_voc_segmentation(root):
+        found.append("voc_segmentation")
+    if find_label_folders(root):
+        found.append("label_maps")
+    if find_cityscapes(root):
+        found.append("cityscapes")
     if find_yolo(root):
         found.append("yolo")
     if len(found) > 1:
@@ -161,7 +188,7 @@ class DetectionDataset(Dataset[Sample]):
         self.split = split
         self.seed = seed
         self.with_masks = with_masks
-        self._augment = None if augment is None else build_augment(augment)
+        self._augment = None if augment is None else build_augment(augment, label_maps=split.has_label_maps)
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -183,6 +210,11 @@ class DetectionDataset(Dataset[Sample]):
         return image, target
 
     def _target(self, record: Record) -> dict[str, Tensor]:
+        if record.label_map is not None:
+            labels_HW = read_labels(record.label_map)
+            if labels_HW.shape != (record.height, record.width):
+                raise UserError(f"{record.label_map.path}: has changed since its header was read; restore it")
+            return {"semantic": torch.from_numpy(labels_HW)}
         kept_K = ~record.ignore_K
         target = {
             "boxes": torch.from_numpy(record.boxes_K4[kept_K]),

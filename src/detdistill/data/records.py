@@ -10,10 +10,38 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+UNLABELLED = 255  # in label maps: a pixel without a class
+
+
+@dataclass(frozen=True, slots=True)
+class LabelCode:
+    """What the numbers in label maps mean.
+
+    Attributes:
+        classes_256: uint8; by number, the label, or 255 where it is none.
+        declared_256: bool; the numbers that may occur. Others are read as 255, and the doctor reports them.
+    """
+
+    classes_256: NDArray[np.uint8]
+    declared_256: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelMap:
+    """The class of each pixel, in an image of one channel; of a palette its numbers count, not its colours.
+
+    Attributes:
+        path: the file.
+        code: what its numbers mean; shared by a split's maps.
+    """
+
+    path: Path
+    code: LabelCode
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One labelled image; K objects.
+    """One labelled image; K objects, none where there is a label map instead.
 
     Attributes:
         image_id: the id the annotation file gave it (COCO integer, VOC or YOLO file stem).
@@ -25,6 +53,7 @@ class Record:
             target in training.
         areas_K: float32 area in pixels² (COCO's own ``area``, else that of the box).
         masks: per object a COCO segmentation (list of polygons, or RLE dict), or None if the source has none.
+        label_map: of semantic segmentation, the class of each pixel.
     """
 
     image_id: int | str
@@ -36,6 +65,7 @@ class Record:
     ignore_K: NDArray[np.bool_]
     areas_K: NDArray[np.float32]
     masks: tuple[Any, ...] | None = None
+    label_map: LabelMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +103,11 @@ class Split:
     def has_masks(self) -> bool:
         """Whether every record has masks."""
         return all(record.masks is not None for record in self.records)
+
+    @property
+    def has_label_maps(self) -> bool:
+        """Whether it is for semantic segmentation."""
+        return any(record.label_map is not None for record in self.records)
 
     @property
     def errors(self) -> list[Finding]:

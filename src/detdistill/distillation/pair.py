@@ -22,7 +22,7 @@ from detdistill.distillation.methods import build_method
 from detdistill.distillation.responses import SharedClasses, require_readable
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, gradient_norm
-from detdistill.models.base import Batch, Detector, Pyramid, Raw, Target
+from detdistill.models.base import Batch, Model, Pyramid, Raw, Target
 from detdistill.models.one_stage import OneStage
 from detdistill.seeding import mix_seed
 
@@ -41,7 +41,7 @@ class Pair(nn.Module):
 
     Args:
         student: trained in place; it is also what is exported.
-        teacher: a trained detector, or None for plain training.
+        teacher: a trained model for the same task, or None for plain training.
         methods: names (``"ima"``), ``{name: {weight: …, option: …}}`` as in a recipe, or Method objects.
         seed: of the methods' randomness.
 
@@ -53,8 +53,8 @@ class Pair(nn.Module):
 
     def __init__(
         self,
-        student: Detector,
-        teacher: Detector | None = None,
+        student: Model,
+        teacher: Model | None = None,
         methods: MethodLike | Sequence[MethodLike] = (),
         *,
         seed: int = 0,
@@ -75,6 +75,10 @@ class Pair(nn.Module):
             if methods:
                 raise UserError("methods need a teacher")
             return
+        if student.task != teacher.task:
+            raise UserError(
+                f"the teacher is for {teacher.task} and the student for {student.task}: give both the same task"
+            )
         teacher.eval().requires_grad_(False)
         scale = input_scale(student.preprocessor, teacher.preprocessor)
         self.matching = match_levels(student.pyramid_channels, teacher.pyramid_channels, scale)
@@ -87,7 +91,7 @@ class Pair(nn.Module):
     total_steps: int | None
 
     @property
-    def teacher(self) -> Detector | None:
+    def teacher(self) -> Model | None:
         return self._teacher[0]
 
     def at_step(self, step: int, total_steps: int) -> None:
@@ -122,7 +126,8 @@ class Pair(nn.Module):
 
         Args:
             images: (3, H, W) each, uint8 or float in [0, 1].
-            targets: ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,) for each image.
+            targets: for each image ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,), or, of a segmenter,
+                ``semantic`` (H, W).
             zoom: factor on the input sizes of both models.
         """
         batch = self.student.preprocess(images, targets, zoom)
@@ -241,7 +246,7 @@ class Pair(nn.Module):
         return self
 
 
-def _predict(model: Detector, pyramid: Pyramid, batch: Batch, hidden: bool) -> Raw:
+def _predict(model: Model, pyramid: Pyramid, batch: Batch, hidden: bool) -> Raw:
     if not hidden:
         return model.predict(pyramid, batch)
     assert isinstance(model, OneStage), "a method that needs tower maps checks this when it is built"

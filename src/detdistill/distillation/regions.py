@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detdistill.models.base import Batch
+from detdistill.models.preprocess import resize_labels
 
 CANONICAL_SIDE, CANONICAL_STRIDE = 224.0, 16  # FPN (Lin et al. 2017), Eq. 1: ImageNet's side is for stride 16
 
@@ -57,6 +58,11 @@ def object_mask(batch: Batch, map_NCHW: Tensor) -> Tensor:
     return torch.stack([
         touched_cells(boxes, height, width).any(dim=0) for boxes in boxes_in_cells(batch, map_NCHW)
     ])  # fmt: skip
+
+
+def class_labels(batch: Batch, map_NCHW: Tensor) -> Tensor:
+    """(N, H, W) int64 on the map: the class at each cell's centre; 255 where none is, and in padding."""
+    return resize_labels(batch.semantic_labels(), map_NCHW.shape[-2:]).long()
 
 
 def valid_mask(batch: Batch, map_NCHW: Tensor) -> Tensor:

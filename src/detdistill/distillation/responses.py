@@ -17,7 +17,7 @@ from detdistill.config import UserError
 from detdistill.distillation.matching import describe_input, same_grid
 from detdistill.distillation.regions import from_input_to_input
 from detdistill.distillation.signals import Setting, Signals
-from detdistill.models.base import DenseRaw, Detector, Target, TwoStageRaw
+from detdistill.models.base import DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
 from detdistill.models.detr import DETR
 from detdistill.models.faster_rcnn import FasterRCNN
 from detdistill.models.fcos import FCOS
@@ -26,11 +26,12 @@ from detdistill.models.one_stage import OneStage
 from detdistill.models.retinanet import RetinaNet
 from detdistill.models.torchvision_objects import TorchvisionFCOS, TorchvisionRetinaNet
 
+SEGMENTATION = "segmentation"
 OF_OBJECTS = ("boxes", "labels", "masks")  # entries of a target with a row for each object
 INSTEAD = "use a method on features, such as ima, pkd or mgd"
 
 
-ALIKE: tuple[tuple[type[Detector], ...], ...] = (
+ALIKE: tuple[tuple[type[Model], ...], ...] = (
     (RetinaNet, TorchvisionRetinaNet),
     (FCOS, TorchvisionFCOS),
     (FasterRCNN,),  # and what is built on it: Mask R-CNN, and Cascade R-CNN, whose first head is meant
@@ -92,12 +93,20 @@ def _same_anchors(student: OneStage | FasterRCNN, teacher: OneStage | FasterRCNN
     return len(steps) == 1 and all(alike)
 
 
+def pixel_logits(signals: Signals, classes: SharedClasses) -> tuple[Tensor, Tensor]:
+    """Class logits (N, Q, H, W) of two segmenters, of the shared classes, on the cells of the teacher's."""
+    student, teacher = signals.student_raw, signals.teacher_raw
+    assert isinstance(student, SegmentationRaw)
+    assert isinstance(teacher, SegmentationRaw)
+    return classes(signals.overlay(student.logits_NQHW, teacher.logits_NQHW), teacher.logits_NQHW, dim=1)
+
+
 def two_stage(setting: Setting) -> bool:
     """Whether both second stages can be asked about any regions."""
     return isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN)
 
 
-def require_readable(student: Detector, teacher: Detector, name: str, instead: str = INSTEAD) -> None:
+def require_readable(student: Model, teacher: Model, name: str, instead: str = INSTEAD) -> None:
     """Raises:
     UserError: the predictions of one of them have a form of their own.
     """

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.matching import ClassMatch, Matching, Overlay, match_classes
-from detdistill.models.base import Batch, Detector, Pyramid, Raw
+from detdistill.models.base import Batch, Model, Pyramid, Raw, Task
 
 Need = Literal["raw", "hidden"]
+
+EVERY_TASK: frozenset[Task] = frozenset({"detection", "segmentation"})
+"""The tasks of a method that compares maps, whatever is learnt from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,8 @@ class Setting:
         matching: the levels that it may use.
     """
 
-    student: Detector
-    teacher: Detector
+    student: Model
+    teacher: Model
     matching: Matching
 
     @property
@@ -46,7 +49,7 @@ class Signals:
             may differ: boxes of one are not in the pixels of the other.
         overlay: lays a map of the student over one of the teacher.
         student_raw, teacher_raw: head outputs; the teacher's is None unless a method needs "raw".
-        student_model, teacher_model: the detectors; the teacher is frozen, but gradient may pass through it.
+        student_model, teacher_model: the models; the teacher is frozen, but gradient may pass through it.
         generator: a method's only source of randomness, seeded by (seed, process, step). The global generator
             is left alone, so a student sees the same draws with and without distillation.
         progress: the share of training that is over, above 0 at the first step; None: its length is unknown.
@@ -59,8 +62,8 @@ class Signals:
     overlay: Overlay
     student_raw: Raw
     teacher_raw: Raw | None
-    student_model: Detector
-    teacher_model: Detector
+    student_model: Model
+    teacher_model: Model
     generator: torch.Generator
     progress: float | None = None
 
@@ -74,11 +77,15 @@ class Method(nn.Module, ABC):
     Attributes:
         needs: "raw": the teacher's head outputs (else its head never runs); "hidden": both towers' maps in the
             raw outputs, for one-stage pairs.
+        tasks: what it can be used for. A method that needs boxes, anchors or proposals is for detection alone;
+            one that compares maps is for segmentation as well.
         presets: named sets of options. The one named after the student's family ("gfl"), else after its kind
-            ("anchor", "anchor_free", "two_stage"), else "recommended", is what the method's name alone means.
+            ("anchor", "anchor_free", "two_stage", "segmentation"), else "recommended", is what its name alone
+            means.
     """
 
     needs: frozenset[Need] = frozenset()
+    tasks: ClassVar[frozenset[Task]] = frozenset({"detection"})
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from detdistill.models.base import Detections, Detector, eval_mode
+from detdistill.models.base import Detections, Model, eval_mode
 
 PERCENTILES = (50, 90, 99)
 
@@ -53,7 +53,7 @@ class Efficiency:
 
 
 def efficiency(
-    models: Mapping[str, Detector],
+    models: Mapping[str, Model],
     size: tuple[int, int] = (800, 1088),
     *,
     runs: int = 20,
@@ -109,12 +109,12 @@ def efficiency(
     }
 
 
-def _detect(model: Detector, images: Sequence[Tensor]) -> list[Detections]:
+def _detect(model: Model, images: Sequence[Tensor]) -> list[Detections]:
     batch = model.preprocess(images)
     return model.decode(model.predict(model.pyramid(batch), batch), batch)
 
 
-def _timed(model: Detector, images: Sequence[Tensor]) -> float:
+def _timed(model: Model, images: Sequence[Tensor]) -> float:
     start = time.perf_counter()
     _detect(model, images)
     if images[0].is_cuda:
@@ -122,7 +122,7 @@ def _timed(model: Detector, images: Sequence[Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def _peak_memory(model: Detector, images: Sequence[Tensor]) -> int | None:
+def _peak_memory(model: Model, images: Sequence[Tensor]) -> int | None:
     """Bytes of the weights and of what detecting needs beside them."""
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     _detect(model, images)  # what is allocated once and kept is not told twice
@@ -150,7 +150,7 @@ def _resident(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def _device(model: Detector) -> torch.device:
+def _device(model: Model) -> torch.device:
     return next(model.parameters(), torch.empty(0)).device
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from detdistill.distillation.matching import Matching, Overlay
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 
 
 class LinearCKA:
@@ -71,7 +71,7 @@ def linear_cka(x_PC: Tensor, y_PD: Tensor) -> float:
 
 @torch.no_grad()
 def feature_agreement(
-    student: Detector, teacher: Detector, matching: Matching, batches: Iterable[Sequence[Tensor]]
+    student: Model, teacher: Model, matching: Matching, batches: Iterable[Sequence[Tensor]]
 ) -> dict[int, float]:
     """Linear CKA of the matched levels of two pyramids, over the cells of all images, by the student's stride.
 

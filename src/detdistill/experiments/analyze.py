@@ -32,8 +32,7 @@ from detdistill.evaluation.errors import (
     supercategories_of,
     tide_errors,
 )
-from detdistill.experiments.evaluate import choose_device, open_split
-from detdistill.models.checkpoints import load_model
+from detdistill.experiments.evaluate import as_detector, choose_device, open_split
 from detdistill.models.weights import find_weights
 from detdistill.report.gallery import save_differences
 from detdistill.report.plots import plot_errors
@@ -221,8 +220,8 @@ def detections_of(
     if kept is not None:
         return kept
     evaluation = evaluate_detector(
-        load_model(run), split, batch_size=batch_size, workers=workers, device=choose_device(device),
-        progress=progress,
+        as_detector(run, "analyze"), split, batch_size=batch_size, workers=workers,
+        device=choose_device(device), progress=progress,
     )  # fmt: skip
     found = [{name: value.numpy() for name, value in one.items()} for one in evaluation.detections]
     rows = [

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from detdistill.config import UserError, load_recipe
 from detdistill.evaluation.efficiency import Efficiency, efficiency
-from detdistill.experiments.evaluate import as_detector, choose_device
+from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models import build_model
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 
 
 def benchmark(
-    models: Sequence[Detector | str | Path],
+    models: Sequence[Model | str | Path],
     *,
     size: tuple[int, int] | None = None,
     runs: int = 20,
@@ -34,7 +34,7 @@ def benchmark(
         UserError: a model cannot be had, or two have one name.
     """
     where = choose_device(device)
-    found: dict[str, Detector] = {}
+    found: dict[str, Model] = {}
     for model in models:
         for name, detector in _detectors(model).items():
             if name in found:
@@ -49,17 +49,17 @@ def benchmark(
     return efficiency(found, size, runs=runs, warmup=warmup, batch_size=batch_size)
 
 
-def _detectors(model: Detector | str | Path) -> dict[str, Detector]:
-    if isinstance(model, Detector):
+def _detectors(model: Model | str | Path) -> dict[str, Model]:
+    if isinstance(model, Model):
         return {type(model).__name__: model}
     path = Path(model)
     if path.suffix not in (".yaml", ".yml"):
-        return {str(path): as_detector(path)}
+        return {str(path): as_model(path)}
     recipe = load_recipe(path)
     classes = recipe.data.classes or tuple(map(str, range(80)))
     models = {}
     if recipe.teacher is not None and recipe.teacher.weights not in (None, "torchvision"):
-        models[f"{path.stem} teacher"] = as_detector(str(recipe.teacher.weights))
+        models[f"{path.stem} teacher"] = as_model(str(recipe.teacher.weights))
         classes = recipe.data.classes or models[f"{path.stem} teacher"].classes
     student = recipe.student.model_copy(update={"weights": None, "backbone_weights": None})
     models[f"{path.stem} student"] = build_model(student, classes)

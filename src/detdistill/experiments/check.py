@@ -14,8 +14,8 @@ from detdistill.data.records import Split
 from detdistill.distillation.matching import ClassMatch, Matching, describe_input
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
-from detdistill.models.base import Detector
-from detdistill.models.build import check_masks
+from detdistill.models.base import Model
+from detdistill.models.build import check_targets
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _check_models(result: Check, train: Split) -> None:
     with _messages() as notes:
         try:
             student = build_model(recipe.student, classes)
-            check_masks(recipe.student, train)
+            check_targets(recipe.student, train)
         except UserError as error:
             result.problems.append(f"student: {error}")
         try:
@@ -124,7 +124,7 @@ def _check_models(result: Check, train: Split) -> None:
     ]
 
 
-def _summary(role: str, model: Detector) -> ModelSummary:
+def _summary(role: str, model: Model) -> ModelSummary:
     described = (model.spec or {}).get("model", {})
     learns = (p.numel() for p in model.parameters() if p.requires_grad)
     return ModelSummary(

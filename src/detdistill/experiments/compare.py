@@ -36,7 +36,7 @@ class Arm:
     Attributes:
         name: of the arm.
         metrics: by seed, those of the finished runs.
-        paired: its AP (in points) against the baseline's; None for the baseline itself.
+        paired: its metric (in points) against the baseline's; None for the baseline itself.
         failed: seeds whose run ended without a result.
     """
 
@@ -115,7 +115,7 @@ def run_study(
     *,
     jobs: int = 1,
     devices: Sequence[str] = (),
-    metric: str = "AP",
+    metric: str | None = None,
     allow_unequal: bool = False,
     train: bool = True,
     say: Callable[[str], None] = print,
@@ -126,7 +126,7 @@ def run_study(
         study: from one of the ``plan_`` functions or :func:`read_study`.
         jobs: runs at a time; with devices, as many as there are devices.
         devices: as ``cuda:0``; each takes one run at a time. None: the recipe's own.
-        metric: of the runs' results, by which the arms are compared.
+        metric: of the runs' results, by which the arms are compared; the runs' main one unless given.
         allow_unequal: let the arms' budgets differ; the table then says so.
         train: False compares what is there.
         say: takes a line for each run that ends.
@@ -240,17 +240,22 @@ def _train(
             children.discard(child)
 
 
-def read_comparison(study: Study, metric: str = "AP", failed: Iterable[tuple[str, int]] = ()) -> Comparison:
-    """The numbers of the runs that are finished.
+def read_comparison(
+    study: Study, metric: str | None = None, failed: Iterable[tuple[str, int]] = ()
+) -> Comparison:
+    """The numbers of the runs that are finished; by their main one (AP, mIoU) unless a metric is given.
 
     Raises:
         UserError: finished runs have no such metric.
     """
     failed = set(failed)
     found: dict[str, dict[int, dict[str, float]]] = {}
+    main = "AP"
     for name in study.arms:
         results = {seed: RunFolder(study.run_folder(name, seed)).result() for seed in study.seeds}
         found[name] = {seed: result["metrics"] for seed, result in results.items() if result is not None}
+        main = next((result["main"] for result in results.values() if result is not None), main)
+    metric = metric or main
     known = {key for runs in found.values() for metrics in runs.values() for key in metrics}
     if known and metric not in known:
         raise UserError(f"the runs have no metric {metric!r}; {nearest(metric, known)}")
@@ -266,8 +271,14 @@ def read_comparison(study: Study, metric: str = "AP", failed: Iterable[tuple[str
 
 def _write(comparison: Comparison) -> None:
     """``table.md`` and ``comparison.json`` beside the runs."""
+    table = f"{comparison.markdown()}\n\n{comparison.verdict}\n"
+    write_atomically(comparison.study.out / "table.md", table)
+    write_comparison(comparison)
+
+
+def write_comparison(comparison: Comparison) -> None:
+    """``comparison.json`` beside the runs."""
     study = comparison.study
-    write_atomically(study.out / "table.md", f"{comparison.markdown()}\n\n{comparison.verdict}\n")
     content = {
         "recipe": str(study.recipe),
         "seeds": list(study.seeds),

@@ -18,6 +18,11 @@ from rich.table import Table
 from detdistill.config import Recipe, parse_recipe
 from detdistill.data.loading import DetectionDataset, open_data
 from detdistill.evaluation.detector import evaluate_detector
+from detdistill.experiments.compare import read_comparison, write_comparison
+from detdistill.experiments.evaluate import as_detector
+from detdistill.experiments.report import try_report
+from detdistill.experiments.report_data import DISTILLED
+from detdistill.experiments.studies import ALONE, Study
 from detdistill.models.checkpoints import load_model
 from detdistill.report.gallery import save_gallery
 from detdistill.report.plots import plot_comparison
@@ -77,14 +82,15 @@ def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool 
     for seed in seeds:
         console.print(f"2. The student alone (seed {seed})")
         recipe = _recipe("alone", STUDENT, epochs=10, lr=0.04, seed=seed, fast=fast)
-        alone[seed] = train(recipe, out / f"alone-{seed}")
+        alone[seed] = train(recipe, out / ALONE / str(seed))
         console.print(f"3. The same student with IMA (seed {seed})")
         taught = {"name": "distilled", "teacher": str(teacher.student), "methods": ["ima"]}
         distilled[seed] = train(
-            parse_recipe({**recipe.model_dump(mode="json"), **taught}), out / f"distilled-{seed}"
+            parse_recipe({**recipe.model_dump(mode="json"), **taught}), out / DISTILLED / str(seed)
         )
     result = DemoResult(teacher, alone, distilled)
     _show(console, result, out)
+    _report(console, result, out)
     return result
 
 
@@ -133,11 +139,20 @@ def _show(console: Console, result: DemoResult, out: Path) -> None:
     console.print(f"table.md, curves.png and gallery.png are in {out}", soft_wrap=True)
 
 
+def _report(console: Console, result: DemoResult, out: Path) -> None:
+    """``comparison.json``, as ``compare`` writes it, and the page made of it."""
+    recipe = next(iter(result.alone.values())).run / "recipe.yaml"
+    taught = (f"teacher={result.teacher.student}", 'methods=["ima"]')
+    study = Study(recipe, {ALONE: ("teacher=null", "methods=[]"), DISTILLED: taught}, tuple(result.alone), out)
+    write_comparison(read_comparison(study))
+    try_report(out, lambda line: console.print(line, soft_wrap=True, markup=False))
+
+
 def _gallery(runs: dict[str, TrainResult], out: Path) -> None:
     recipe = RunFolder(runs["teacher"].run).recipe()
     split = open_data(recipe.data)["val"]
     evaluations = {
-        name: evaluate_detector(load_model(run.student), split, limit=GALLERY_IMAGES)
+        name: evaluate_detector(as_detector(run.student, "demo"), split, limit=GALLERY_IMAGES)
         for name, run in runs.items()
     }
     shown = next(iter(evaluations.values())).split

@@ -1,4 +1,4 @@
-"""Evaluate a saved detector on a dataset."""
+"""Evaluate a saved model on a dataset."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import torch
 from detdistill.config import DataConfig, Recipe, UserError, load_recipe, parse_recipe
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
-from detdistill.evaluation.detector import Evaluation, evaluate_detector
-from detdistill.models.base import Detector
+from detdistill.evaluation.measure import Evaluation
+from detdistill.evaluation.model import evaluate_model
+from detdistill.models.base import Detector, Model
 from detdistill.models.checkpoints import load_model
 
 Data = Recipe | DataConfig | str | Path
 
 
 def evaluate(
-    model: Detector | str | Path,
+    model: Model | str | Path,
     data: Data,
     *,
     split: str = "val",
@@ -28,10 +29,13 @@ def evaluate(
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """What a detector finds on a split of a dataset, and its COCO numbers, of boxes and of masks.
+    """How good a model is on a split of a dataset.
+
+    Of a detector: what it finds, and its COCO numbers, of boxes and of masks. Of a segmenter: which classes it
+    confuses, and its mIoU.
 
     Args:
-        model: a detector, a run folder, or a file that detdistill saved.
+        model: a detector or segmenter, a run folder, or a file that detdistill saved.
         data: a dataset's folder, a recipe (object or file) whose data section is taken, or ``digits``.
         split: ``val``, ``train``, or another that the dataset has.
         batch_size: images in a batch.
@@ -43,10 +47,10 @@ def evaluate(
     Raises:
         UserError: no such model, data, split or device; the annotations have errors; no class in common.
     """
-    detector = as_detector(model)
-    return evaluate_detector(
-        detector,
-        open_split(data, split, with_masks=detector.needs_masks),
+    loaded = as_model(model)
+    return evaluate_model(
+        loaded,
+        open_split(data, split, with_masks=loaded.needs_masks),
         batch_size=batch_size,
         workers=workers,
         device=choose_device(device),
@@ -55,9 +59,21 @@ def evaluate(
     )
 
 
-def as_detector(model: Detector | str | Path) -> Detector:
-    """A detector as it is, or loaded from a run folder or file."""
-    if isinstance(model, Detector):
+def as_detector(model: Model | str | Path, verb: str) -> Detector:
+    """As :func:`as_model`, for what makes sense of detections alone.
+
+    Raises:
+        UserError: it is a segmenter; the message says what the verb is for.
+    """
+    loaded = as_model(model)
+    if not isinstance(loaded, Detector):
+        raise UserError(f"{verb} is for detectors, and this is for {loaded.task}: take a detector")
+    return loaded
+
+
+def as_model(model: Model | str | Path) -> Model:
+    """A model as it is, or loaded from a run folder or file."""
+    if isinstance(model, Model):
         return model
     if isinstance(model, torch.nn.Module):
         raise UserError(f"a {type(model).__name__} is no detector yet: give detdistill.wrap(model, ...)")

@@ -19,7 +19,7 @@ from detdistill.config import UserError
 from detdistill.data.digits import write_digits
 from detdistill.data.images import is_image, read_image
 from detdistill.experiments.evaluate import as_detector
-from detdistill.models.base import Detections, Detector, Preprocess
+from detdistill.models.base import Detections, Detector, Model, Preprocess
 from detdistill.models.exported import (
     INPUT,
     METADATA_KEY,
@@ -78,7 +78,7 @@ class Export:
 
 
 def export(
-    model: Detector | str | Path,
+    model: Model | str | Path,
     out: str | Path | None = None,
     *,
     size: tuple[int, int] | None = None,
@@ -103,7 +103,7 @@ def export(
     if path.suffix == ONNX:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_for_export(package)
-    detector = as_detector(model).cpu().eval()
+    detector = as_detector(model, "export").cpu().eval()
     graph = DetectionGraph(detector)
     size = _input_size(detector.preprocessor, size)
     facts = _facts(detector, size)
@@ -127,10 +127,10 @@ def export(
     return Export(path, path.stat().st_size, parameters, facts, agreement)
 
 
-def _target(model: Detector | str | Path, out: str | Path | None) -> Path:
+def _target(model: Model | str | Path, out: str | Path | None) -> Path:
     if out is not None:
         path = Path(out)
-    elif isinstance(model, Detector):
+    elif isinstance(model, Model):
         raise UserError("say where to write the file: out='student.onnx'")
     else:
         path = (Path(model) / STUDENT_FILE if Path(model).is_dir() else Path(model)).with_suffix(ONNX)

@@ -1,4 +1,4 @@
-"""Detect objects in images: what is found, as arrays, as pictures and as a file."""
+"""Detect objects in images, or segment them: what is found, as arrays, as pictures and as a file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from detdistill.config import UserError
 from detdistill.data.images import is_image, read_image
 from detdistill.data.masks import encode_masks
-from detdistill.experiments.evaluate import as_detector, choose_device
-from detdistill.models.base import Detections, Detector
+from detdistill.experiments.evaluate import as_model, choose_device
+from detdistill.models.base import Detections, Model
 from detdistill.report.gallery import CELL, draw_detections
 
 PREDICTIONS_FILE = "predictions.json"
@@ -34,6 +34,7 @@ class Prediction:
         scores_K: float32 in [0, 1], falling.
         classes: the model's class names.
         masks_KHW: bool, each object's pixels; None of a model without masks.
+        semantic_HW: of a segmenter, int64: the class of each pixel; it finds no boxes.
     """
 
     path: Path
@@ -42,34 +43,46 @@ class Prediction:
     scores_K: Tensor
     classes: tuple[str, ...]
     masks_KHW: Tensor | None = None
+    semantic_HW: Tensor | None = None
 
     @property
     def names(self) -> list[str]:
         """The class name of each detection."""
         return [self.classes[label] for label in self.labels_K.tolist()]
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of a segmenter: what share of the pixels each class has, of those that have any, largest first."""
+        if self.semantic_HW is None:
+            return {}
+        counts = self.semantic_HW.flatten().bincount(minlength=len(self.classes)) / self.semantic_HW.numel()
+        shares = dict(zip(self.classes, counts.tolist(), strict=True))
+        return {name: shares[name] for name in sorted(shares, key=lambda n: -shares[n]) if shares[name]}
+
 
 def predict(
-    model: Detector | str | Path,
+    model: Model | str | Path,
     images: str | Path,
     *,
     out: str | Path | None = None,
     threshold: float = 0.3,
-    teacher: Detector | str | Path | None = None,
+    teacher: Model | str | Path | None = None,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """Detect objects in an image, or in all images of a folder and its subfolders.
+    """Detect objects in an image, or in all images of a folder and its subfolders; a segmenter segments them.
 
     Args:
-        model: a detector, a run folder, or a file that detdistill saved.
+        model: a detector or segmenter, a run folder, or a file that detdistill saved.
         images: the image file or folder. Images of a folder that cannot be read are left out, with a warning.
         out: a folder for the pictures with their boxes and for ``predictions.json``, a list of detections as
             COCO's results have them: ``bbox`` is (x, y, width, height), ``category_id`` is the label plus 1,
             ``image_id`` is the file's stem, as a number where it is one, and ``segmentation``, where the model
-            gives masks, their run lengths; and the names of both.
+            gives masks, their run lengths; and the names of both. Of a segmenter the list says of each image
+            what share of it each class has, and beside its picture is ``NAME.labels.png``, with a class index
+            in each pixel.
         threshold: detections of a lower score are left out.
-        teacher: draw what this detector finds beside what the model finds.
+        teacher: draw what this model finds beside what the model finds.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda:1``, …
         progress: called after each image with (images done, images in all).
 
@@ -78,16 +91,19 @@ def predict(
     """
     root, paths = _find_images(Path(images), Path(out) if out is not None else None)
     chosen = choose_device(device)
-    models = [as_detector(each).to(chosen).eval() for each in (model, teacher) if each is not None]
+    models = [as_model(each).to(chosen).eval() for each in (model, teacher) if each is not None]
     predictions = []
     for path, image in _read(paths):
         with torch.inference_mode():
             found = [_detect(each, image.to(chosen), threshold) for each in models]
         student = found[0]
-        arrays = (student["boxes"], student["labels"], student["scores"])
-        predictions.append(Prediction(path, *arrays, models[0].classes, student.get("masks")))
+        arrays = (student["boxes"], student["labels"], student["scores"], models[0].classes)
+        prediction = Prediction(path, *arrays, student.get("masks"), student.get("semantic"))
+        predictions.append(prediction)
         if out is not None:
-            _save_picture(image, found, models, threshold, _picture(Path(out), path, root))
+            picture = _picture(Path(out), path, root)
+            _save_picture(image, found, models, threshold, picture)
+            _save_label_map(prediction, picture)
         if progress is not None:
             progress(len(predictions), len(paths))
     if out is not None:
@@ -137,8 +153,11 @@ def _read(paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
         yield path, image
 
 
-def _detect(model: Detector, image_3HW: Tensor, threshold: float) -> Detections:
+def _detect(model: Model, image_3HW: Tensor, threshold: float) -> Detections:
     detections = model([image_3HW])[0]
+    if "semantic" in detections:
+        no_boxes = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        return {**no_boxes, "scores": torch.zeros(0), "semantic": detections["semantic"].cpu()}
     keep = detections["scores"] >= threshold
     found = {name: value[keep].cpu() for name, value in detections.items()}
     if "masks" in found:
@@ -147,7 +166,7 @@ def _detect(model: Detector, image_3HW: Tensor, threshold: float) -> Detections:
 
 
 def _save_picture(
-    image_3HW: Tensor, found: list[Detections], models: list[Detector], threshold: float, path: Path
+    image_3HW: Tensor, found: list[Detections], models: list[Model], threshold: float, path: Path
 ) -> None:
     drawn = [
         draw_detections(image_3HW, detections, model.classes, threshold, shortest=CELL)
@@ -161,6 +180,12 @@ def _save_picture(
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
+def _save_label_map(prediction: Prediction, picture: Path) -> None:
+    if prediction.semantic_HW is not None:
+        labels = Image.fromarray(prediction.semantic_HW.to(torch.uint8).numpy())
+        labels.save(picture.with_name(f"{picture.stem}.labels.png"))
+
+
 def _write_json(predictions: list[Prediction], root: Path, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for prediction in predictions:
@@ -169,10 +194,14 @@ def _write_json(predictions: list[Prediction], root: Path, out: Path) -> None:
         values = (prediction.boxes_K4.tolist(), prediction.labels_K.tolist(), prediction.scores_K.tolist())
         masks_KHW = prediction.masks_KHW
         masks = [] if masks_KHW is None else encode_masks(masks_KHW.numpy())
+        image_id = int(stem) if stem.isdecimal() else stem
+        if prediction.semantic_HW is not None:
+            shares = {name: round(share, 5) for name, share in prediction.shares.items()}
+            rows.append({"image_id": image_id, "file_name": name, "shares": shares})
         for i, ((x1, y1, x2, y2), label, score) in enumerate(zip(*values, strict=True)):
             rows.append(
                 {
-                    "image_id": int(stem) if stem.isdecimal() else stem,
+                    "image_id": image_id,
                     "file_name": name,
                     "category_id": label + 1,
                     "category": prediction.classes[label],

@@ -27,8 +27,8 @@ from detdistill.evaluation.detector import evaluate_detector
 from detdistill.evaluation.similarity import feature_agreement
 from detdistill.experiments.evaluate import as_detector, choose_device
 from detdistill.models import build_model, load_teacher
-from detdistill.models.base import Detector, Target
-from detdistill.models.build import check_masks, needs_masks
+from detdistill.models.base import Detector, Model, Target
+from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.weights import find_weights
 from detdistill.training.step import build_optimizer, to_device
 
@@ -115,7 +115,7 @@ def rank_teachers(
     teachers: Sequence[str | Path],
     overrides: Iterable[str] = (),
     *,
-    student: Detector | str | Path | None = None,
+    student: Model | str | Path | None = None,
     images: int = 64,
     limit: int | None = None,
     rounds: int = 5,
@@ -151,9 +151,9 @@ def rank_teachers(
     where = choose_device(device)
     splits = usable_splits(recipe.data, ("train", "val"), with_masks=needs_masks(recipe.student))
     train, val = splits["train"], splits["val"]
-    check_masks(recipe.student, train)
+    check_targets(recipe.student, train)
     torch.manual_seed(recipe.training.seed)
-    start = build_model(recipe.student, train.classes).to(where)
+    start = as_detector(build_model(recipe.student, train.classes), "rank-teachers").to(where)
     trained = None if student is None else _like(start, student).to(where)
 
     pairs, refused = _pairs(teachers, start, recipe, train.classes)
@@ -181,7 +181,7 @@ def rank_teachers(
 
 
 def _pairs(
-    teachers: Sequence[str | Path], start: Detector, recipe: Recipe, classes: Sequence[str]
+    teachers: Sequence[str | Path], start: Model, recipe: Recipe, classes: Sequence[str]
 ) -> tuple[dict[str, Pair], list[tuple[str, str]]]:
     """Each candidate with a student of its own, and the candidates that cannot teach it, with the reason."""
     pairs: dict[str, Pair] = {}
@@ -221,11 +221,12 @@ class _Measure:
         assert teacher is not None
         assert matching is not None
 
-        def agreement(student: Detector) -> dict[int, float]:
+        def agreement(student: Model) -> dict[int, float]:
             return feature_agreement(student, teacher, matching, self._batches())
 
         described = (teacher.spec or {}).get("model", {})
         parameters = _parameters(teacher)
+        assert isinstance(teacher, Detector)
         ap = self.ap(teacher)
         return TeacherScore(
             teacher=name,
@@ -258,7 +259,7 @@ class _Measure:
 
 
 def step_costs(
-    student: Detector,
+    student: Model,
     pairs: Mapping[str, Pair],
     images: Sequence[Tensor],
     targets: Sequence[Target],
@@ -316,7 +317,7 @@ def _step(
 
 
 def _first_batch(
-    train: Split, student: Detector, config: TrainingConfig, device: torch.device
+    train: Split, student: Model, config: TrainingConfig, device: torch.device
 ) -> tuple[list[Tensor], list[Target]]:
     dataset = DetectionDataset(train, None, with_masks=student.needs_masks)
     count = min(_micro_batch(config), len(train))
@@ -327,9 +328,9 @@ def _micro_batch(config: TrainingConfig) -> int:
     return config.batch_size // config.accumulate
 
 
-def _like(start: Detector, student: Detector | str | Path) -> Detector:
+def _like(start: Detector, student: Model | str | Path) -> Detector:
     """The trained student, if it is built as the recipe's."""
-    trained = as_detector(student).eval()
+    trained = as_detector(student, "rank-teachers").eval()
     ours, theirs = ({n: t.shape for n, t in model.state_dict().items()} for model in (start, trained))
     if ours != theirs:
         raise UserError(f"{student}: is another model than the recipe's student; give a run of this recipe")
@@ -356,5 +357,5 @@ def _comparable(score: TeacherScore) -> float:
     return 0.0 if math.isnan(score.ap) else score.ap
 
 
-def _parameters(model: Detector) -> int:
+def _parameters(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())

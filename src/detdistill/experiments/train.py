@@ -18,7 +18,7 @@ from detdistill.config import (
     load_recipe,
     parse_recipe,
 )
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 from detdistill.models.checkpoints import describe
 from detdistill.training import loop
 from detdistill.training.loop import TrainResult
@@ -47,8 +47,8 @@ def train(
 
 
 def distill(
-    teacher: Detector | ModelConfig | Mapping[str, Any] | str | Path,
-    student: Detector | ModelConfig | Mapping[str, Any],
+    teacher: Model | ModelConfig | Mapping[str, Any] | str | Path,
+    student: Model | ModelConfig | Mapping[str, Any],
     data: DataConfig | Mapping[str, Any] | str | Path,
     method: str | Mapping[str, Any] | MethodConfig | Sequence[str | Mapping[str, Any] | MethodConfig] = "ima",
     *,
@@ -89,13 +89,13 @@ def distill(
         recipe,
         Path(out),
         resume=resume,
-        student=student if isinstance(student, Detector) else None,
-        teacher=teacher if isinstance(teacher, Detector) else None,
+        student=student if isinstance(student, Model) else None,
+        teacher=teacher if isinstance(teacher, Model) else None,
     )
 
 
 def _section(model: Any, *, frozen: bool) -> Any:
     """A model's section; of an object what tells it from others, so that a run goes on with the same one."""
-    if isinstance(model, nn.Module) and not isinstance(model, Detector):
+    if isinstance(model, nn.Module) and not isinstance(model, Model):
         raise UserError(f"a {type(model).__name__} is no detector yet: give detdistill.wrap(model, ...)")
-    return {"python": describe(model, values=frozen)} if isinstance(model, Detector) else model
+    return {"python": describe(model, values=frozen)} if isinstance(model, Model) else model

@@ -7,10 +7,13 @@ from detdistill.models.base import (
     DenseRaw,
     Detections,
     Detector,
+    Model,
     Preprocess,
     Pyramid,
     QueryRaw,
     Raw,
+    SegmentationRaw,
+    Segmenter,
     Target,
     TwoStageRaw,
 )
@@ -26,6 +29,7 @@ from detdistill.models.mask_rcnn import MaskRCNN, mask_rcnn
 from detdistill.models.mmdet_weights import import_mmdet
 from detdistill.models.reppoints import RepPoints, reppoints
 from detdistill.models.retinanet import RetinaNet, retinanet
+from detdistill.models.segmentation import EncoderDecoder, deeplabv3, pspnet
 from detdistill.models.torchvision_weights import load_torchvision
 from detdistill.models.weights import LoadReport, load_weights, read_state_dict
 from detdistill.models.wrapped import wrap
@@ -40,21 +44,26 @@ __all__ = [
     "DenseRaw",
     "Detections",
     "Detector",
+    "EncoderDecoder",
     "FasterRCNN",
     "LoadReport",
     "MaskRCNN",
+    "Model",
     "Preprocess",
     "Pyramid",
     "QueryRaw",
     "Raw",
     "RepPoints",
     "RetinaNet",
+    "SegmentationRaw",
+    "Segmenter",
     "Target",
     "TwoStageRaw",
     "build_model",
     "cascade_mask_rcnn",
     "cascade_rcnn",
     "d_fine",
+    "deeplabv3",
     "faster_rcnn",
     "fcos",
     "gfl",
@@ -64,6 +73,7 @@ __all__ = [
     "load_torchvision",
     "load_weights",
     "mask_rcnn",
+    "pspnet",
     "read_state_dict",
     "reppoints",
     "retinanet",

@@ -33,6 +33,8 @@ class Backbone(nn.Module):
             (torchvision's ``trainable_backbone_layers=3``), 5 everything.
         stride_in_1x1: the stride of a ResNet's bottleneck is in its first 1×1 convolution, as in Caffe's models
             and in the paper, not in its 3×3 one. The weights have the same names and shapes either way.
+        output_stride: stages below it are dilated instead of strided, as segmenters want it. Maps are still
+            called by the strides that they have without.
 
     Attributes:
         channels: ``{stride: channels}`` of what ``forward`` returns.
@@ -40,7 +42,7 @@ class Backbone(nn.Module):
 
     Raises:
         UserError: unknown name, no feature maps, a stride that is not offered, weights that cannot be had, no
-            bottlenecks where their stride should move.
+            bottlenecks where their stride should move, no dilation.
     """
 
     mean: tuple[float, float, float]
@@ -55,9 +57,11 @@ class Backbone(nn.Module):
         norm: str = "batch",
         freeze_stages: int = 0,
         stride_in_1x1: bool = False,
+        output_stride: int | None = None,
     ) -> None:
         super().__init__()
         offered = offered_strides(name)
+        dilation = {} if output_stride is None else _dilation(name, output_stride)
         absent = [stride for stride in strides if stride not in offered]
         if absent:
             raise UserError(
@@ -67,7 +71,9 @@ class Backbone(nn.Module):
         # The deepest map of a stride: a plain transformer offers the same one after every block.
         indices = [len(offered) - 1 - offered[::-1].index(stride) for stride in strides]
         try:
-            body: Any = timm.create_model(name, features_only=True, out_indices=indices, pretrained=pretrained)
+            body: Any = timm.create_model(
+                name, features_only=True, out_indices=indices, pretrained=pretrained, **dilation
+            )
         except Exception as error:
             if not pretrained:
                 raise
@@ -138,6 +144,19 @@ def offered_strides(name: str) -> tuple[int, ...]:
         raise UserError(
             f"backbone {name!r} gives no feature maps ({_short(error)}); choose another timm model"
         ) from error
+
+
+def _dilation(name: str, output_stride: int) -> dict[str, Any]:
+    """timm's argument for it, where the model takes it."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, features_only=True, output_stride=output_stride)
+    except Exception as error:
+        raise UserError(
+            f"backbone {name!r} cannot be dilated to an output stride of {output_stride}; "
+            f"take a ResNet, RegNet, EfficientNet, MobileNet or ConvNeXt"
+        ) from error
+    return {"output_stride": output_stride}
 
 
 def _short(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from detdistill.config import ModelConfig, UserError
 from detdistill.data.records import Split
 from detdistill.models import torchvision_weights
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 from detdistill.models.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from detdistill.models.detr_families import d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import faster_rcnn
@@ -21,6 +21,7 @@ from detdistill.models.gfl import gfl
 from detdistill.models.mask_rcnn import mask_rcnn
 from detdistill.models.reppoints import reppoints
 from detdistill.models.retinanet import retinanet
+from detdistill.models.segmentation import deeplabv3, pspnet
 from detdistill.models.weights import (
     PARTS,
     LoadReport,
@@ -33,7 +34,7 @@ from detdistill.models.weights import (
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: Mapping[str, Callable[..., Detector]] = {
+FAMILIES: Mapping[str, Callable[..., Model]] = {
     "retinanet": retinanet,
     "fcos": fcos,
     "gfl": gfl,
@@ -44,8 +45,10 @@ FAMILIES: Mapping[str, Callable[..., Detector]] = {
     "cascade_mask_rcnn": cascade_mask_rcnn,
     "rtdetr_v2": rtdetr_v2,
     "d_fine": d_fine,
+    "pspnet": pspnet,
+    "deeplabv3": deeplabv3,
 }
-"""How a family's detector is built: over a backbone, with keyword options of :class:`ModelConfig`'s names."""
+"""How a family's model is built: over a backbone, with keyword options of :class:`ModelConfig`'s names."""
 
 ARCHITECTURE = (
     "family", "backbone", "channels", "head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1",
@@ -55,19 +58,31 @@ ARCHITECTURE = (
 BOXES_ALONE = {"mask_rcnn": "faster_rcnn", "cascade_mask_rcnn": "cascade_rcnn"}
 """The families that learn from masks, and what each is without."""
 
+SEGMENTERS = ("pspnet", "deeplabv3")
+"""The families that learn from label maps; the others are detectors."""
+
 
 def needs_masks(config: ModelConfig) -> bool:
     """Whether the detector of a section learns from masks; told before data are read and it is built."""
     return _family(config) in BOXES_ALONE
 
 
-def check_masks(config: ModelConfig, train: Split) -> None:
-    """Refuse training images that have boxes only, where the detector of a section learns from masks.
+def check_targets(config: ModelConfig, train: Split, student: Model | None = None) -> None:
+    """Refuse training images that lack what the model of a section, or a student object, learns from.
 
     Raises:
-        UserError: they have no masks.
+        UserError: they have no label maps, or label maps alone; or boxes only, and it learns from masks.
     """
-    family = _family(config)
+    family = _family(config) if student is None else type(student).__name__
+    task = ("segmentation" if family in SEGMENTERS else "detection") if student is None else student.task
+    if task == "segmentation" and not train.has_label_maps:
+        raise UserError(
+            f"{train.source}: has no label maps, and {family} learns from them: take other data, or a detector"
+        )
+    if task == "detection" and train.has_label_maps:
+        raise UserError(
+            f"{train.source}: has label maps and no boxes: use {' or '.join(SEGMENTERS)}, not {family}"
+        )
     if family in BOXES_ALONE and not train.has_masks:
         raise UserError(
             f"{train.source}: has boxes only, and {family} learns from masks: use {BOXES_ALONE[family]}"
@@ -82,7 +97,7 @@ def _family(config: ModelConfig) -> str:
     return config.family if spec is None else spec["model"]["family"]
 
 
-def build_model(config: ModelConfig, classes: Sequence[str]) -> Detector:
+def build_model(config: ModelConfig, classes: Sequence[str]) -> Model:
     """Build the detector that a recipe's ``student`` section describes.
 
     ``backbone_weights`` are loaded first, ``weights`` over them. The backbone must load whole; where the head
@@ -103,7 +118,7 @@ def build_model(config: ModelConfig, classes: Sequence[str]) -> Detector:
     return _build(config, classes, require=("backbone",))
 
 
-def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Detector:
+def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Model:
     """Build the detector that a recipe's ``teacher`` section describes; all of it must load.
 
     Args:
@@ -123,7 +138,7 @@ def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Detector:
     return _build(config, classes, require=PARTS).eval()
 
 
-def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) -> Detector:
+def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) -> Model:
     if config.python is not None:
         raise UserError(
             f"{config.python}: a Python object, which no recipe can build: give it to detdistill.distill again"
@@ -153,7 +168,7 @@ def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) 
     return model
 
 
-def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] | None = None) -> Detector:
+def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] | None = None) -> Model:
     """The model without detector weights; the input convention of ``spec`` if there is one."""
     options: dict[str, Any] = {
         "classes": tuple(classes),
@@ -165,7 +180,7 @@ def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] 
         "nms_threshold": config.nms_threshold,
         "max_detections": config.max_detections,
     }
-    for name in ("head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1"):
+    for name in ("head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1", "window"):
         if getattr(config, name) != ModelConfig.model_fields[name].get_default():
             options[name] = getattr(config, name)
     build = FAMILIES[config.family]
@@ -224,7 +239,7 @@ def _with_spec(config: ModelConfig, spec: dict[str, Any], path: Path) -> ModelCo
     return ModelConfig.model_validate({**merged, "weights": config.weights, "backbone_weights": None})
 
 
-def _load_published(model: Detector, config: ModelConfig, require: Sequence[str]) -> LoadReport:
+def _load_published(model: Model, config: ModelConfig, require: Sequence[str]) -> LoadReport:
     if config.size is None:
         logger.warning(
             "torchvision's weights were trained at size %s; without `size` images are taken as they come",

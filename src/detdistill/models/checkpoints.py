@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 from detdistill.models.build import construct
 from detdistill.models.exported import load_onnx
 from detdistill.models.weights import find_weights, load_weights, read_metadata, read_spec, read_state_dict
 
 
-def save_model(model: Detector, path: str | Path) -> None:
+def save_model(model: Model, path: str | Path) -> None:
     """Write a self-describing safetensors file, whole or not at all.
 
     Args:
@@ -52,7 +52,7 @@ def save_model(model: Detector, path: str | Path) -> None:
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector:
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
     """Rebuild a detector from a self-describing file or a run folder.
 
     Args:
@@ -71,8 +71,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
         return load_onnx(path)
     if path.suffix == ".pt2":
         raise UserError(
-            f"{path}: a program of torch.export can hold pickles, so it is not opened here: give the .safetensors or "
-            f".onnx file of the same student"
+            f"{path}: a program of torch.export can hold pickles, so it is not opened here: give the "
+            f".safetensors or .onnx file of the same student"
         )
     spec = read_spec(path)
     if spec is None and (python := read_metadata(path).get("python")):
@@ -91,7 +91,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Detector
     return model.to(device).eval()
 
 
-def describe(model: Detector, *, values: bool = False) -> str:
+def describe(model: Model, *, values: bool = False) -> str:
     """One line by which a run knows an object again: its class, tensors, classes and pyramid.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models import detection
 
 from detdistill.config import UserError
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 from detdistill.models.weights import PARTS, LoadReport, load_weights
 
 PUBLISHED: dict[str, Any] = {
@@ -57,7 +57,7 @@ def download(family: str) -> tuple[dict[str, Tensor], tuple[str, ...], float]:
         UserError: there are none, or the download failed.
     """
     if family not in PUBLISHED:
-        raise UserError(f"weights: torchvision publishes no {family}; it has {', '.join(PUBLISHED)}")
+        raise UserError(f"weights: torchvision's are taken of {', '.join(PUBLISHED)}, not of {family}")
     weights = PUBLISHED[family]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
@@ -102,7 +102,7 @@ def conventions_of(state: Mapping[str, Tensor], classes: Sequence[str]) -> tuple
 
 
 def load_torchvision(
-    model: Detector,
+    model: Model,
     state: Mapping[str, Tensor],
     categories: Sequence[str],
     *,

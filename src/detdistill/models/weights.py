@@ -19,7 +19,7 @@ from torch import Tensor
 from detdistill.config import UserError
 from detdistill.models import transformers_weights
 from detdistill.models.backbones import Backbone
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 
 STUDENT_FILE = "student.safetensors"
 PARTS = ("backbone", "neck", "head")
@@ -101,7 +101,7 @@ def _some(names: Sequence[str], limit: int = 4) -> str:
 
 
 def load_weights(
-    model: Detector,
+    model: Model,
     state: Mapping[str, Tensor],
     *,
     require: Sequence[str] = PARTS,
@@ -191,6 +191,7 @@ def _select_class_rows(
     # each anchor, RoI heads begin with the background, a DETR's noised objects end with none.
     layouts = {
         "head.cls": (-1, 0, 0, 1),
+        "head.aux_cls": (-1, 0, 0, 1),
         "roi_head.cls": (1, 1, 0, 1),
         "roi_head.box": (1, 1, 0, 4),
         "head.enc_score_head": (1, 0, 0, 1),

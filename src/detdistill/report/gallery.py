@@ -1,11 +1,11 @@
-"""Detections drawn on their images, alone and side by side."""
+"""Detections and label maps drawn on their images, alone and side by side."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,14 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from detdistill.data.loading import DetectionDataset
 from detdistill.data.masks import decode_mask
-from detdistill.data.records import Split
-from detdistill.evaluation.detector import Evaluation
+from detdistill.data.records import UNLABELLED, Split
+from detdistill.evaluation.detector import DetectionEvaluation
 from detdistill.evaluation.difference import CHANGES, ImageDifference
+from detdistill.evaluation.measure import Evaluation
+from detdistill.evaluation.segmentation import SegmentationEvaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CELL = 480  # pixels of a gallery's pictures: smaller images are enlarged, so that a label can be read
 SAMPLES = 8
@@ -31,14 +36,15 @@ def draw_detections(
     threshold: float = 0.3,
     shortest: int = 0,
 ) -> Tensor:
-    """Draw masks, where there are any, and boxes with class and score; a class keeps its colour.
+    """Draw masks, where there are any, and boxes with class and score, or a label map.
 
+    A class keeps its colour.
     Boxes that are empty or not finite are left out.
 
     Args:
         image_3HW: uint8.
         detections: ``boxes`` (K, 4) xyxy in pixels, ``labels`` (K,), and ``scores`` (K,) of what was found;
-            perhaps ``masks`` (K, H, W) or (K, 1, H, W), bool or probabilities.
+            perhaps ``masks`` (K, H, W) or (K, 1, H, W), bool or probabilities. Or ``semantic`` (H, W) alone.
         classes: names by label.
         threshold: least score that is drawn.
         shortest: images whose short side has fewer pixels are enlarged by a whole factor.
@@ -50,6 +56,9 @@ def draw_detections(
     factor = max(1, -(-shortest // min(image.shape[-2:])))
     if factor > 1:
         image = F.interpolate(image[None], scale_factor=factor, mode="nearest")[0]
+    if "semantic" in detections:
+        labels_HW = detections["semantic"].cpu().repeat_interleave(factor, dim=0)
+        return _painted(image, labels_HW.repeat_interleave(factor, dim=1))
     scores = detections.get("scores")
     boxes = detections["boxes"].cpu()
     keep = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
@@ -110,8 +119,28 @@ def save_gallery(
             ax.set_axis_off()
             if i == 0:
                 ax.set_title(title)
+    if any("semantic" in detections for row in rows for _, detections in row.values()):
+        _class_legend(figure, classes)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
+
+
+def _painted(image_3HW: Tensor, labels_HW: Tensor) -> Tensor:
+    """The image with each pixel half in the colour of its class; ignored ones as they are."""
+    palette_L3 = torch.tensor([_color(label) for label in range(UNLABELLED + 1)])
+    labels_HW = labels_HW.long()
+    mixed_3HW = (image_3HW.int() + palette_L3[labels_HW].permute(2, 0, 1)) // 2
+    return torch.where(labels_HW == UNLABELLED, image_3HW, mixed_3HW.to(torch.uint8))
+
+
+def _class_legend(figure: Figure, classes: Sequence[str]) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [
+        Patch(color="#{:02x}{:02x}{:02x}".format(*_color(label)), label=name)
+        for label, name in enumerate(classes)
+    ]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), frameon=False)
 
 
 def _pixels(masks: Tensor, height: int, width: int) -> Tensor:
@@ -128,6 +157,10 @@ def _color(label: int) -> tuple[int, int, int]:
 
 def save_samples(evaluation: Evaluation, out: Path | str) -> None:
     """Write some images, those with objects first, evenly spread: ground truth beside what was found."""
+    if isinstance(evaluation, SegmentationEvaluation):
+        _save_label_maps(evaluation, out)
+        return
+    assert isinstance(evaluation, DetectionEvaluation)
     split = evaluation.split
     images = DetectionDataset(split, None, with_masks=evaluation.masks is not None)
     shown = [i for i, record in enumerate(split.records) if len(record.labels_K)] or list(range(len(split)))
@@ -140,6 +173,15 @@ def save_samples(evaluation: Evaluation, out: Path | str) -> None:
             found = {**found, "masks": _decoded(evaluation.masks[i], *image.shape[-2:])}
         rows.append({"ground truth": (image, truth), "found": (image, found)})
     save_gallery(rows, split.classes, out)
+
+
+def _save_label_maps(evaluation: SegmentationEvaluation, out: Path | str) -> None:
+    images = DetectionDataset(evaluation.split, None)
+    rows = []
+    for i, labels_HW in evaluation.label_maps.items():
+        image, truth = images[i]
+        rows.append({"ground truth": (image, truth), "found": (image, {"semantic": labels_HW})})
+    save_gallery(rows, evaluation.split.classes, out)
 
 
 def _decoded(lengths: Sequence[Mapping[str, Any]], height: int, width: int) -> Tensor:

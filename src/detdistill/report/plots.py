@@ -48,6 +48,8 @@ def plot_curves(metrics: Metrics | Path | str, out: Path | str) -> None:
         panels.append(("Loss", _draw_losses))
     if _columns(rows, "AP"):
         panels.append(("Average precision on the validation images, %", _draw_ap))
+    if _columns(rows, "mIoU"):
+        panels.append(("Segmentation of the validation images, %", _draw_miou))
     if np.any(_series(rows, "distill_share")[1] > 0):
         panels.append(("Distillation's share of the loss, %", _draw_share))
     if _columns(rows, "lr"):
@@ -151,10 +153,27 @@ def _draw_losses(ax: Axes, rows: Metrics) -> None:
 
 
 def _draw_ap(ax: Axes, rows: Metrics) -> None:
-    for i, name in enumerate(name for name in ("AP", "AP50", "AP75") if _columns(rows, name)):
+    _draw_numbers(ax, rows, ("AP", "AP50", "AP75"))
+
+
+def _draw_miou(ax: Axes, rows: Metrics) -> None:
+    _draw_numbers(ax, rows, ("mIoU", "mean_accuracy", "pixel_accuracy"))
+
+
+def _draw_numbers(ax: Axes, rows: Metrics, names: Sequence[str]) -> None:
+    """Each over the steps; the best of the first is marked."""
+    for i, name in enumerate(name for name in names if _columns(rows, name)):
         steps, values = _series(rows, name)
-        ax.plot(steps, 100 * values, "o-", color=_color(i), label=name, markersize=3.5, linewidth=1.8)
-        if name == "AP" and len(values):
+        ax.plot(
+            steps,
+            100 * values,
+            "o-",
+            color=_color(i),
+            label=name.replace("_", " "),
+            markersize=3.5,
+            linewidth=1.8,
+        )
+        if name == names[0] and len(values):
             best = int(values.argmax())
             ax.annotate(
                 f"best {100 * values[best]:.1f}", (steps[best], 100 * values[best]), (0, 7),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,11 +43,13 @@ class Display:
         losses = f"{row['images_per_second']:.0f} img/s  {terms}{share}"
         self.bar.update(self.bar.task_ids[0], completed=step, losses=losses)
 
-    def evaluated(self, row: Row) -> None:
-        ap, ap50 = (row[key] * 100 if math.isfinite(row[key]) else 0.0 for key in ("AP", "AP50"))
+    def evaluated(self, row: Row, headline: Sequence[str]) -> None:
+        found = {name.replace("_", " "): row[name] for name in headline if name in row}
+        numbers = "  ".join(
+            f"{name} {100 * value if math.isfinite(value) else 0.0:.1f}" for name, value in found.items()
+        )
         minutes = (time.perf_counter() - self.started) / 60
-        masks = f"  mask AP {row['mask_AP'] * 100:.1f}" if math.isfinite(row.get("mask_AP", math.nan)) else ""
-        self.note(f"step {row['step']}/{self.total}  AP {ap:.1f}  AP50 {ap50:.1f}{masks}  {minutes:.1f} min")
+        self.note(f"step {row['step']}/{self.total}  {numbers}  {minutes:.1f} min")
 
     def note(self, text: str) -> None:
         prefix = f"{self.name}: " if self.name else ""

@@ -26,9 +26,10 @@ from torch import Tensor
 from detdistill.config import Recipe, UserError
 from detdistill.data.loading import DetectionDataset, make_loader, usable_splits
 from detdistill.distillation.pair import Pair
-from detdistill.evaluation.detector import Evaluation, evaluate_detector
-from detdistill.models.base import Detector
-from detdistill.models.build import check_masks, needs_masks
+from detdistill.evaluation.measure import Evaluation
+from detdistill.evaluation.model import evaluate_model
+from detdistill.models.base import Model
+from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.checkpoints import save_model
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
@@ -50,7 +51,8 @@ class TrainResult:
 
     Attributes:
         status: "finished", "stopped early" (patience) or "out of time" (max_time).
-        metrics: COCO numbers in [0, 1] of the exported student on the validation split, and ``minutes``.
+        metrics: numbers in [0, 1] of the exported student on the validation split (COCO's, or mIoU and what
+            goes with it), and ``minutes``.
         run: the run folder.
         student: the exported student file.
     """
@@ -66,8 +68,8 @@ def train(
     run: Path,
     *,
     resume: bool = True,
-    student: Detector | None = None,
-    teacher: Detector | None = None,
+    student: Model | None = None,
+    teacher: Model | None = None,
 ) -> TrainResult:
     """Train a recipe in a run folder, going on where an earlier call left off.
 
@@ -98,14 +100,12 @@ def _has_more_time(done: Mapping[str, Any], recipe: Recipe) -> bool:
 class _Trainer:
     """The state of one run, and its loop."""
 
-    def __init__(
-        self, recipe: Recipe, folder: RunFolder, student: Detector | None, teacher: Detector | None
-    ) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, student: Model | None, teacher: Model | None) -> None:
         self.recipe, self.config, self.folder = recipe, recipe.training, folder
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         self.train_split, self.val_split = splits["train"], splits["val"]
-        check_masks(recipe.student, self.train_split)
+        check_targets(recipe.student, self.train_split, student)
         if PartialState._shared_state:
             # Accelerate keeps one state for the process and refuses another precision or device: a second run
             # in this process starts from a new one (but stays in the group of processes, if there is one).
@@ -282,7 +282,7 @@ class _Trainer:
             # BatchNorm statistics move in each process on its own; those of the first are saved.
             for buffer in exported.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        evaluation = evaluate_detector(
+        evaluation = evaluate_model(
             exported,
             self.val_split,
             batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
@@ -292,11 +292,11 @@ class _Trainer:
         numbers = evaluation.numbers()
         row: Row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **numbers}
         self._log(row)
-        self.display.evaluated(row)
-        ap = numbers["AP"] if math.isfinite(numbers["AP"]) else 0.0
+        self.display.evaluated(row, evaluation.headline)
+        main = numbers[evaluation.main] if math.isfinite(numbers[evaluation.main]) else 0.0
         self.evaluations_since_best += 1
-        if ap > self.best:
-            self.best, self.evaluations_since_best = ap, 0
+        if main > self.best:
+            self.best, self.evaluations_since_best = main, 0
             if self.accelerator.is_main_process:
                 save_model(exported, self.folder.best_file)
         if self.accelerator.is_main_process:
@@ -311,17 +311,17 @@ class _Trainer:
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
             save_samples(evaluation, self.folder.path / "samples.png")
-            self.folder.write_result(status, metrics, evaluation.coco.per_class)
+            self.folder.write_result(status, metrics, evaluation.per_class, evaluation.main)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return TrainResult(status, metrics, self.folder.path, self.folder.student_file)
 
-    def _exported(self) -> Detector:
+    def _exported(self) -> Model:
         """The student as it would be deployed now: averaged weights where there are any."""
         if self.ema is None:
             return self.pair.student
         averaged = self.ema.module
-        assert isinstance(averaged, Detector)
+        assert isinstance(averaged, Model)
         return averaged
 
     # --- resuming --------------------------------------------------------------------------------------

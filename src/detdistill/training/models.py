@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from detdistill.config import Recipe, UserError
 from detdistill.models import build_model, load_teacher
-from detdistill.models.base import Detector
+from detdistill.models.base import Model
 
 
 def models_of(
-    recipe: Recipe, classes: Sequence[str], student: Detector | None, teacher: Detector | None
-) -> tuple[Detector, Detector | None]:
+    recipe: Recipe, classes: Sequence[str], student: Model | None, teacher: Model | None
+) -> tuple[Model, Model | None]:
     """Student and teacher.
 
     Args:

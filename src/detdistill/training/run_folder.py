@@ -119,15 +119,16 @@ class RunFolder:
             return None
         found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
         found["metrics"] = {k: math.nan if v is None else v for k, v in found["metrics"].items()}
+        found.setdefault("main", "AP")  # of runs before there were others
         return found
 
-    def write_result(self, status: str, metrics: Row, per_class: Row) -> None:
-        """Undefined numbers are written as null."""
+    def write_result(self, status: str, metrics: Row, per_class: Row, main: str = "AP") -> None:
+        """Undefined numbers are written as null; ``main`` is the metric by which runs are compared."""
         tables = {
             name: {key: value if math.isfinite(value) else None for key, value in table.items()}
             for name, table in (("metrics", metrics), ("per_class", per_class))
         }
-        write_atomically(self.result_file, json.dumps({"status": status, **tables}, indent=2))
+        write_atomically(self.result_file, json.dumps({"status": status, "main": main, **tables}, indent=2))
 
 
 def write_atomically(path: Path, text: str) -> None:

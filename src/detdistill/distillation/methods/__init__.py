@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from detdistill.config import UserError, nearest
 from detdistill.distillation.methods.at import AT, ATLoss
+from detdistill.distillation.methods.cirkd import CIRKD, CIRKDLoss
 from detdistill.distillation.methods.cofd import COFD, COFDLoss
 from detdistill.distillation.methods.crosskd import CrossKD, CrossKDLoss
 from detdistill.distillation.methods.cwd import CWD, CWDLoss
@@ -20,6 +21,7 @@ from detdistill.distillation.methods.fgfi import FGFI, FGFILoss
 from detdistill.distillation.methods.fkd import FKD, FKDLoss
 from detdistill.distillation.methods.frs import FRS, FRSLoss
 from detdistill.distillation.methods.gid import GID, GIDLoss
+from detdistill.distillation.methods.ifvd import IFVD, IFVDLoss
 from detdistill.distillation.methods.ima import IMA, IMALoss
 from detdistill.distillation.methods.kd import KD, KDLoss
 from detdistill.distillation.methods.ld import LD, LDLoss
@@ -29,10 +31,12 @@ from detdistill.distillation.methods.mimic import Mimic, MimicLoss
 from detdistill.distillation.methods.pkd import PKD, PKDLoss
 from detdistill.distillation.methods.scalekd import ScaleKD, ScaleKDLoss
 from detdistill.distillation.methods.skd import SKD, SKDLoss
+from detdistill.distillation.methods.skds import SKDS, SKDSLoss
 from detdistill.distillation.signals import Method, Setting
 
 __all__ = [
     "AT",
+    "CIRKD",
     "COFD",
     "CWD",
     "DIST",
@@ -41,6 +45,7 @@ __all__ = [
     "FKD",
     "FRS",
     "GID",
+    "IFVD",
     "IMA",
     "KD",
     "LD",
@@ -48,7 +53,9 @@ __all__ = [
     "MGD",
     "PKD",
     "SKD",
+    "SKDS",
     "ATLoss",
+    "CIRKDLoss",
     "COFDLoss",
     "CWDLoss",
     "CrossKD",
@@ -61,6 +68,7 @@ __all__ = [
     "FKDLoss",
     "FRSLoss",
     "GIDLoss",
+    "IFVDLoss",
     "IMALoss",
     "KDLoss",
     "LDLoss",
@@ -71,6 +79,7 @@ __all__ = [
     "MimicLoss",
     "PKDLoss",
     "SKDLoss",
+    "SKDSLoss",
     "ScaleKD",
     "ScaleKDLoss",
     "build_method",
@@ -86,6 +95,7 @@ METHODS: dict[str, type[Method]] = {
     "ima": IMA,
     "mimic": Mimic,
     "at": AT,
+    "cirkd": CIRKD,
     "cofd": COFD,
     "crosskd": CrossKD,
     "cwd": CWD,
@@ -96,6 +106,7 @@ METHODS: dict[str, type[Method]] = {
     "fkd": FKD,
     "frs": FRS,
     "gid": GID,
+    "ifvd": IFVD,
     "kd": KD,
     "ld": LD,
     "maskd": MasKD,
@@ -103,6 +114,7 @@ METHODS: dict[str, type[Method]] = {
     "pkd": PKD,
     "scalekd": ScaleKD,
     "skd": SKD,
+    "skds": SKDS,
 }
 
 COMMON: dict[str, Any] = {"preset": str, "strides": list[int], "finest": int}

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 MOMENTUM = 0.1  # of the measured margin, as of a BatchNorm's statistics
 RARELY_NEGATIVE = 0.001  # a channel negative less often than this gets three standard deviations as its margin
@@ -116,6 +116,7 @@ def batch_norm_margin(weight_C: Tensor, bias_C: Tensor) -> Tensor:
 class COFD(Method):
     """Sum of :class:`COFDLoss` over the matched levels, each level counting twice the next finer one."""
 
+    tasks = EVERY_TASK
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar": {"alpha": 1e-3}}
 
     def __init__(self, setting: Setting, loss: COFDLoss, *, adapt: Adapt = "always") -> None:

@@ -5,7 +5,8 @@ cells of a channel. Reduction: "sum/(N·C)"; levels are summed.
 
 Published settings differ: for detection on pyramid maps τ 1 and alpha 10 on every level (mmrazor; the default
 here), τ 1 and alpha 5 on the four finest (RetinaNet with an X101 teacher, the authors' detection code: preset
-"retinanet_x101"); for segmentation features τ 4 and alpha 50 (preset "segmentation"). Some code divides by
+"retinanet_x101"); for segmentation τ 4, alpha 50 on the last map and 3 on the class logits, whose channels are
+the classes (preset "segmentation"; pixel-wise `kd` stands beside it there). Some code divides by
 N·H·W, or takes the logarithm of a softmax, which underflows; here it is N·C, as in the paper, and log_softmax.
 
 Shape legend: N images, C channels, H W rows and columns.
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.responses import SEGMENTATION, SharedClasses, pixel_logits
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 
 class CWDLoss(nn.Module):
@@ -56,18 +59,35 @@ class CWDLoss(nn.Module):
 
 
 class CWD(Method):
-    """Sum of :class:`CWDLoss` over the matched levels."""
+    """Sum of :class:`CWDLoss` over the matched levels, and of segmenters on the class logits.
 
+    Args:
+        adapt: where a 1×1 convolution stands between the maps.
+        logits_alpha: alpha on the logits; 0 leaves them out.
+    """
+
+    tasks = EVERY_TASK
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "retinanet_x101": {"alpha": 5.0, "tau": 1.0, "finest": 4},
-        "segmentation": {"alpha": 50.0, "tau": 4.0},
+        "segmentation": {"alpha": 50.0, "tau": 4.0, "logits_alpha": 3.0},
     }
 
-    def __init__(self, setting: Setting, loss: CWDLoss, *, adapt: Adapt = "auto") -> None:
+    def __init__(
+        self, setting: Setting, loss: CWDLoss, *, adapt: Adapt = "auto", logits_alpha: float = 0.0
+    ) -> None:
         super().__init__()
         self.align = LevelAligner(setting.matching, adapt)
         self.loss = loss
+        self.logits_loss = CWDLoss(alpha=logits_alpha, tau=loss.tau) if logits_alpha else None
+        if self.logits_loss is None:
+            return
+        if setting.student.task != SEGMENTATION:
+            raise UserError("cwd: logits_alpha is for segmenters; leave it out")
+        self.classes = SharedClasses(setting, "cwd", instead="set logits_alpha to 0")
+        self.needs = frozenset({"raw"})
 
     def forward(self, signals: Signals) -> Tensor:
         terms = [self.loss(s, t) for _, s, t in self.align(signals)]
+        if self.logits_loss is not None:
+            terms.append(self.logits_loss(*pixel_logits(signals, self.classes)))
         return torch.stack(terms).sum()

@@ -8,7 +8,9 @@ classes, and r Pearson's correlation::
 
 Only relations count: a student may be less sure than its teacher throughout. The rows are the cells of a level,
 over the batch, with K = A·Q columns of anchors and classes; or the regions that the student samples, with the
-background among the Q + 1 classes, for which the teacher's second stage is run.
+background among the Q + 1 classes, for which the teacher's second stage is run; or the pixels of segmenters,
+with one softmax over the classes. (The published code adds 0.4 times the same for the auxiliary head, which a
+teacher in evaluation mode does not run here.)
 
 Shape legend: N images, H W rows and columns of a map, A anchors a cell, Q classes, K columns, R regions.
 Reduction: "mean", between 0 and 2 for each term; the levels are summed.
@@ -27,12 +29,14 @@ from torch import Tensor, nn
 
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import (
+    SEGMENTATION,
     SharedClasses,
+    pixel_logits,
     region_responses,
     require_alike_heads,
     two_stage,
 )
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.models.base import DenseRaw
 
 EPS = 1e-8
@@ -84,16 +88,21 @@ class DIST(Method):
     unequal size; of a cascade its first head counts.
     """
 
+    tasks = EVERY_TASK
     presets: ClassVar = {
         "anchor": {"scores": "sigmoid"},
         "anchor_free": {"scores": "sigmoid"},
         "two_stage": {"scores": "softmax"},
+        "segmentation": {"scores": "softmax"},
     }
 
     def __init__(self, setting: Setting, loss: DISTLoss) -> None:
         super().__init__()
+        self.segments = setting.student.task == SEGMENTATION
         regions = two_stage(setting)
-        if not regions:
+        if self.segments:
+            self.needs = frozenset({"raw"})
+        elif not regions:
             require_alike_heads(setting, "dist")
             self.needs = frozenset({"raw"})
         self.classes = SharedClasses(setting, "dist", background=regions)
@@ -101,6 +110,8 @@ class DIST(Method):
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
+        if self.segments:
+            return self.loss(*pixel_logits(signals, self.classes))
         student, teacher = signals.student_raw, signals.teacher_raw
         if not isinstance(student, DenseRaw):
             found = region_responses(signals, self.classes)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from detdistill.distillation.matching import Adapt, LevelAligner, conv1x1
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 REDUCTIONS = (4, 4)  # channels over a non-local block's own, from the finest level; 2 on the others
 POOLS = (8, 4, 2)  # side over which it pools its keys; 1 on the others
@@ -166,6 +166,8 @@ class FKD(Method):
     Args:
         adapt: where φ, a 1×1 convolution, stands between the maps; published: everywhere.
     """
+
+    tasks = EVERY_TASK
 
     _ONE_STAGE: ClassVar = {
         "feature_weight": 4.2e-4,

@@ -44,7 +44,7 @@ from detdistill.distillation.responses import (
     require_same_grid,
 )
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.base import Batch, DenseRaw, Detector, Raw
+from detdistill.models.base import Batch, DenseRaw, Model, Raw
 from detdistill.models.one_stage import OneStage
 
 POOLED = 10
@@ -222,7 +222,7 @@ class GID(Method):
         return chosen
 
     def _view(
-        self, model: Detector, raw: Raw | None, batch: Batch, cut: Callable[[Tensor], Tensor] | None
+        self, model: Model, raw: Raw | None, batch: Batch, cut: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """What one model sees: scores (N, P) and boxes (N, P, 4), of anchors or of each cell's best anchor."""
         assert isinstance(model, OneStage)

@@ -22,18 +22,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from detdistill.config import UserError
+from detdistill.data.records import UNLABELLED
 from detdistill.distillation.correlation import covariances
 from detdistill.distillation.matching import Adapt, LevelAligner
-from detdistill.distillation.regions import boxes_in_cells
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.regions import boxes_in_cells, class_labels
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
+from detdistill.models.base import Task
+from detdistill.models.preprocess import resize_labels
 
 POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
-IGNORED_LABEL = 255
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {"mask_ratio": 0.0, "alpha": 100.0},
     "paper": {},
+    "segmentation": {"mask_ratio": 0.0, "alpha": 100.0, "instance": "class_region"},
     "literal": {
         "hermitian": False,
         "standardize_teacher": False,
@@ -43,7 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Named sets of options: "recommended" is what measured best (docs/ima.md), "paper" the defaults of
-:class:`IMALoss`, Eq. 2-10 where they are stable, "literal" Eq. 2-10 to the letter."""
+:class:`IMALoss`, Eq. 2-10 where they are stable, "segmentation" the recommended one with an importance for each
+class's region (as the paper has it; nothing of it was measured), "literal" Eq. 2-10 to the letter."""
 
 LADDER: dict[str, dict[str, Any]] = {
     "plain imitation": {
@@ -152,6 +157,7 @@ class IMALoss(nn.Module):
         *,
         boxes: list[Tensor] | None = None,
         labels_NHW: Tensor | None = None,
+        classes: int | None = None,
         valid_NHW: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -161,6 +167,7 @@ class IMALoss(nn.Module):
             student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
             boxes: for instance="box", per image (K, 4) xyxy in cells of the map.
             labels_NHW: for instance="class_region", class indices at any resolution; 255 is ignored.
+            classes: how many there are; None looks at the labels, for which the host waits for the device.
             valid_NHW: bool, False on padding: left out of statistics, importance and mean.
             generator: of the mask's random numbers, on the maps' device; None: the global one.
 
@@ -186,7 +193,7 @@ class IMALoss(nn.Module):
             if self.instance == "class_region":
                 if labels_NHW is None:
                     raise ValueError("instance='class_region' needs labels_NHW")
-                regions_NGHW = self._regions(labels_NHW, student.shape[-2:])
+                regions_NGHW = self._regions(labels_NHW, student.shape[-2:], classes)
                 if weight is not None:
                     regions_NGHW = regions_NGHW * weight
                 weight = regions_NGHW.sum(dim=1, keepdim=True)
@@ -316,12 +323,13 @@ class IMALoss(nn.Module):
         gamma = (1 + cosine) / 2 if self.importance == "shifted" else cosine
         return gamma if self.gamma_min is None else gamma.clamp(self.gamma_min, 1.0)
 
-    def _regions(self, labels_NHW: Tensor, size: torch.Size) -> Tensor:
+    def _regions(self, labels_NHW: Tensor, size: torch.Size, classes: int | None) -> Tensor:
         """Class regions at the map's resolution as (N, G, H, W) of 0 and 1; small ones are empty."""
-        labels = F.interpolate(labels_NHW[:, None].float(), size=size, mode="nearest")[:, 0].long()
-        known = labels != IGNORED_LABEL
-        groups = int(labels[known].max()) + 1 if bool(known.any()) else 1
-        one_hot = F.one_hot(labels.where(known, labels.new_tensor(groups)), groups + 1)[..., :groups]
+        labels = resize_labels(labels_NHW, size).long()
+        known = labels != UNLABELLED
+        if classes is None:
+            classes = int(labels.where(known, 0).max()) + 1
+        one_hot = F.one_hot(labels.where(known, classes), classes + 1)[..., :classes]
         regions = one_hot.permute(0, 3, 1, 2).float()
         return regions * (regions.sum((-2, -1), keepdim=True) >= self.min_region)
 
@@ -329,18 +337,38 @@ class IMALoss(nn.Module):
 class IMA(Method):
     """Sum of :class:`IMALoss` over the matched levels."""
 
+    tasks = EVERY_TASK
     presets = PRESETS
 
     def __init__(self, setting: Setting, loss: IMALoss, *, adapt: Adapt = "auto") -> None:
         super().__init__()
+        wanted: dict[str, Task] = {"box": "detection", "class_region": "segmentation"}
+        task = setting.student.task
+        if wanted.get(loss.instance, task) != task:
+            raise UserError(
+                f"ima: instance '{loss.instance}' is for {wanted[loss.instance]}, and this pair for {task}: "
+                f"give instance 'image'"
+            )
         self.align = LevelAligner(setting.matching, adapt)
         self.loss = loss
+        self.classes = len(setting.student.classes)
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []
+        batch, instance = signals.teacher_batch, self.loss.instance
         for _, student, teacher in self.align(signals):
-            boxes = boxes_in_cells(signals.teacher_batch, teacher) if self.loss.instance == "box" else None
-            terms.append(self.loss(student, teacher, boxes=boxes, generator=signals.generator))
+            boxes = boxes_in_cells(batch, teacher) if instance == "box" else None
+            labels_NHW = class_labels(batch, teacher) if instance == "class_region" else None
+            terms.append(
+                self.loss(
+                    student,
+                    teacher,
+                    boxes=boxes,
+                    labels_NHW=labels_NHW,
+                    classes=self.classes,
+                    generator=signals.generator,
+                )
+            )
         return torch.stack(terms).sum()
 
 

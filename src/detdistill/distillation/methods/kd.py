@@ -1,4 +1,4 @@
-"""KD: the teacher's class scores and boxes as soft targets (Hinton et al., 2015, for detectors).
+"""KD: the teacher's class scores and boxes as soft targets (Hinton et al., 2015, for dense predictions).
 
 One-stage detectors score each class by itself: the soft target of an anchor is a number for each class::
 
@@ -18,9 +18,14 @@ that the student samples; the teacher's is run on them::
     L_cls = cls_weight · τ² · mean over regions of KL(softmax(t / τ) || softmax(s / τ))
     L_box = box_weight · sum of p · |Δ_S - Δ_T|₁ / max(1, sum of p)     p = the teacher's share of each class
 
+Segmenters choose a class for each pixel (of the cells that see a part of the image, labelled or not)::
+
+    L     = cls_weight · τ² · mean over pixels of KL(softmax(t / τ) || softmax(s / τ))
+
 There is no single source for detectors: KL, τ² and soft targets are Hinton's, the weights and n are ours. The
 centre-ness of FCOS is not distilled. Shape legend: N images, P anchors, Q classes, R regions.
-Reduction: "sum/mask" (the mask is w, or p) over all levels together; the classes of regions "mean".
+Reduction: "sum/mask" (the mask is w, or p) over all levels together; the classes of regions and of pixels
+"mean".
 """
 
 from __future__ import annotations
@@ -31,17 +36,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import valid_mask
 from detdistill.distillation.responses import (
+    SEGMENTATION,
     SharedClasses,
     box_outputs,
     class_logits,
     on_levels,
+    pixel_logits,
     region_responses,
     require_alike_heads,
     tempered_kl,
     two_stage,
 )
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.models.base import DenseRaw
 from detdistill.models.one_stage import OneStage
 
@@ -111,15 +119,28 @@ class KDLoss(nn.Module):
             loss = loss + self.box_weight * (share_RQ * l1_RQ).sum() / share_RQ.sum().clamp(min=1)
         return loss
 
+    @in_full_precision
+    def pixels(self, student_NQHW: Tensor, teacher_NQHW: Tensor, valid_NHW: Tensor) -> Tensor:
+        """The same for pixels: class logits (N, Q, H, W), the teacher's are detached. Returns a scalar.
+
+        Args:
+            valid_NHW: bool; the pixels that count.
+        """
+        s, t = (x / self.temperature for x in (student_NQHW, teacher_NQHW.detach()))
+        log_s, log_t = s.log_softmax(dim=1), t.log_softmax(dim=1)
+        kl_NHW = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
+        return self.cls_weight * self.temperature**2 * (kl_NHW * valid_NHW).sum() / valid_NHW.sum().clamp(min=1)
+
 
 class KD(Method):
     """:class:`KDLoss` between the predictions of two detectors whose heads mean the same.
 
     One-stage: of one family, on the matched levels, which may be fewer by `finest` or `strides`. Two-stage:
     Faster, Mask and Cascade R-CNN, also in inputs of unequal size, on all regions; of a cascade its first head
-    counts.
+    counts. Segmenters: any two.
     """
 
+    tasks = EVERY_TASK
     # Box sides of FCOS and GFL are in strides, about four times as large as an anchor's deltas.
     presets: ClassVar = {
         "anchor": {"box_weight": 1.0},
@@ -130,8 +151,11 @@ class KD(Method):
 
     def __init__(self, setting: Setting, loss: KDLoss) -> None:
         super().__init__()
+        self.segments = setting.student.task == SEGMENTATION
         regions = two_stage(setting)
-        if not regions:
+        if self.segments:
+            self.needs = frozenset({"raw"})
+        elif not regions:
             require_alike_heads(setting, "kd")
             self.needs = frozenset({"raw"})
         self.classes = SharedClasses(setting, "kd", background=regions)
@@ -139,6 +163,9 @@ class KD(Method):
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
+        if self.segments:
+            ours, theirs = pixel_logits(signals, self.classes)
+            return self.loss.pixels(ours, theirs, valid_mask(signals.teacher_batch, theirs))
         student, teacher = signals.student_raw, signals.teacher_raw
         if not isinstance(student, DenseRaw):
             found = region_responses(signals, self.classes)

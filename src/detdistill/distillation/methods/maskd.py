@@ -16,7 +16,8 @@ tokens follow the gradient of L_1, which reaches nothing else, while the student
 as they are: they begin near 1/2 everywhere, plain imitation. After that L_1 is not computed, which saves a run
 of the teacher's head, forward and backward, in each step. From `student_masks_from` on, M_i(T) is multiplied by
 M_i(S), without gradient. What is reported is L, to which L_1 adds its gradient but not its value; the method's
-weight scales both.
+weight scales both. Segmenters are compared by their class logits in place of maps, as published, with no
+convolution between them; L_1 is then the cross-entropy of the masked logits.
 
 Shape legend: N images, C channels, H W rows and columns, P pixels, T tokens.
 Reduction: "sum/mask"; the levels are summed.
@@ -31,6 +32,7 @@ the mean. Some of its configurations add an L1 term on box outputs: put `kd` wit
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -40,9 +42,11 @@ from torch import Tensor, nn
 from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, SharedClasses, own_draws
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.responses import INSTEAD, SEGMENTATION, SharedClasses, own_draws, pixel_logits
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.models.base import SegmentationRaw
 
+LOGITS = "logits"  # the one key of segmenters' tokens
 EPS = 1e-12  # beside sums over masks, which are some cells
 
 
@@ -129,7 +133,13 @@ class MasKD(Method):
     optimiser's momentum cannot move them later, and a resumed run goes on with the same.
     """
 
-    presets: ClassVar = {"anchor": {"alpha": 7.0}, "anchor_free": {"alpha": 10.0}, "two_stage": {"alpha": 1.0}}
+    tasks = EVERY_TASK
+    presets: ClassVar = {
+        "anchor": {"alpha": 7.0},
+        "anchor_free": {"alpha": 10.0},
+        "two_stage": {"alpha": 1.0},
+        "segmentation": {"alpha": 0.5, "tokens": 8, "token_shares": False},
+    }
 
     def __init__(
         self,
@@ -160,14 +170,22 @@ class MasKD(Method):
                 f"want masks, which are at hand only for a student with masks and the same input: {INSTEAD}"
             )
         self.classes = SharedClasses(setting, "maskd")
-        self.align = LevelAligner(setting.matching, adapt)
+        self.segments = student.task == SEGMENTATION
+        if self.segments and self.classes.missing:
+            raise UserError(f"maskd wants a teacher that knows all of a segmenter's classes: {INSTEAD}")
         self.loss = loss
         self.token_fraction, self.student_masks_from = token_fraction, student_masks_from
         self.learning, self.in_use = nn.ModuleDict(), nn.ModuleDict()
-        for level in setting.matching.levels:
-            learning = ReceptiveTokens(level.teacher_channels, tokens, token_shares)
-            self.learning[str(level.student_stride)] = learning
-            self.in_use[str(level.student_stride)] = as_buffers(learning)
+        if self.segments:
+            self.needs = frozenset({"raw"})
+            widths = {LOGITS: len(student.classes)}
+        else:
+            self.align = LevelAligner(setting.matching, adapt)
+            widths = {str(level.student_stride): level.teacher_channels for level in setting.matching.levels}
+        for key, width in widths.items():
+            learning = ReceptiveTokens(width, tokens, token_shares)
+            self.learning[key] = learning
+            self.in_use[key] = as_buffers(learning)
 
     def forward(self, signals: Signals) -> Tensor:
         progress = signals.progress
@@ -175,8 +193,8 @@ class MasKD(Method):
         if learns:
             self.in_use.load_state_dict(self.learning.state_dict())
         terms = []
-        for level, student, teacher in self.align(signals):
-            tokens = self.in_use[str(level.student_stride)]
+        for key, student, teacher in self._maps(signals):
+            tokens = self.in_use[key]
             assert isinstance(tokens, ReceptiveTokens)
             with torch.no_grad():
                 masks_NTHW = tokens.masks(teacher)
@@ -191,7 +209,20 @@ class MasKD(Method):
             stage_1 = torch.stack([parameter.sum() for parameter in self.learning.parameters()]).sum() * 0
         return loss + stage_1 - stage_1.detach()
 
+    def _maps(self, signals: Signals) -> Iterator[tuple[str, Tensor, Tensor]]:
+        if self.segments:
+            yield LOGITS, *pixel_logits(signals, self.classes)
+            return
+        for level, student, teacher in self.align(signals):
+            yield str(level.student_stride), student, teacher
+
     def _stage_1(self, signals: Signals) -> Tensor:
+        if self.segments:
+            ((_, _, logits_NQHW),) = self._maps(signals)
+            masked_NQHW, masks_NTHW = self.learning[LOGITS](logits_NQHW)
+            # The logits are in the student's order of classes, as its labels are.
+            losses = signals.teacher_model.losses(SegmentationRaw(masked_NQHW), signals.student_batch)
+            return torch.stack([*losses.values(), self.loss.overlap(masks_NTHW)]).sum()
         pyramid, overlaps = dict(signals.teacher), []
         for level in self.align.levels:
             stride = level.teacher_stride

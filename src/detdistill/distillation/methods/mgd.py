@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 
 class MGDLoss(nn.Module):
@@ -55,6 +55,7 @@ class MGD(Method):
             compares raw maps, as published.
     """
 
+    tasks = EVERY_TASK
     presets: ClassVar = {
         "anchor": {"alpha": 2e-5, "mask_ratio": 0.65},
         "anchor_free": {"alpha": 2e-5, "mask_ratio": 0.65},

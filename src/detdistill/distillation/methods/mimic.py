@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 
 class MimicLoss(nn.Module):
@@ -35,6 +35,8 @@ class MimicLoss(nn.Module):
 
 class Mimic(Method):
     """Sum of :class:`MimicLoss` over the matched levels."""
+
+    tasks = EVERY_TASK
 
     def __init__(self, setting: Setting, loss: MimicLoss, *, adapt: Adapt = "auto") -> None:
         super().__init__()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from detdistill.distillation.correlation import covariances
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 EPS = 1e-6  # added to the std
 NO_VARIANCE = 1e-30  # below this the square root is taken as constant: its slope at 0 is infinite
@@ -56,6 +56,7 @@ class PKDLoss(nn.Module):
 class PKD(Method):
     """Sum of :class:`PKDLoss` over the matched levels."""
 
+    tasks = EVERY_TASK
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "anchor": {"alpha": 10.0, "finest": 4},
         "anchor_free": {"alpha": 10.0, "finest": 4},

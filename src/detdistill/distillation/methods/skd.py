@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -117,6 +117,8 @@ def _window(side: int, like: Tensor) -> Tensor:
 
 class SKD(Method):
     """Sum of :class:`SKDLoss` over the matched levels."""
+
+    tasks = EVERY_TASK
 
     def __init__(self, setting: Setting, loss: SKDLoss, *, adapt: Adapt = "auto") -> None:
         super().__init__()

@@ -1,0 +1,244 @@
+"""CIRKD: relations of pixels across the images of a batch, and to a memory (Yang et al., CVPR 2022).
+
+With features of length 1 (the student's projected to the teacher's width for the memory), and rows of cosines
+turned into distributions by a softmax with temperature τ::
+
+    batch   = mean over pairs of images (a, b) and pixels p of a of KL(q(T_ap · T_b) ‖ q(S_ap · S_b))
+    memory  = mean over labelled pixels p of KL(q(T_p · V) ‖ q(P(S)_p · V))
+    L       = batch_weight · batch + pixel_weight · memory(V: pixels) + region_weight · memory(V: regions)
+
+The memory holds, in a queue for each class, teacher features of single pixels, and of regions: the mean over a
+class's pixels in an image. V is an equal number from each class's queue, drawn anew at each step. Queues begin
+with random directions, as published, and grow by at most 16 pixels and one region for each class and image.
+
+Shape legend: N images, C channels, P pixels, Q classes, L places of a queue, K draws, V contrasts.
+Reduction: "mean"; the last level (of segmenters, the only one) is used.
+
+What differs from the published code: a queue gets pixels of its own class (there, indices of the class's pixels
+were used as if they were the image's, so that labels were wrong); pixels are pooled until an image has at most
+``cells`` of them, and at most ``anchors`` pixels of a batch meet the memory, drawn at random, so that what is
+needed in memory is bounded; no torch.distributed is needed, and each process has its queues (under
+DistributedDataParallel those of the first are copied to all). The published whole adds `kd` with weight 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detdistill.data.records import UNLABELLED
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import class_labels
+from detdistill.distillation.signals import Method, Setting, Signals
+
+
+class CIRKDLoss(nn.Module):
+    """The distributions of the module's equation, and their divergence.
+
+    Args:
+        batch_weight, pixel_weight, region_weight: factors on the terms; a term of weight 0 is not computed.
+        temperature: τ, of the cosines.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_weight: float = 1.0,
+        pixel_weight: float = 0.1,
+        region_weight: float = 0.1,
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.batch_weight, self.pixel_weight, self.region_weight = batch_weight, pixel_weight, region_weight
+        self.temperature = temperature
+
+    @in_full_precision
+    def forward(self, student_NCP: Tensor, teacher_NCP: Tensor) -> Tensor:
+        """The batch term: C may differ; the teacher is detached. Returns a scalar."""
+        s_NCP, t_NCP = F.normalize(student_NCP, dim=1), F.normalize(teacher_NCP.detach(), dim=1)
+        terms = []
+        for ours_CP, theirs_CP in zip(
+            s_NCP, t_NCP, strict=True
+        ):  # one image at a time: N·P² numbers, not N²·P²
+            s_NPP, t_NPP = ours_CP.T @ s_NCP, theirs_CP.T @ t_NCP
+            terms.append(self._divergence(s_NPP, t_NPP))
+        return torch.stack(terms).mean()
+
+    @in_full_precision
+    def memory(self, student_KC: Tensor, teacher_KC: Tensor, contrasts_VC: Tensor) -> Tensor:
+        """A memory term: rows of length 1; the teacher is detached. 0 without a row. Returns a scalar."""
+        if not len(student_KC):
+            return student_KC.sum()
+        return self._divergence(student_KC @ contrasts_VC.T, teacher_KC.detach() @ contrasts_VC.T)
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The mean over rows of KL(softmax(teacher / τ) ‖ softmax(student / τ)) along the last dimension."""
+        log_s, log_t = ((x / self.temperature).log_softmax(dim=-1) for x in (student, teacher))
+        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=-1).mean()
+
+
+class Memory(nn.Module):
+    """A queue of feature directions for each class; saved with the run.
+
+    Args:
+        classes, channels: numbers.
+        length: places of each queue.
+    """
+
+    queue_QLC: Tensor
+    next_Q: Tensor
+
+    def __init__(self, classes: int, channels: int, length: int) -> None:
+        super().__init__()
+        # One place more than asked for: what must not be kept is written there.
+        self.register_buffer("queue_QLC", F.normalize(torch.randn(classes, length + 1, channels), dim=2))
+        self.register_buffer("next_Q", torch.zeros(classes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, features_QKC: Tensor, valid_QK: Tensor) -> None:
+        """Put those features that are valid in the queues of their classes, over the oldest there."""
+        length = self.queue_QLC.shape[1] - 1
+        # The last ones of more than a queue holds.
+        rank_QK = valid_QK.flip(1).cumsum(1).flip(1)
+        valid_QK = valid_QK & (rank_QK <= length)
+        place_QK = (self.next_Q[:, None] + valid_QK.cumsum(1) - 1) % length
+        place_QK = torch.where(valid_QK, place_QK, length)
+        at_QKC = place_QK[:, :, None].expand_as(features_QKC)
+        self.queue_QLC.scatter_(1, at_QKC, features_QKC.to(self.queue_QLC.dtype))
+        self.next_Q.copy_((self.next_Q + valid_QK.sum(1)) % length)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(Q·count, C): so many of each class, at the same random places."""
+        length = self.queue_QLC.shape[1] - 1
+        device = self.queue_QLC.device
+        places = torch.randperm(length, generator=generator, device=device)[:count]
+        return self.queue_QLC[:, places].flatten(0, 1)
+
+
+class CIRKD(Method):
+    """:class:`CIRKDLoss` on the last level.
+
+    Args:
+        cells: most pixels of an image in the batch term.
+        anchors: most pixels of a batch in the memory terms.
+        pixel_places, region_places: lengths of the queues of a class.
+        pixel_contrasts, region_contrasts: V, over all classes.
+    """
+
+    tasks = frozenset({"segmentation"})
+
+    def __init__(
+        self,
+        setting: Setting,
+        loss: CIRKDLoss,
+        *,
+        cells: int = 2048,
+        anchors: int = 4096,
+        pixel_places: int = 20000,
+        region_places: int = 2000,
+        pixel_contrasts: int = 4096,
+        region_contrasts: int = 1024,
+    ) -> None:
+        super().__init__()
+        for name, value in (("cells", cells), ("anchors", anchors), ("pixel_places", pixel_places),
+                            ("region_places", region_places)):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.level = setting.matching.levels[-1]
+        self.loss = loss
+        self.cells, self.anchors = cells, anchors
+        self.class_count = count = len(setting.student.classes)
+        self.of_each = {
+            "pixel": math.ceil(pixel_contrasts / count),
+            "region": math.ceil(region_contrasts / count),
+        }
+        width = self.level.teacher_channels
+        self.memories = nn.ModuleDict()
+        if loss.pixel_weight:
+            self.memories["pixel"] = Memory(count, width, pixel_places)
+        if loss.region_weight:
+            self.memories["region"] = Memory(count, width, region_places)
+        if self.memories:
+            self.project = nn.Sequential(
+                nn.Conv2d(self.level.student_channels, width, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(width, width, 1),
+            )
+
+    def forward(self, signals: Signals) -> Tensor:
+        teacher = signals.teacher[self.level.teacher_stride]
+        student = signals.overlay(signals.student[self.level.student_stride], teacher)
+        terms = [student.sum() * 0]
+        if self.loss.batch_weight:
+            ours, theirs = (pooled(x, self.cells).flatten(2) for x in (student, teacher))
+            terms.append(self.loss.batch_weight * self.loss(ours, theirs))
+        if self.memories:
+            labels_NP = class_labels(signals.student_batch, teacher).flatten(1)
+            s_NCP = F.normalize(self.project(student).flatten(2).float(), dim=1)
+            t_NCP = F.normalize(teacher.flatten(2).float(), dim=1)
+            if self.training:
+                self._remember(t_NCP, labels_NP, signals.generator)
+            rows = labelled_rows(labels_NP, self.anchors, signals.generator)
+            s_KC, t_KC = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (s_NCP, t_NCP))
+            for name, weight in (("pixel", self.loss.pixel_weight), ("region", self.loss.region_weight)):
+                if weight:
+                    contrasts_VC = self._memory(name).draw(self.of_each[name], signals.generator)
+                    terms.append(weight * self.loss.memory(s_KC, t_KC, contrasts_VC))
+        return torch.stack(terms).sum()
+
+    def _memory(self, name: str) -> Memory:
+        memory = self.memories[name]
+        assert isinstance(memory, Memory)
+        return memory
+
+    def _remember(self, t_NCP: Tensor, labels_NP: Tensor, generator: torch.Generator) -> None:
+        is_NQP = labels_NP[:, None] == torch.arange(self.class_count, device=labels_NP.device)[:, None]
+        if "region" in self.memories:
+            means_QNC = F.normalize((is_NQP.to(t_NCP.dtype) @ t_NCP.transpose(1, 2)).transpose(0, 1), dim=2)
+            self._memory("region").add(means_QNC, is_NQP.any(dim=2).T)
+        if "pixel" in self.memories:
+            chosen_NQK, valid_NQK = pixels_of_classes(is_NQP, PIXELS_OF_A_CLASS, generator)
+            n, _, width = len(t_NCP), self.class_count, t_NCP.shape[1]
+            at_NC = chosen_NQK.flatten(1)[:, None].expand(-1, width, -1)
+            features_NQKC = t_NCP.gather(2, at_NC).transpose(1, 2).unflatten(1, (self.class_count, -1))
+            assert features_NQKC.shape[0] == n
+            features_QKC = features_NQKC.transpose(0, 1).flatten(1, 2)
+            self._memory("pixel").add(features_QKC, valid_NQK.transpose(0, 1).flatten(1))
+
+
+PIXELS_OF_A_CLASS = 16  # that each image adds to the memory, as published
+
+
+def pooled(x_NCHW: Tensor, cells: int) -> Tensor:
+    """The map averaged over 2×2 cells, again and again, until an image has no more than so many."""
+    while x_NCHW.shape[-2] * x_NCHW.shape[-1] > cells and min(x_NCHW.shape[-2:]) > 1:
+        x_NCHW = F.avg_pool2d(x_NCHW, 2, ceil_mode=True)
+    return x_NCHW
+
+
+def pixels_of_classes(is_NQP: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random pixels of each class in each image.
+
+    Returns:
+        (N, Q, K) places, K at most ``count``, and whether each is a pixel of its class at all.
+    """
+    draw_NQP = torch.rand(is_NQP.shape, generator=generator, device=is_NQP.device) + 1
+    best = (draw_NQP * is_NQP).topk(min(count, is_NQP.shape[2]), dim=2)
+    return best.indices, best.values > 0
+
+
+def labelled_rows(labels_NP: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+    """At most so many places in N·P that have a label, at random where there are more."""
+    rows = (labels_NP.flatten() != UNLABELLED).nonzero().squeeze(1)
+    if len(rows) <= limit:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:limit]]
