@@ -65,6 +65,9 @@ TABLES = {
         "standardisation (`with mask, without importance`) and scale deflation (`with mask`), at α = 100; "
         "`paper`\nis the last row at the published α = 10. What the numbers say: [ima.md](ima.md).",
     ),
+    "7": Table(
+        "semantic segmentation: DeepLabV3 to PSPNet on CamVid", "camvid", ("camvid/teacher",), metric="mIoU"
+    ),
     "8": Table("the loss weight: IMA on digits", "weight_digits", ("digits/teacher",)),
 }
 COSTS = ("recipes/deeppcb/alone.yaml", "recipes/deeppcb/teacher.yaml")

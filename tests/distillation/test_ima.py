@@ -11,9 +11,28 @@ import torch
 from scipy import fft as scipy_fft
 from torch.nn import functional as F
 
-from detdistill.distillation.methods.ima import LADDER, PRESETS, IMALoss
+from detdistill.distillation.methods.ima import PRESETS, IMALoss
 from detdistill.distillation.spectrum import dct_basis, hermitian
 
+# The rows of the paper's Table 5.
+LADDER = {
+    "plain imitation": {
+        "alpha": 1.0,  # raw maps bring their own scale
+        "domain": "none",
+        "standardize_student": False,
+        "standardize_teacher": False,
+        "importance": "none",
+    },
+    "+ mask": {
+        "alpha": 1.0,
+        "standardize_student": False,
+        "standardize_teacher": False,
+        "importance": "none",
+        "keep_dc": True,
+    },
+    "+ standardisation": {"alpha": 100.0, "importance": "none"},
+    "+ scale deflation": {"alpha": 100.0},
+}
 PLAIN = LADDER["plain imitation"]
 
 

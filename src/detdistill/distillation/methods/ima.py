@@ -50,26 +50,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 :class:`IMALoss`, Eq. 2-10 where they are stable, "segmentation" the recommended one with an importance for each
 class's region (as the paper has it; nothing of it was measured), "literal" Eq. 2-10 to the letter."""
 
-LADDER: dict[str, dict[str, Any]] = {
-    "plain imitation": {
-        "alpha": 1.0,  # raw maps bring their own scale
-        "domain": "none",
-        "standardize_student": False,
-        "standardize_teacher": False,
-        "importance": "none",
-    },
-    "+ mask": {
-        "alpha": 1.0,
-        "standardize_student": False,
-        "standardize_teacher": False,
-        "importance": "none",
-        "keep_dc": True,
-    },
-    "+ standardisation": {"alpha": 100.0, "importance": "none"},
-    "+ scale deflation": {"alpha": 100.0},
-}
-"""The paper's Table 5, each row as options of :class:`IMALoss`."""
-
 
 class IMALoss(nn.Module):
     """alpha · mean over N, C, H, W of (γ_n · standardise(mask(student)) - standardise(teacher))².
