@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from detdistill import __version__
+from detdistill.evaluation.paired import Paired
 from detdistill.experiments.compare import Arm
 from detdistill.experiments.report_data import Subject, json_of, read_subject, result_of, rows_of
 from detdistill.experiments.report_models import model_sections
@@ -117,7 +118,7 @@ def _verdict(subject: Subject) -> tuple[str, tuple[str, ...]]:
             "two seeds cannot tell": f"Two seeds cannot tell: {best.name} has {gain}",
             "one seed: no verdict": f"One seed, no verdict: {best.name} has {gain}",
         }[best.paired.verdict]
-    findings = [_finding(arm, base.name, metric) for arm in comparison.arms[1:]]
+    findings = [_finding(arm, arm.paired, base.name, metric) for arm in comparison.arms if arm.paired]
     others = sum(arm.paired is not None for arm in comparison.arms)
     if others > 1:
         findings.append(
@@ -136,18 +137,15 @@ def _last_evaluation(subject: Subject) -> tuple[str, ...]:
     return (f"It has come to step {rows[-1]['step']:g}, without an evaluation.",) if rows else ()
 
 
-def _finding(arm: Arm, base: str, metric: str) -> str:
-    if arm.paired is None:
-        return f"{arm.name}: nothing to compare yet."
-    said = arm.paired.verdict
-    said = f"{said} than {base}" if said in ("better", "worse") else said
-    count = len(arm.paired.differences)
+def _finding(arm: Arm, against: Paired, base: str, metric: str) -> str:
+    said = f"{against.verdict} than {base}" if against.verdict in ("better", "worse") else against.verdict
+    count = len(against.differences)
     seeds = f"{count} seed{'s' * (count > 1)}"
-    if arm.paired.interval is None:
-        return f"{arm.name}: {said}; {signed(arm.paired.mean)} {metric}."
-    low, high = arm.paired.interval
+    if against.interval is None:
+        return f"{arm.name}: {said}; {signed(against.mean)} {metric}."
+    low, high = against.interval
     between = f"95% interval {signed(low)} to {signed(high)}"
-    return f"{arm.name}: {said}; {signed(arm.paired.mean)} {metric}, {between}, {seeds}."
+    return f"{arm.name}: {said}; {signed(against.mean)} {metric}, {between}, {seeds}."
 
 
 def _teacher_gap(subject: Subject, arm: Arm, base: Arm | None) -> tuple[str, ...]:

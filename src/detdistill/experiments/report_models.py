@@ -185,8 +185,9 @@ def _picture_section(
     slides = tuple(
         Slide(name, caption, pair) for name, caption, pair in zip(names, captions.values(), pairs, strict=False)
     )
+    differ = " that differ" if analysis.differences is not None else ""
     text = (
-        f"{len(slides)} of {len(split)} validation images, those with the smallest objects that differ first; "
+        f"{len(slides)} of {len(split)} validation images, those with the smallest objects{differ} first; "
         f"boxes from a score of {threshold:g} on."
     )
     nothing = all(not (one["scores"] >= threshold).any() for of in found.values() for one in of)

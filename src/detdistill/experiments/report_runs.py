@@ -152,14 +152,16 @@ def class_section(subject: Subject) -> Section:
         changes = [after - before for before, after in zip(values[base.name], values[best.name], strict=True)]
     main = next((result["main"] for run in subject.shown.values() if (result := result_of(run))), "AP")
     title = f"{main.removeprefix('m')} by class, × 100"  # a class has no mean over classes
-    drawn = _most_changed(changes)
+    compared = any(map(math.isfinite, changes))
+    drawn = _largest(changes if compared else values[next(iter(values))])
     chart = bar_chart(
         [names[i] for i in drawn],
         [(side, color, [values[side][i] for i in drawn]) for side, (color, _) in sides.items()],
         f"{title}: {', '.join(sides)}",
     )
     keys = tuple(Key(f"c{color}", side) for side, (color, _) in sides.items())
-    caption = "" if len(drawn) == len(names) else f"The {len(drawn)} of {len(names)} classes that change most."
+    which = "that change most" if compared else f"with the highest {main.removeprefix('m')}"
+    caption = "" if len(drawn) == len(names) else f"The {len(drawn)} of {len(names)} classes {which}."
     rows = tuple(
         (Cell(name), *(_cell(of[i]) for of in values.values()), _cell(changes[i], signs=True))
         for i, name in enumerate(names)
@@ -179,9 +181,9 @@ def _by_class(runs: Iterable[Path]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in found.items()}
 
 
-def _most_changed(changes: Sequence[float]) -> list[int]:
+def _largest(values: Sequence[float]) -> list[int]:
     """Places of the classes to draw, in their own order."""
-    sizes = [-abs(change) if math.isfinite(change) else 0.0 for change in changes]
+    sizes = [-abs(value) if math.isfinite(value) else 0.0 for value in values]
     return sorted(sorted(range(len(sizes)), key=sizes.__getitem__)[:CLASSES])
 
 

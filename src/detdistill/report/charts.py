@@ -22,8 +22,8 @@ Scale = Callable[[float], float]
 # Units of the drawings. They are narrow, so that their text can be read on a phone, too.
 WIDTH, HEIGHT = 360, 215
 LEFT, RIGHT, TOP, BOTTOM = 38, 14, 8, 36
-NAMES = 120  # units for the names beside bars and intervals
-LONGEST_NAME = 18  # characters of them
+NAMES = 122  # units for the names beside bars and intervals
+LONGEST_NAME = 15  # characters of them
 POINTS = 160  # of a line: more than a drawing of this size can show
 
 
