@@ -2,12 +2,13 @@
 
     python benchmarks/loss_cost.py
     python benchmarks/loss_cost.py --only ima pkd fgd --batch 2
+    python benchmarks/loss_cost.py --family pspnet --channels 512 --size 512 1024
 
-The maps are those of a RetinaNet: 256 channels at strides 8 to 128 of an 800×1088 image. Only the method runs:
-backbones and necks do not, head outputs are made before the clock starts. Backward goes to the student's maps
-(or head outputs) and to the method's parts. All methods take a turn in each round, so that a machine whose
-speed drifts treats them alike. Memory is the peak over what was there before (CUDA: of tensors; CPU: of the
-process, Linux only).
+The maps are those of a RetinaNet: 256 channels at strides 8 to 128 of an 800×1088 image; of a segmenter, its
+last map, with 19 classes. Only the method runs: backbones and necks do not, head outputs are made before the
+clock starts. Backward goes to the student's maps (or head outputs) and to the method's parts. All methods take
+a turn in each round, so that a machine whose speed drifts treats them alike. Memory is the peak over what was
+there before (CUDA: of tensors; CPU: of the process, Linux only).
 """
 
 from __future__ import annotations
@@ -29,29 +30,41 @@ from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
 from detdistill.models import build_model
-from detdistill.models.base import Batch, DenseRaw, Detector, TwoStageRaw
+from detdistill.models.base import Batch, DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
+from detdistill.models.build import SEGMENTERS
 from detdistill.models.one_stage import OneStage
 
-CLASSES = [str(i) for i in range(80)]
+CLASSES = {"detection": 80, "segmentation": 19}  # of COCO, of Cityscapes
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 BOXES = 7  # objects in an image, as in COCO
 
 
-def make_detector(seed: int, args: argparse.Namespace) -> Detector:
+def make_model(seed: int, args: argparse.Namespace) -> Model:
     torch.manual_seed(seed)
     config = ModelConfig(family=args.family, backbone="mobilenetv3_small_050", channels=args.channels)
-    return build_model(config, CLASSES)
+    task = "segmentation" if args.family in SEGMENTERS else "detection"
+    return build_model(config, [str(label) for label in range(CLASSES[task])])
 
 
-def make_signals(
-    student: Detector, teacher: Detector, args: argparse.Namespace, device: torch.device
-) -> Signals:
+def make_targets(task: str, args: argparse.Namespace, generator: torch.Generator) -> list[Target]:
+    height, width = args.size
+    if task == "segmentation":
+        shape = (args.batch, height, width)
+        labels_NHW = torch.randint(CLASSES[task], shape, generator=generator)
+        return [{"semantic": labels_HW} for labels_HW in labels_NHW]
+    corners = (torch.rand(args.batch, BOXES, 2, 2, generator=generator)).sort(dim=2).values
+    boxes = (corners * torch.tensor([width, height]) + torch.tensor([[0, 0], [8, 8]])).flatten(2)
+    labels = torch.randint(CLASSES[task], (args.batch, BOXES), generator=generator)
+    return [{"boxes": b, "labels": k} for b, k in zip(boxes, labels, strict=True)]
+
+
+def make_signals(student: Model, teacher: Model, args: argparse.Namespace, device: torch.device) -> Signals:
     height, width = args.size
     generator = torch.Generator().manual_seed(0)
-    corners = (torch.rand(args.batch, BOXES, 2, 2, generator=generator)).sort(dim=2).values
-    boxes = (corners * torch.tensor([width, height]) + torch.tensor([[0, 0], [8, 8]])).flatten(2).to(device)
-    labels = torch.randint(len(CLASSES), (args.batch, BOXES), generator=generator).to(device)
-    targets = [{"boxes": b, "labels": k} for b, k in zip(boxes, labels, strict=True)]
+    targets = [
+        {key: value.to(device) for key, value in target.items()}
+        for target in make_targets(student.task, args, generator)
+    ]
     images = [torch.zeros(3, height, width, device=device) for _ in range(args.batch)]
     batch = student.preprocess(images, targets)
     maps = [make_maps(student, batch, generator, device) for _ in range(2)]
@@ -77,7 +90,7 @@ def make_signals(
 
 
 def make_maps(
-    model: Detector, batch: Batch, generator: torch.Generator, device: torch.device
+    model: Model, batch: Batch, generator: torch.Generator, device: torch.device
 ) -> dict[int, Tensor]:
     height, width = batch.padded_size
     return {
@@ -92,7 +105,7 @@ def tensors_in(raw: Any) -> list[Tensor]:
     """Every head output that can carry gradient."""
     if isinstance(raw, Tensor):
         return [raw] if raw.is_floating_point() else []
-    if isinstance(raw, DenseRaw | TwoStageRaw):
+    if isinstance(raw, DenseRaw | TwoStageRaw | SegmentationRaw):
         outputs = [getattr(raw, field.name) for field in fields(raw) if field.name != "proposals"]
         return [x for value in outputs for x in tensors_in(value)]
     if isinstance(raw, dict):
@@ -143,7 +156,7 @@ def main() -> None:
         # What is freed is kept, as it is after some steps of a training run: else new pages are what is timed.
         for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
             ctypes.CDLL(None).mallopt(parameter, 2**30)
-    student, teacher = (make_detector(seed, args).to(device).train() for seed in (0, 1))
+    student, teacher = (make_model(seed, args).to(device).train() for seed in (0, 1))
     methods: dict[str, Method] = {}
     for name in METHODS:
         if args.only and name not in {*args.only, "mimic"}:

@@ -9,6 +9,7 @@ from detdistill.config import UserError
 from detdistill.distillation.methods.cwd import CWDLoss
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.pair import Pair
+from detdistill.models import Preprocess
 
 from .pairs import detector
 from .test_segmentation_pairs import batch, student, teacher
@@ -92,6 +93,28 @@ def test_queues_hold_the_teachers_pixels_of_their_own_class() -> None:
         for k, mean in enumerate(means):
             expected = torch.nn.functional.normalize(mean, dim=0)
             torch.testing.assert_close(memories["region"].queue_QLC[q, k], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_memory_goes_by_the_cells_of_the_teacher() -> None:
+    """The student's input is padded (60 columns in 64), the teacher's is not: their cells do not coincide."""
+    small, large = (Preprocess(size=size, divisor=8) for size in ((48, 64), (96, 128)))
+    options = {"pixel_places": 40, "region_places": 6}
+    pair = Pair(student(preprocess=small), teacher(preprocess=large), [{"cirkd": options}]).train()
+    images = [torch.rand(3, 80, 100)]
+    labels_HW = torch.zeros(80, 100, dtype=torch.uint8)
+    labels_HW[:, 88:] = 1  # from column 105.6 of the teacher's 120: the cells 13 and 14 of 15
+    with torch.no_grad():
+        pair.eval()
+        feature = pair.teacher.pyramid(pair.teacher.preprocess(images))[8][0]
+        assert feature.shape[-2:] == (12, 15)
+        # One image is too little for the BatchNorm of a student in training.
+        pair.methods.train()
+        pair(images, [{"semantic": labels_HW}])
+    unit = torch.nn.functional.normalize(feature, dim=0)
+    regions = pair.methods["cirkd"].memories["region"].queue_QLC
+    for q, cells in ((0, unit[:, :, :13]), (1, unit[:, :, 13:])):
+        expected = torch.nn.functional.normalize(cells.mean(dim=(1, 2)), dim=0)
+        torch.testing.assert_close(regions[q, 0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_resumed_memory_goes_on_as_one_that_was_not_stopped() -> None:

@@ -61,6 +61,17 @@ def test_finite_where_nothing_is_labelled(name: str) -> None:
     assert all(loss.isfinite() for loss in losses.values())
 
 
+@pytest.mark.parametrize("name", ABLE)
+def test_finite_in_half_precision(name: str) -> None:
+    pair = Pair(student(), teacher(), [name]).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = pair(*batch())
+    sum(losses.values()).backward()
+    assert losses[name].isfinite()
+    assert losses[name].dtype == torch.float32
+    assert all(p.grad is None or p.grad.isfinite().all() for p in pair.parameters())
+
+
 @pytest.mark.parametrize("name", UNABLE)
 def test_methods_for_boxes_refuse_and_name_the_others(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is not for segmentation; these are: ima, ") as refused:
@@ -107,7 +118,7 @@ def test_labels_on_the_map_do_not_see_padding() -> None:
     assert (labels[1] == 1).all()
 
 
-@pytest.mark.parametrize("name", ["mimic", "ima"])
+@pytest.mark.parametrize("name", ABLE)
 def test_inputs_may_differ_in_size(name: str) -> None:
     small, large = (Preprocess(size=size, divisor=8) for size in ((48, 64), (96, 128)))
     pair = Pair(student(preprocess=small), teacher(preprocess=large), [name])

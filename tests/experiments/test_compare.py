@@ -110,6 +110,8 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -
         seed: pytest.approx(100 * (ima["metrics"][seed]["AP"] - alone[seed]["AP"])) for seed in ("0", "1")
     }
     assert "| ima |" in (out / "table.md").read_text()
+    assert "<svg" in (out / "report.html").read_text()
+    assert f"report: {out / 'report.html'}" in first
 
     result = out / "ima" / "1" / "result.json"
     result.unlink()

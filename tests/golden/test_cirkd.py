@@ -9,9 +9,8 @@ import torch
 from detdistill.distillation.methods.cirkd import (
     CIRKDLoss,
     Memory,
-    labelled_rows,
-    pixels_of_classes,
     pooled,
+    random_places,
 )
 
 from .differences import assert_golden, random_maps
@@ -58,11 +57,33 @@ def test_memory_term():
     assert_golden(CIRKDLoss().memory, memory_term, student, teacher, contrasts)
 
 
+def test_memory_term_of_some_rows():
+    student, teacher = random_maps((7, 4))
+    contrasts = np.random.default_rng(2).normal(size=(9, 4))
+    valid = np.array([True, False, True, True, False, False, True])
+
+    def loss(s, t, v):
+        return CIRKDLoss().memory(s, t, v, torch.tensor(valid))
+
+    assert_golden(loss, lambda s, t, v: memory_term(s[valid], t[valid], v), student, teacher, contrasts)
+
+
 def test_no_rows_give_nothing():
-    student = torch.zeros(0, 4, requires_grad=True)
-    loss = CIRKDLoss().memory(student, torch.zeros(0, 4), torch.randn(5, 4))
+    student = torch.randn(3, 4, requires_grad=True)
+    none = torch.zeros(3, dtype=torch.bool)
+    loss = CIRKDLoss().memory(student, torch.randn(3, 4), torch.randn(5, 4), none)
     loss.backward()
     assert loss == 0
+    assert not student.grad.any()
+
+
+def test_the_batch_term_holds_one_images_pairs_at_a_time():
+    """What autograd keeps for the backward pass does not grow with the square of the pixels."""
+    kept = []
+    student, teacher = (torch.randn(3, 4, 50) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        CIRKDLoss()(student.requires_grad_(), teacher).backward()
+    assert max(kept) <= 3 * 4 * 50
 
 
 def test_queues_are_those_of_lists():
@@ -95,7 +116,7 @@ def test_chosen_pixels_are_of_their_class():
     labels = torch.randint(0, 4, (3, 50))
     labels[0, :] = 2
     is_class = labels[:, None] == torch.arange(5)[:, None]
-    chosen, valid = pixels_of_classes(is_class, 8, torch.Generator().manual_seed(0))
+    chosen, valid = random_places(is_class, 8, torch.Generator().manual_seed(0))
     for n in range(3):
         for q in range(5):
             places = chosen[n, q][valid[n, q]].tolist()
@@ -109,13 +130,14 @@ def test_pooling_stops_when_an_image_has_few_enough_cells():
     assert pooled(torch.zeros(1, 2, 31, 40), 100).shape[-2:] == (8, 10)
 
 
-def test_rows_with_a_label():
-    labels = torch.full((2, 10), 255)
-    labels[1, 3:6] = 1
-    assert labelled_rows(labels, 99, torch.Generator()).tolist() == [13, 14, 15]
-    few = labelled_rows(labels, 2, torch.Generator().manual_seed(0))
-    assert len(few) == 2
-    assert set(few.tolist()) < {13, 14, 15}
+def test_wanted_places_come_first():
+    wanted = torch.zeros(20, dtype=torch.bool)
+    wanted[13:16] = True
+    places, valid = random_places(wanted, 5, torch.Generator().manual_seed(0))
+    assert valid.tolist() == [True] * 3 + [False] * 2
+    assert sorted(places[:3].tolist()) == [13, 14, 15]
+    firsts = {random_places(wanted, 1, torch.Generator().manual_seed(k))[0].item() for k in range(30)}
+    assert firsts == {13, 14, 15}
 
 
 def test_a_temperature_must_be_positive():

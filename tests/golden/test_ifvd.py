@@ -40,14 +40,14 @@ def test_value_and_gradient():
     student, teacher = random_maps((2, 3, 4, 5), teacher_shape=(2, 6, 4, 5))
 
     def loss(s, t):
-        return IFVDLoss()(s, t, torch.tensor(LABELS))
+        return IFVDLoss()(s, t, torch.tensor(LABELS), 3)
 
     assert_golden(loss, lambda s, t: ifvd(s, t, LABELS), student, teacher)
 
 
 def test_without_a_label_there_is_nothing():
     student, teacher = (torch.randn(2, 3, 4, 5) for _ in range(2))
-    loss = IFVDLoss()(student.requires_grad_(), teacher, torch.full((2, 4, 5), 255))
+    loss = IFVDLoss()(student.requires_grad_(), teacher, torch.full((2, 4, 5), 255), 3)
     loss.backward()
     assert loss == 0
     assert not student.grad.any()
@@ -56,6 +56,12 @@ def test_without_a_label_there_is_nothing():
 def test_what_unlabelled_pixels_hold_does_not_matter():
     student, teacher = (torch.randn(2, 3, 4, 5) for _ in range(2))
     labels = torch.tensor(LABELS)
-    before = IFVDLoss()(student, teacher, labels)
+    before = IFVDLoss()(student, teacher, labels, 3)
     student[0, :, 0] = 99.0
-    torch.testing.assert_close(IFVDLoss()(student, teacher, labels), before)
+    torch.testing.assert_close(IFVDLoss()(student, teacher, labels, 3), before)
+
+
+def test_pixels_and_classes_without_a_feature_have_finite_gradients():
+    student, teacher = torch.zeros(1, 3, 4, 5, requires_grad=True), torch.randn(1, 3, 4, 5)
+    IFVDLoss()(student, teacher, torch.tensor(LABELS[:1]), 7).backward()
+    assert student.grad.isfinite().all()

@@ -19,6 +19,9 @@ were used as if they were the image's, so that labels were wrong); pixels are po
 ``cells`` of them, and at most ``anchors`` pixels of a batch meet the memory, drawn at random, so that what is
 needed in memory is bounded; no torch.distributed is needed, and each process has its queues (under
 DistributedDataParallel those of the first are copied to all). The published whole adds `kd` with weight 1.
+
+As published the pixels' queues are large: 20000 places of C float32 for each class, with 19 classes and 512
+channels 0.8 GB, in a checkpoint too. `pixel_places` makes them smaller.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from detdistill.data.records import UNLABELLED
 from detdistill.distillation.precision import in_full_precision
@@ -64,25 +68,36 @@ class CIRKDLoss(nn.Module):
     def forward(self, student_NCP: Tensor, teacher_NCP: Tensor) -> Tensor:
         """The batch term: C may differ; the teacher is detached. Returns a scalar."""
         s_NCP, t_NCP = F.normalize(student_NCP, dim=1), F.normalize(teacher_NCP.detach(), dim=1)
-        terms = []
-        for ours_CP, theirs_CP in zip(
-            s_NCP, t_NCP, strict=True
-        ):  # one image at a time: N·P² numbers, not N²·P²
-            s_NPP, t_NPP = ours_CP.T @ s_NCP, theirs_CP.T @ t_NCP
-            terms.append(self._divergence(s_NPP, t_NPP))
+        # One image at a time, computed again in the backward pass: N·P² numbers are held, not N²·P².
+        terms = [
+            checkpoint(self._of_an_image, *x, s_NCP, t_NCP, use_reentrant=False, preserve_rng_state=False)
+            for x in zip(s_NCP, t_NCP, strict=True)
+        ]
         return torch.stack(terms).mean()
 
     @in_full_precision
-    def memory(self, student_KC: Tensor, teacher_KC: Tensor, contrasts_VC: Tensor) -> Tensor:
-        """A memory term: rows of length 1; the teacher is detached. 0 without a row. Returns a scalar."""
-        if not len(student_KC):
-            return student_KC.sum()
-        return self._divergence(student_KC @ contrasts_VC.T, teacher_KC.detach() @ contrasts_VC.T)
+    def memory(
+        self, student_KC: Tensor, teacher_KC: Tensor, contrasts_VC: Tensor, valid_K: Tensor | None = None
+    ) -> Tensor:
+        """A memory term: rows of length 1; the teacher is detached. Returns a scalar.
+
+        Args:
+            valid_K: bool; the rows that count (without one, the term is 0). None: all.
+        """
+        kl_K = self._divergence(student_KC @ contrasts_VC.T, teacher_KC.detach() @ contrasts_VC.T)
+        if valid_K is None:
+            return kl_K.mean()
+        return (kl_K * valid_K).sum() / valid_K.sum().clamp(min=1)
+
+    def _of_an_image(
+        self, student_CP: Tensor, teacher_CP: Tensor, student_NCP: Tensor, teacher_NCP: Tensor
+    ) -> Tensor:
+        return self._divergence(student_CP.T @ student_NCP, teacher_CP.T @ teacher_NCP).mean()
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The mean over rows of KL(softmax(teacher / τ) ‖ softmax(student / τ)) along the last dimension."""
+        """KL(softmax(teacher / τ) ‖ softmax(student / τ)) along the last dimension, which disappears."""
         log_s, log_t = ((x / self.temperature).log_softmax(dim=-1) for x in (student, teacher))
-        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=-1).mean()
+        return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=-1)
 
 
 class Memory(nn.Module):
@@ -171,7 +186,7 @@ class CIRKD(Method):
                 nn.Conv2d(self.level.student_channels, width, 1, bias=False),
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(width, width, 1),
+                nn.Conv2d(width, width, 1, bias=False),
             )
 
     def forward(self, signals: Signals) -> Tensor:
@@ -182,17 +197,18 @@ class CIRKD(Method):
             ours, theirs = (pooled(x, self.cells).flatten(2) for x in (student, teacher))
             terms.append(self.loss.batch_weight * self.loss(ours, theirs))
         if self.memories:
-            labels_NP = class_labels(signals.student_batch, teacher).flatten(1)
+            labels_NP = class_labels(signals.teacher_batch, teacher).flatten(1)
             s_NCP = F.normalize(self.project(student).flatten(2).float(), dim=1)
             t_NCP = F.normalize(teacher.flatten(2).float(), dim=1)
             if self.training:
                 self._remember(t_NCP, labels_NP, signals.generator)
-            rows = labelled_rows(labels_NP, self.anchors, signals.generator)
-            s_KC, t_KC = (x.transpose(1, 2).flatten(0, 1)[rows] for x in (s_NCP, t_NCP))
+            labelled = (labels_NP != UNLABELLED).flatten()
+            rows_K, valid_K = random_places(labelled, self.anchors, signals.generator)
+            s_KC, t_KC = (x.transpose(1, 2).flatten(0, 1)[rows_K] for x in (s_NCP, t_NCP))
             for name, weight in (("pixel", self.loss.pixel_weight), ("region", self.loss.region_weight)):
                 if weight:
                     contrasts_VC = self._memory(name).draw(self.of_each[name], signals.generator)
-                    terms.append(weight * self.loss.memory(s_KC, t_KC, contrasts_VC))
+                    terms.append(weight * self.loss.memory(s_KC, t_KC, contrasts_VC, valid_K))
         return torch.stack(terms).sum()
 
     def _memory(self, name: str) -> Memory:
@@ -200,19 +216,22 @@ class CIRKD(Method):
         assert isinstance(memory, Memory)
         return memory
 
+    @torch.no_grad()
     def _remember(self, t_NCP: Tensor, labels_NP: Tensor, generator: torch.Generator) -> None:
         is_NQP = labels_NP[:, None] == torch.arange(self.class_count, device=labels_NP.device)[:, None]
         if "region" in self.memories:
-            means_QNC = F.normalize((is_NQP.to(t_NCP.dtype) @ t_NCP.transpose(1, 2)).transpose(0, 1), dim=2)
+            with torch.autocast(t_NCP.device.type, enabled=False):
+                sums_NQC = is_NQP.to(t_NCP.dtype) @ t_NCP.transpose(1, 2)
+            # Of a direction, the sum serves as the mean.
+            means_QNC = F.normalize(sums_NQC, dim=2).transpose(0, 1)
             self._memory("region").add(means_QNC, is_NQP.any(dim=2).T)
         if "pixel" in self.memories:
-            chosen_NQK, valid_NQK = pixels_of_classes(is_NQP, PIXELS_OF_A_CLASS, generator)
-            n, _, width = len(t_NCP), self.class_count, t_NCP.shape[1]
-            at_NC = chosen_NQK.flatten(1)[:, None].expand(-1, width, -1)
-            features_NQKC = t_NCP.gather(2, at_NC).transpose(1, 2).unflatten(1, (self.class_count, -1))
-            assert features_NQKC.shape[0] == n
-            features_QKC = features_NQKC.transpose(0, 1).flatten(1, 2)
-            self._memory("pixel").add(features_QKC, valid_NQK.transpose(0, 1).flatten(1))
+            places_NQK, valid_NQK = random_places(is_NQP, PIXELS_OF_A_CLASS, generator)
+            at_NCM = places_NQK.flatten(1)[:, None].expand(-1, t_NCP.shape[1], -1)  # M = Q·K
+            found_NQKC = t_NCP.gather(2, at_NCM).transpose(1, 2).unflatten(1, places_NQK.shape[1:])
+            self._memory("pixel").add(
+                found_NQKC.transpose(0, 1).flatten(1, 2), valid_NQK.transpose(0, 1).flatten(1)
+            )
 
 
 PIXELS_OF_A_CLASS = 16  # that each image adds to the memory, as published
@@ -225,20 +244,15 @@ def pooled(x_NCHW: Tensor, cells: int) -> Tensor:
     return x_NCHW
 
 
-def pixels_of_classes(is_NQP: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random pixels of each class in each image.
+def random_places(wanted: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random places along the last dimension, wanted ones first; the host does not wait for how many there are.
+
+    Args:
+        wanted: bool (..., P).
 
     Returns:
-        (N, Q, K) places, K at most ``count``, and whether each is a pixel of its class at all.
+        (..., K) places, K at most ``count``, and whether each is wanted at all.
     """
-    draw_NQP = torch.rand(is_NQP.shape, generator=generator, device=is_NQP.device) + 1
-    best = (draw_NQP * is_NQP).topk(min(count, is_NQP.shape[2]), dim=2)
+    draw = torch.rand(wanted.shape, generator=generator, device=wanted.device) + 1
+    best = (draw * wanted).topk(min(count, wanted.shape[-1]), dim=-1)
     return best.indices, best.values > 0
-
-
-def labelled_rows(labels_NP: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-    """At most so many places in N·P that have a label, at random where there are more."""
-    rows = (labels_NP.flatten() != UNLABELLED).nonzero().squeeze(1)
-    if len(rows) <= limit:
-        return rows
-    return rows[torch.randperm(len(rows), generator=generator, device=rows.device)[:limit]]

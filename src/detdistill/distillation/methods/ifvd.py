@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.data.records import UNLABELLED
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
+
+EPS = 1e-8  # least length of a pixel's feature
 
 
 class IFVDLoss(nn.Module):
@@ -39,27 +40,26 @@ class IFVDLoss(nn.Module):
         self.alpha = alpha
 
     @in_full_precision
-    def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor, labels_NHW: Tensor) -> Tensor:
+    def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor, labels_NHW: Tensor, classes: int) -> Tensor:
         """Maps of one size, channels may differ; the teacher is detached. Returns a scalar.
 
         Args:
-            labels_NHW: int64 classes of the maps' cells; 255 counts nowhere.
+            labels_NHW: int64 classes of the maps' cells; what is not below ``classes`` (255) counts nowhere.
+            classes: Q.
         """
-        labels_NP = labels_NHW.flatten(1)
-        labelled_NP = labels_NP != UNLABELLED
-        ours, theirs = (variation(x.flatten(2), labels_NP) for x in (student_NCHW, teacher_NCHW.detach()))
-        squares_NP = (ours - theirs).square() * labelled_NP
-        return self.alpha * squares_NP.sum() / labelled_NP.sum().clamp(min=1)
+        is_NQP = labels_NHW.flatten(1)[:, None] == torch.arange(classes, device=labels_NHW.device)[:, None]
+        ours, theirs = (variation(x.flatten(2), is_NQP) for x in (student_NCHW, teacher_NCHW.detach()))
+        return self.alpha * (ours - theirs).square().sum() / is_NQP.sum().clamp(min=1)
 
 
-def variation(x_NCP: Tensor, labels_NP: Tensor) -> Tensor:
-    """v, (N, P): each pixel's cosine with the mean of its class in its image; 255 is a class like any here."""
-    classes = UNLABELLED + 1  # also those that no image has: a number that is known without asking the device
-    sums_NCQ = x_NCP.new_zeros(*x_NCP.shape[:2], classes)
-    at_NCP = labels_NP[:, None].expand_as(x_NCP)
-    sums_NCQ = sums_NCQ.scatter_add(2, at_NCP, x_NCP)
-    # A cosine does not see the length of a vector: the sum serves as the mean.
-    return F.cosine_similarity(x_NCP, sums_NCQ.gather(2, at_NCP), dim=1)
+def variation(x_NCP: Tensor, is_NQP: Tensor) -> Tensor:
+    """v, (N, P): each pixel's cosine with the mean of its class in its image; 0 where it is of none."""
+    is_NQP = is_NQP.to(x_NCP.dtype)
+    # Two products of matrices, where each pixel's mean would be another map. A cosine does not see the length
+    # of a vector: the sum serves as the mean.
+    means_NCQ = F.normalize(x_NCP @ is_NQP.transpose(1, 2), dim=1)
+    dots_NP = (means_NCQ.transpose(1, 2) @ x_NCP * is_NQP).sum(dim=1)
+    return dots_NP / torch.linalg.vector_norm(x_NCP, dim=1).clamp(min=EPS)
 
 
 class IFVD(Method):
@@ -71,6 +71,7 @@ class IFVD(Method):
     def __init__(self, setting: Setting, loss: IFVDLoss) -> None:
         super().__init__()
         self.levels = setting.matching.levels
+        self.class_count = len(setting.student.classes)
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
@@ -78,5 +79,6 @@ class IFVD(Method):
         for level in self.levels:
             teacher = signals.teacher[level.teacher_stride]
             student = signals.overlay(signals.student[level.student_stride], teacher)
-            terms.append(self.loss(student, teacher, class_labels(signals.teacher_batch, teacher)))
+            labels_NHW = class_labels(signals.teacher_batch, teacher)
+            terms.append(self.loss(student, teacher, labels_NHW, self.class_count))
         return torch.stack(terms).sum()
