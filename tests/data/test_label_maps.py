@@ -178,6 +178,14 @@ def test_bad_pairs_are_dropped_and_told(folders: Path) -> None:
     assert [f.kind for f in open_data(data(folders))["train"].errors] == ["empty split"]
 
 
+def test_a_label_map_without_image_is_told(folders: Path) -> None:
+    (folders / "images" / "train" / "b.jpg").unlink()
+    split = open_data(data(folders))["train"]
+    assert [record.image_id for record in split.records] == ["a", "c"]
+    (finding,) = split.findings
+    assert str(finding).startswith(f"warning: {folders / 'labels' / 'train' / 'b.png'}: there is no image")
+
+
 def test_the_doctor_reads_the_numbers(folders: Path) -> None:
     labels = np.full((12, 20), 2)
     labels[0, :3] = 7

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detdistill.config import UserError
-from detdistill.distillation.methods.cwd import CWDLoss
+from detdistill.distillation.methods.cwd import CWD, CWDLoss
 
 from .pairs import make_pair
 
@@ -17,8 +17,7 @@ def test_presets():
     assert (cwd.loss.alpha, cwd.loss.tau, len(cwd.align.levels)) == (10.0, 1.0, 5)
     cwd = make_pair([{"cwd": {"preset": "retinanet_x101"}}], "retinanet", strides=strides).methods["cwd"]
     assert (cwd.loss.alpha, cwd.loss.tau, len(cwd.align.levels)) == (5.0, 1.0, 4)
-    cwd = make_pair([{"cwd": {"preset": "segmentation"}}]).methods["cwd"]
-    assert (cwd.loss.alpha, cwd.loss.tau) == (50.0, 4.0)
+    assert CWD.presets["segmentation"] == {"alpha": 50.0, "tau": 4.0, "logits_alpha": 3.0}
 
 
 def test_a_temperature_of_zero_is_refused():

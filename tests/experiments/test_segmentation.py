@@ -31,8 +31,10 @@ from detdistill.training.loop import train
 CLASSES = ["road", "sky", "tree"]
 TRAINING = {
     "max_steps": 4, "epochs": 100, "batch_size": 4, "workers": 0, "evaluate_every": 0, "device": "cpu",
-    "ema": 0.9, "optimizer": {"lr": 0.02}, "schedule": {"name": "cosine", "warmup": 0},
-    "augment": {"flip": 0.5, "photometric": True, "multi_scale": [0.8, 1.2]},
+    "ema": 0.9, "optimizer": {"lr": 0.02}, "schedule": {"name": "poly", "warmup": 0},
+    "augment": {
+        "flip": 0.5, "photometric": True, "scale": [0.5, 2.0], "crop_size": [48, 56], "multi_scale": [0.8, 1.2],
+    },
 }  # fmt: skip
 
 

@@ -32,6 +32,32 @@ def test_cosine_is_torchs():
     assert factors(50, name="cosine", warmup=0) == pytest.approx(expected)
 
 
+def test_poly_is_torchs():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50, power=0.9)
+    expected = []
+    for _ in range(50):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert factors(50, name="poly", warmup=0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["cosine", "poly"])
+def test_the_final_factor_is_where_the_fall_ends(name):
+    values = factors(1000, name=name, warmup=0, final_factor=0.25)
+    assert values[0] == 1
+    assert min(values) == values[-1] == pytest.approx(0.25, abs=2e-3)
+    assert min(values) > 0.25
+
+
+def test_the_fall_begins_after_the_warmup():
+    values = factors(1000, name="poly", warmup=100, power=1.0)
+    assert max(values) == values[100] == 1
+    assert values[550] == pytest.approx(0.5)
+
+
 def test_warmup_rises_linearly_and_never_takes_more_than_a_tenth():
     values = factors(1000, name="constant", warmup=50, warmup_factor=0.1)
     assert values[0] == pytest.approx(0.1)

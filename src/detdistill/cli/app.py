@@ -36,6 +36,9 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 AllowUnequal = Annotated[
     bool, typer.Option("--allow-unequal", help="Let the arms' budgets differ, and say so.")
 ]
+WriteReport = Annotated[
+    bool, typer.Option("--report/--no-report", help="End with report.html, which runs up to three models.")
+]
 TableOnly = Annotated[bool, typer.Option("--table", help="Train nothing: tell what is there.")]
 
 

@@ -18,6 +18,7 @@ from detdistill.cli.app import (
     RecipeFile,
     Seeds,
     TableOnly,
+    WriteReport,
     app,
 )
 
@@ -50,6 +51,7 @@ def compare(
     device: Devices = None,
     allow_unequal: AllowUnequal = False,
     table: TableOnly = False,
+    report: WriteReport = True,
 ) -> None:
     """Train arms that differ in the method alone, over seeds, and say what the difference is worth."""
     from detdistill.config import UserError
@@ -67,7 +69,7 @@ def compare(
         if teacher is not None:
             overrides.append(f"teacher={trained_teacher(teacher, out)}")
         study = studies.plan_methods(recipe, names or ["none", "ima"], overrides, range(seeds), out)
-    _run_study(study, metric, jobs, device, allow_unequal, table)
+    _run_study(study, metric, jobs, device, allow_unequal, table, report)
 
 
 @app.command()
@@ -86,6 +88,7 @@ def sweep(
     device: Devices = None,
     allow_unequal: AllowUnequal = False,
     table: TableOnly = False,
+    report: WriteReport = True,
 ) -> None:
     """Compare the values of one setting with the student alone (Table 8 of the paper)."""
     from detdistill.experiments import studies
@@ -95,7 +98,7 @@ def sweep(
     study = studies.plan_sweep(
         recipe, key, [v for v in values.split(",") if v], overrides or (), range(seeds), folder
     )
-    _run_study(study, None, jobs, device, allow_unequal, table)
+    _run_study(study, None, jobs, device, allow_unequal, table, report)
 
 
 @app.command()
@@ -109,17 +112,24 @@ def ablate(
     jobs: Jobs = 1,
     device: Devices = None,
     table: TableOnly = False,
+    report: WriteReport = True,
 ) -> None:
     """IMA's parts, one after another (Table 5 of the paper)."""
     from detdistill.experiments import studies
 
     folder = out or Path("runs/ablate") / recipe.stem
     study = studies.plan_ablation(recipe, overrides or (), range(seeds), folder)
-    _run_study(study, None, jobs, device, False, table)
+    _run_study(study, None, jobs, device, False, table, report)
 
 
 def _run_study(
-    study: Study, metric: str | None, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool
+    study: Study,
+    metric: str | None,
+    jobs: int,
+    devices: Sequence[str] | None,
+    allow_unequal: bool,
+    table: bool,
+    report: bool,
 ) -> None:
     from detdistill.experiments.compare import run_study
     from detdistill.printing import print_comparison, say
@@ -134,7 +144,7 @@ def _run_study(
         say=say,
     )
     print_comparison(comparison)
-    if not table:
+    if report and not table:
         from detdistill.experiments.report import try_report
 
         try_report(study.out, say, device=devices[0] if devices else "auto")

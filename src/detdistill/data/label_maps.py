@@ -186,7 +186,14 @@ def open_label_folders(config: DataConfig) -> dict[str, Split]:
             f"in the order of the numbers"
         )
     code = numbered(classes, ignored)
-    splits = {name: read_pairs(_pairs(folder), name, classes, code, folder) for name, folder in folders.items()}
+    splits = {}
+    for name, folder in folders.items():
+        pairs, orphans = _pairs(folder)
+        splits[name] = read_pairs(pairs, name, classes, code, folder)
+        message, fix = "there is no image of this label map", "restore the image or delete the map"
+        splits[name].findings.extend(
+            Finding("warning", "label map without image", file, message, fix) for file in orphans
+        )
     return _selected(splits, config, named is not None)
 
 
@@ -199,15 +206,16 @@ def _given_folder(root: Path, given: str, split: str) -> Path:
     return folder
 
 
-def _pairs(images: Path) -> list[Pair]:
+def _pairs(images: Path) -> tuple[list[Pair], list[Path]]:
+    """Each image with its label map or where that should be; and the maps of no image."""
     labels = _labels_of(images)
     maps = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*") if is_image(path)}
     pairs = []
     for path in sorted(images.rglob("*")):
         if is_image(path):
             name = path.relative_to(images).with_suffix("")
-            pairs.append((name.as_posix(), path, maps.get(name, labels / f"{name}.png")))
-    return pairs
+            pairs.append((name.as_posix(), path, maps.pop(name, labels / f"{name}.png")))
+    return pairs, sorted(maps.values())
 
 
 def _class_file(file: Path) -> tuple[tuple[str, ...] | None, int]:
