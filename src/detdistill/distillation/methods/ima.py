@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Named sets of options: "recommended" is what measured best (docs/ima.md), "paper" the defaults of
 :class:`IMALoss`, Eq. 2-10 where they are stable, "segmentation" the recommended one with an importance for each
-class's region (as the paper has it; measured on CamVid alone, docs/results.md), "literal" Eq. 2-10 to the letter."""
+class's region (as the paper has it; measured on CamVid, docs/results.md), "literal" Eq. 2-10 to the letter."""
 
 
 class IMALoss(nn.Module):
