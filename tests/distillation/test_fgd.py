@@ -83,7 +83,7 @@ def test_channels_last_maps_give_the_same():
         block = GlobalContext(8)
         block.load_state_dict({name: torch.ones_like(value) for name, value in block.state_dict().items()})
         block.transform[0].weight.data = torch.arange(32.0).view(4, 8).sin()
-        loss = FGDLoss(relation_weight=0.1)(s, teacher, *masks, block(s), torch.zeros(2, 8))
+        loss = FGDLoss(relation_weight=0.1)(s, teacher, *masks, block, GlobalContext(8))
         loss.backward()
         values.append((loss.detach(), s.grad, block.key_C.grad))
     torch.testing.assert_close(*values)
@@ -131,8 +131,7 @@ def test_a_factor_on_the_sums_is_one_on_the_maps():
     found = []
     for on_maps, on_sums in ((0.3, 1.0), (1.0, torch.tensor(0.3, dtype=torch.float64))):
         s = student.clone().requires_grad_()
-        context = [block(x * on_maps, on_sums) for x in (s, teacher)]
-        value = loss(s * on_maps, teacher * on_maps, foreground, background, *context, on_sums)
+        value = loss(s * on_maps, teacher * on_maps, foreground, background, block, block, on_sums)
         found.append((value, *torch.autograd.grad(value, [s, block.key_C])))
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second)

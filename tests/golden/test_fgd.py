@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from detdistill.distillation.methods.fgd import FGDLoss, GlobalContext, focal_masks
@@ -21,7 +22,6 @@ WEIGHTS = {
 GENERATOR = np.random.default_rng(2)
 SHAPE = (2, 4, 5, 6)
 FOREGROUND, BACKGROUND = (GENERATOR.uniform(0, 0.2, (2, 5, 6)) for _ in range(2))
-CONTEXT = [GENERATOR.normal(0, 1, (2, 4)) for _ in range(2)]
 
 
 def softmax(x):
@@ -60,53 +60,53 @@ def context(image, block):
     return parts["transform.3.weight"] @ hidden + parts["transform.3.bias"]
 
 
-def test_value_and_gradient():
-    for tau in (0.5, 0.8):
-        assert_golden(
-            FGDLoss(**WEIGHTS, tau=tau),
-            lambda *arrays, tau=tau: fgd(*arrays, 0.7, 0.4, 0.3, 0.05, tau),
-            *random_maps(SHAPE),
-            FOREGROUND,
-            BACKGROUND,
-            *CONTEXT,
-        )
-
-
-def test_each_term_alone():
-    nothing = dict.fromkeys(WEIGHTS, 0.0)
-    for index, name in enumerate(WEIGHTS):
-        weights = [float(i == index) for i in range(4)]
-        assert_golden(
-            FGDLoss(**{**nothing, name: 1.0}),
-            lambda *arrays, weights=weights: fgd(*arrays, *weights, 0.5),
-            *random_maps(SHAPE),
-            FOREGROUND,
-            BACKGROUND,
-            *CONTEXT,
-            coordinates=4,
-        )
-
-
-def test_value_and_gradient_through_the_context_blocks():
-    """Whole: the student moves its own attention, its own context, and the difference."""
+def blocks():
+    """Two blocks of global context, away from 0, where their last layer starts."""
     torch.manual_seed(0)
-    blocks = [GlobalContext(4).double() for _ in range(2)]
-    for block in blocks:
-        for parameter in block.parameters():  # away from 0, where the last layer starts
+    made = [GlobalContext(4).double() for _ in range(2)]
+    for block in made:
+        for parameter in block.parameters():
             parameter.data += torch.randn_like(parameter)
+    return made
+
+
+def assert_is_formula(weights, tau=0.5, coordinates=12):
+    """Whole: the student moves its own attention, its own context, and the difference."""
+    student_block, teacher_block = blocks()
 
     def ours(student, teacher, *masks):
-        added = [block.to(x.dtype)(x) for block, x in zip(blocks, (student, teacher), strict=True)]
-        return FGDLoss(**WEIGHTS)(student, teacher, *masks, *added)
+        made = [block.to(student.dtype) for block in (student_block, teacher_block)]
+        return FGDLoss(**weights, tau=tau)(student, teacher, *masks, *made)
 
     def plain(student, teacher, *masks):
         added = [
             np.stack([context(image, block.double()) for image in x])
-            for block, x in zip(blocks, (student, teacher), strict=True)
+            for block, x in ((student_block, student), (teacher_block, teacher))
         ]
-        return fgd(student, teacher, *masks, *added, 0.7, 0.4, 0.3, 0.05, 0.5)
+        return fgd(student, teacher, *masks, *added, *weights.values(), tau)
 
-    assert_golden(ours, plain, *random_maps(SHAPE), FOREGROUND, BACKGROUND)
+    assert_golden(ours, plain, *random_maps(SHAPE), FOREGROUND, BACKGROUND, coordinates=coordinates)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.8])
+def test_value_and_gradient(tau):
+    assert_is_formula(WEIGHTS, tau)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_each_term_alone(name):
+    assert_is_formula({**dict.fromkeys(WEIGHTS, 0.0), name: 1.0}, coordinates=4)
+
+
+def test_without_context_blocks():
+    nothing = np.zeros((2, 4))
+    assert_golden(
+        FGDLoss(**WEIGHTS),
+        lambda *arrays: fgd(*arrays, nothing, nothing, *WEIGHTS.values(), 0.5),
+        *random_maps(SHAPE),
+        FOREGROUND,
+        BACKGROUND,
+    )
 
 
 def test_gradients_of_the_context_block_are_its_slopes():

@@ -7,6 +7,8 @@ gradient, an affine function of both maps, is written in one.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -33,18 +35,16 @@ class _Covariances(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, over: str) -> tuple[Tensor, Tensor, Tensor]:
         dims = (2, 3) if over == "instance" else (0, 2, 3)
-        n, channels, height, width = student.shape
-        ctx.count = height * width * (1 if over == "instance" else n)
-        sums, means = student.new_empty(3, n, channels), []
-        for part in channel_parts(student):
+        ctx.count = math.prod(student.shape[dim] for dim in dims)
+        parts = []
+        for s, t in channel_parts(student, teacher):
             # Centred before anything is squared: E[x²] - E[x]² would lose a small variance beside a large mean.
-            here = student[:, part], teacher[:, part]
-            means.append([x.mean(dims, keepdim=True) for x in here])
-            s, t = ((x - mean).flatten(2) for x, mean in zip(here, means[-1], strict=True))
-            sums[0, :, part] = torch.linalg.vector_norm(s, dim=-1).square_()
-            sums[1, :, part] = torch.linalg.vector_norm(t, dim=-1).square_()
-            sums[2, :, part] = torch.linalg.vecdot(s, t)
-        mean_s, mean_t = (torch.cat(parts, dim=1) for parts in zip(*means, strict=True))
+            means = [x.mean(dims, keepdim=True) for x in (s, t)]
+            s, t = s - means[0], t - means[1]
+            norms = [torch.linalg.vector_norm(x, dim=(2, 3)) for x in (s, t)]
+            parts.append((*means, *norms, s.mul_(t).sum((2, 3))))
+        mean_s, mean_t, norm_s, norm_t, products = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
+        sums = torch.stack([norm_s.square(), norm_t.square(), products])
         ctx.save_for_backward(student, teacher, mean_s, mean_t)
         var_s, var_t, covariance = (sums if over == "instance" else sums.sum(1, keepdim=True)) / ctx.count
         ctx.mark_non_differentiable(var_t)
@@ -59,14 +59,19 @@ class _Covariances(torch.autograd.Function):
         by_s, by_t = ((g / ctx.count)[..., None, None] for g in (2 * of_var_s, of_covariance))
         shift = -(by_s * mean_s + by_t * mean_t)
         gradient = torch.empty_like(student)
-        for part in channel_parts(student):
-            here = torch.mul(student[:, part], by_s[:, part], out=gradient[:, part])
-            here.add_(teacher[:, part] * by_t[:, part]).add_(shift[:, part])  # addcmul is slower here
+        for s, t, factor_s, factor_t, constant, here in channel_parts(
+            student, teacher, by_s, by_t, shift, gradient
+        ):
+            torch.mul(s, factor_s, out=here).add_(t * factor_t).add_(constant)  # addcmul is slower here
         return gradient, None, None
 
 
-def channel_parts(x: Tensor) -> list[slice]:
-    """All channels (dimension 1), a few at a time: a CPU then finds in its cache what it has just written."""
-    channels = x.shape[1]
-    step = channels if x.device.type != "cpu" else max(1, PART * channels // max(1, x.numel()))
-    return [slice(start, start + step) for start in range(0, channels, step)]
+def channel_parts(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of some channels (dimension 1) of all maps, then of the next ones.
+
+    As many as leave what is written in a CPU's cache until it is read again; elsewhere all at once. The first
+    map has the full shape; the others need the same channels only.
+    """
+    first = maps[0]
+    parts = -(-first.numel() // PART) if first.device.type == "cpu" else 1
+    return zip(*(x.split(max(1, x.shape[1] // max(1, parts)), dim=1) for x in maps), strict=True)

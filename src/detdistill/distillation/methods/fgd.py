@@ -69,8 +69,8 @@ class FGDLoss(nn.Module):
         teacher_NCHW: Tensor,
         foreground_NHW: Tensor,
         background_NHW: Tensor,
-        student_context_NC: Tensor | None = None,
-        teacher_context_NC: Tensor | None = None,
+        student_context: GlobalContext | None = None,
+        teacher_context: GlobalContext | None = None,
         factor: Tensor | float = 1.0,
     ) -> Tensor:
         """The loss, a scalar.
@@ -78,8 +78,8 @@ class FGDLoss(nn.Module):
         Args:
             student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
             foreground_NHW, background_NHW: M_f and M_b.
-            student_context_NC, teacher_context_NC: R(F) - F of each, one number for a channel; None: 0.
-            factor: on both maps (not on the contexts): applied to the sums, it costs no scaled maps.
+            student_context, teacher_context: the blocks of R_S and R_T; None: R(F) = F for both.
+            factor: on both maps: applied to the sums, it costs no scaled maps.
         """
         s_NCP, t_NCP = student_NCHW.flatten(2), teacher_NCHW.detach().flatten(2)
         n, _, pixels = s_NCP.shape
@@ -87,7 +87,9 @@ class FGDLoss(nn.Module):
 
         focus_NHW = self.foreground_weight * foreground_NHW + self.background_weight * background_NHW
         focus_NP = focus_NHW.flatten(1).to(s_NCP.dtype) * pixels_t_NP
-        size_NP, size_NC, difference_NC, squares_NC, focal_NC = _MapSums.apply(s_NCP, t_NCP, focus_NP)
+        key_C = student_context and factor * student_context.key_C
+        sums = _MapSums.apply(s_NCP, t_NCP, focus_NP, key_C)
+        size_NP, size_NC, difference_NC, squares_NC, focal_NC, pooled_NC = sums
         size_NP, size_NC, difference_NC = (factor * of for of in (size_NP, size_NC, difference_NC))
         squares_NC, focal_NC = (factor**2 * of for of in (squares_NC, focal_NC))
 
@@ -95,8 +97,11 @@ class FGDLoss(nn.Module):
         pixels_s_NP, channels_s_NC = self._attention(size_NP, size_NC)
         attention = (pixels_t_NP - pixels_s_NP).abs().sum() + (channels_t_NC - channels_s_NC).abs().sum()
         relation = squares_NC.sum()
-        if student_context_NC is not None and teacher_context_NC is not None:
-            shift_NC = student_context_NC - teacher_context_NC  # Σ (difference + shift)², multiplied out
+        if student_context and teacher_context:
+            shift_NC = student_context.transform(factor * pooled_NC) - teacher_context(
+                teacher_NCHW.detach(), factor
+            )
+            # Σ (difference + shift)², multiplied out
             relation = relation + (shift_NC * (2 * difference_NC + pixels * shift_NC)).sum()
         return (focal + self.attention_weight * attention + self.relation_weight * relation) / n
 
@@ -126,7 +131,7 @@ class GlobalContext(nn.Module):
     @in_full_precision
     def forward(self, x_NCHW: Tensor, factor: Tensor | float = 1.0) -> Tensor:
         """(N, C, H, W) times the factor to (N, C)."""
-        return self.transform(factor * _AttentionPool.apply(x_NCHW.flatten(2), factor * self.key_C))
+        return self.transform(factor * _pool(x_NCHW.flatten(2), factor * self.key_C)[0])
 
 
 class FGD(Method):
@@ -196,9 +201,9 @@ class FGD(Method):
         for level, s, t in self.align(signals):
             key = str(level.student_stride)
             factor = unit_factor(t) if self.unit else 1.0
-            context = [None, None]
+            context: list[Any] = [None, None]
             if self.loss.relation_weight:
-                context = [self.student_context[key](s, factor), self.teacher_context[key](t, factor)]
+                context = [self.student_context[key], self.teacher_context[key]]
             terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context, factor))
         return torch.stack(terms).sum()
 
@@ -217,84 +222,78 @@ def focal_masks(batch: Batch, map_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     return foreground_NHW, free_NHW / free_NHW.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
-# The student's map is read in the two functions below alone, with gradients by hand: left to autograd, each use
-# of a map makes a map of gradients, and FGD's many uses cost several times as much. Weighted sums are matrix
-# products with the weights as a row; as a column they are ten times slower on a CPU.
+# The student's map is read in one function, with gradients by hand: left to autograd, each use of a map makes a
+# map of gradients, and FGD's many uses cost several times as much. Weighted sums are matrix products with the
+# weights as a row; as a column they are ten times slower on a CPU.
 
 
 def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_c |x| (N, P) and Σ_p |x| (N, C)."""
-    n, channels, pixels = x_NCP.shape
-    size_NP, size_NC = x_NCP.new_zeros(n, pixels), x_NCP.new_empty(n, channels)
-    for part in channel_parts(x_NCP):
-        work_NCP = x_NCP[:, part].abs()
+    size_NP, size_NC = x_NCP.new_zeros(len(x_NCP), x_NCP.shape[2]), []
+    for (part_NCP,) in channel_parts(x_NCP):
+        work_NCP = part_NCP.abs()
         size_NP += work_NCP.sum(dim=1)
-        size_NC[:, part] = work_NCP.sum(dim=2)
-    return size_NP, size_NC
+        size_NC.append(work_NCP.sum(dim=2))
+    return size_NP, torch.cat(size_NC, dim=1)
 
 
 class _MapSums(torch.autograd.Function):
     """Of a student's and a teacher's map (N, C, P), with d = s - t and weights of pixels (N, P):
 
-    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d². Differentiable by s.
+    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d², and s pooled by a key (C,); None
+    without a key. Differentiable by s and the key.
     """
 
     @staticmethod
-    def forward(ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(s_NCP, t_NCP, weights_NP)
-        n, channels, pixels = s_NCP.shape
-        size_NP, sums = s_NCP.new_zeros(n, pixels), s_NCP.new_empty(4, n, channels)
-        for part in channel_parts(s_NCP):
-            work_NCP = s_NCP[:, part].abs()
+    def forward(
+        ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor, key_C: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        size_NP, columns = torch.zeros_like(weights_NP), []
+        rows_N2P = torch.stack([torch.ones_like(weights_NP), weights_NP], dim=1)
+        for part_s_NCP, part_t_NCP in channel_parts(s_NCP, t_NCP):
+            work_NCP = part_s_NCP.abs()
             size_NP += work_NCP.sum(dim=1)
-            sums[0, :, part] = work_NCP.sum(dim=2)
-            torch.sub(s_NCP[:, part], t_NCP[:, part], out=work_NCP)
-            sums[1, :, part] = work_NCP.sum(dim=2)
-            sums[2, :, part] = work_NCP.square_().sum(dim=2)
-            sums[3, :, part] = _sum_pixels(work_NCP, weights_NP)
-        return (size_NP, *sums)
+            size_NC = work_NCP.sum(dim=2)
+            difference_NC = torch.sub(part_s_NCP, part_t_NCP, out=work_NCP).sum(dim=2)
+            squares_N2C = rows_N2P @ work_NCP.square_().transpose(1, 2)
+            columns.append((size_NC, difference_NC, *squares_N2C.unbind(1)))
+        pooled_NC, attention_NP = (None, None) if key_C is None else _pool(s_NCP, key_C)
+        ctx.save_for_backward(s_NCP, t_NCP, weights_NP, key_C, attention_NP)
+        return size_NP, *(torch.cat(x, dim=1) for x in zip(*columns, strict=True)), pooled_NC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        s_NCP, t_NCP, weights_NP = ctx.saved_tensors
-        size_N1P = gradients[0][:, None]
-        size_NC1, difference_NC1, squares_NC1, weighted_NC1 = (g[:, :, None] for g in gradients[1:])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        s_NCP, t_NCP, weights_NP, key_C, attention_NP = ctx.saved_tensors
+        by_size_N1P, by_pooled_NC = gradients[0][:, None], gradients[5]
+        by_size_NC1, by_difference_NC1, by_squares_NC1, by_weighted_NC1 = (g[..., None] for g in gradients[1:5])
+        columns = [by_size_NC1, by_difference_NC1, 2 * by_squares_NC1, 2 * by_weighted_NC1]
+        by_key_C = None
+        if key_C is not None:
+            by_attention_NP = _sum_channels(s_NCP, by_pooled_NC)
+            mean_N1 = (attention_NP * by_attention_NP).sum(dim=1, keepdim=True)
+            by_score_NP = attention_NP * (by_attention_NP - mean_N1)
+            by_key_C = _sum_pixels(s_NCP, by_score_NP).sum(dim=0)
+            columns += [by_pooled_NC[..., None], key_C[None, :, None]]
         gradient_NCP = torch.empty_like(s_NCP)
-        for part in channel_parts(s_NCP):
-            work_NCP = s_NCP[:, part] - t_NCP[:, part]
-            factor_NCP = (2 * weighted_NC1[:, part]) * weights_NP[:, None]
-            factor_NCP.add_(2 * squares_NC1[:, part]).mul_(work_NCP)
-            here = torch.add(factor_NCP, difference_NC1[:, part], out=gradient_NCP[:, part])
-            torch.sgn(s_NCP[:, part], out=work_NCP)
-            here.add_(torch.mul(work_NCP, size_NC1[:, part], out=factor_NCP)).add_(work_NCP.mul_(size_N1P))
-        return gradient_NCP, None, None
+        for s, t, here, size, difference, squares, weighted, *pooled in channel_parts(
+            s_NCP, t_NCP, gradient_NCP, *columns
+        ):
+            work = s - t
+            factor = (weighted * weights_NP[:, None]).add_(squares).mul_(work)
+            torch.add(factor, difference, out=here)
+            torch.sgn(s, out=work)
+            here.add_(work.mul_(torch.add(size, by_size_N1P, out=factor)))
+            if pooled:
+                by_pooled, key = pooled
+                here.addcmul_(by_pooled, attention_NP[:, None]).addcmul_(key, by_score_NP[:, None])
+        return gradient_NCP, None, None, by_key_C
 
 
-class _AttentionPool(torch.autograd.Function):
-    """Σ_p softmax_p(Σ_c key_c x_cp) x_p: a map (N, C, P) and a key (C,) to (N, C)."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NCP: Tensor, key_C: Tensor) -> Tensor:
-        attention_NP = _sum_channels(x_NCP, key_C.expand(len(x_NCP), -1)).softmax(dim=1)
-        ctx.save_for_backward(x_NCP, key_C, attention_NP)
-        return _sum_pixels(x_NCP, attention_NP)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_NC: Tensor) -> tuple[Tensor | None, Tensor]:
-        x_NCP, key_C, attention_NP = ctx.saved_tensors
-        by_attention_NP = _sum_channels(x_NCP, gradient_NC)
-        mean_N1 = (attention_NP * by_attention_NP).sum(dim=1, keepdim=True)
-        by_score_NP = attention_NP * (by_attention_NP - mean_N1)
-        by_key_C = _sum_pixels(x_NCP, by_score_NP).sum(dim=0)
-        if not ctx.needs_input_grad[0]:
-            return None, by_key_C
-        gradient_NCP = torch.empty_like(x_NCP)
-        for part in channel_parts(x_NCP):
-            here = torch.mul(gradient_NC[:, part, None], attention_NP[:, None], out=gradient_NCP[:, part])
-            here.addcmul_(key_C[part, None], by_score_NP[:, None])
-        return gradient_NCP, by_key_C
+def _pool(x_NCP: Tensor, key_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_p attention_p x_p (N, C), and the attention softmax_p(Σ_c key_c x_cp) (N, P)."""
+    attention_NP = _sum_channels(x_NCP, key_C.expand(len(x_NCP), -1)).softmax(dim=1)
+    return _sum_pixels(x_NCP, attention_NP), attention_NP
 
 
 def _sum_pixels(x_NCP: Tensor, weights_NP: Tensor) -> Tensor:
