@@ -87,7 +87,7 @@ class FGDLoss(nn.Module):
 
         focus_NHW = self.foreground_weight * foreground_NHW + self.background_weight * background_NHW
         focus_NP = focus_NHW.flatten(1).to(s_NCP.dtype) * pixels_t_NP
-        key_C = student_context and factor * student_context.key_C
+        key_C = factor * student_context.key_C if student_context else s_NCP.new_zeros(s_NCP.shape[1])
         sums = _MapSums.apply(s_NCP, t_NCP, focus_NP, key_C)
         size_NP, size_NC, difference_NC, squares_NC, focal_NC, pooled_NC = sums
         size_NP, size_NC, difference_NC = (factor * of for of in (size_NP, size_NC, difference_NC))
@@ -240,24 +240,28 @@ def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
 class _MapSums(torch.autograd.Function):
     """Of a student's and a teacher's map (N, C, P), with d = s - t and weights of pixels (N, P):
 
-    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d², and s pooled by a key (C,); None
-    without a key. Differentiable by s and the key.
+    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d², and s pooled by a key (C,).
+    Differentiable by s and the key.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor, key_C: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+        ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor, key_C: Tensor
+    ) -> tuple[Tensor, ...]:
         size_NP, columns = torch.zeros_like(weights_NP), []
         rows_N2P = torch.stack([torch.ones_like(weights_NP), weights_NP], dim=1)
-        for part_s_NCP, part_t_NCP in channel_parts(s_NCP, t_NCP):
+        key_NC1 = key_C.expand(len(s_NCP), -1)[..., None]
+        score_NP = torch.zeros_like(weights_NP)
+        for part_s_NCP, part_t_NCP, part_key_NC1 in channel_parts(s_NCP, t_NCP, key_NC1):
+            score_NP += _sum_channels(part_s_NCP, part_key_NC1[..., 0])
             work_NCP = part_s_NCP.abs()
             size_NP += work_NCP.sum(dim=1)
             size_NC = work_NCP.sum(dim=2)
             difference_NC = torch.sub(part_s_NCP, part_t_NCP, out=work_NCP).sum(dim=2)
             squares_N2C = rows_N2P @ work_NCP.square_().transpose(1, 2)
             columns.append((size_NC, difference_NC, *squares_N2C.unbind(1)))
-        pooled_NC, attention_NP = (None, None) if key_C is None else _pool(s_NCP, key_C)
+        attention_NP = score_NP.softmax(dim=1)
+        pooled_NC = _sum_pixels(s_NCP, attention_NP)
         ctx.save_for_backward(s_NCP, t_NCP, weights_NP, key_C, attention_NP)
         return size_NP, *(torch.cat(x, dim=1) for x in zip(*columns, strict=True)), pooled_NC
 
@@ -265,29 +269,24 @@ class _MapSums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         s_NCP, t_NCP, weights_NP, key_C, attention_NP = ctx.saved_tensors
-        by_size_N1P, by_pooled_NC = gradients[0][:, None], gradients[5]
-        by_size_NC1, by_difference_NC1, by_squares_NC1, by_weighted_NC1 = (g[..., None] for g in gradients[1:5])
-        columns = [by_size_NC1, by_difference_NC1, 2 * by_squares_NC1, 2 * by_weighted_NC1]
-        by_key_C = None
-        if key_C is not None:
-            by_attention_NP = _sum_channels(s_NCP, by_pooled_NC)
-            mean_N1 = (attention_NP * by_attention_NP).sum(dim=1, keepdim=True)
-            by_score_NP = attention_NP * (by_attention_NP - mean_N1)
-            by_key_C = _sum_pixels(s_NCP, by_score_NP).sum(dim=0)
-            columns += [by_pooled_NC[..., None], key_C[None, :, None]]
-        gradient_NCP = torch.empty_like(s_NCP)
-        for s, t, here, size, difference, squares, weighted, *pooled in channel_parts(
-            s_NCP, t_NCP, gradient_NCP, *columns
+        by_size_NP, by_size_NC, by_difference_NC, by_squares_NC, by_weighted_NC, by_pooled_NC = gradients
+        by_attention_NP = _sum_channels(s_NCP, by_pooled_NC)
+        mean_N1 = (attention_NP * by_attention_NP).sum(dim=1, keepdim=True)
+        by_score_NP = attention_NP * (by_attention_NP - mean_N1)
+        # What does not depend on the map has rank 3.
+        rows_N3P = torch.stack([torch.ones_like(by_score_NP), attention_NP, by_score_NP], dim=1)
+        columns_NC3 = torch.stack([by_difference_NC, by_pooled_NC, key_C.expand_as(by_pooled_NC)], dim=2)
+        slopes = [x[..., None] for x in (2 * by_squares_NC, 2 * by_weighted_NC, by_size_NC)]
+        gradient_NCP, by_key = torch.empty_like(s_NCP), []
+        for s, t, here, columns, squares, weighted, size in channel_parts(
+            s_NCP, t_NCP, gradient_NCP, columns_NC3, *slopes
         ):
+            by_key.append(_sum_pixels(s, by_score_NP).sum(dim=0))
             work = s - t
-            factor = (weighted * weights_NP[:, None]).add_(squares).mul_(work)
-            torch.add(factor, difference, out=here)
-            torch.sgn(s, out=work)
-            here.add_(work.mul_(torch.add(size, by_size_N1P, out=factor)))
-            if pooled:
-                by_pooled, key = pooled
-                here.addcmul_(by_pooled, attention_NP[:, None]).addcmul_(key, by_score_NP[:, None])
-        return gradient_NCP, None, None, by_key_C
+            factor = torch.mul(weighted, weights_NP[:, None]).add_(squares)
+            torch.baddbmm(work.mul_(factor), columns, rows_N3P, out=here)
+            here.add_(torch.sgn(s, out=work).mul_(torch.add(size, by_size_NP[:, None], out=factor)))
+        return gradient_NCP, None, None, torch.cat(by_key)
 
 
 def _pool(x_NCP: Tensor, key_C: Tensor) -> tuple[Tensor, Tensor]:
