@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any, get_args, get_origin, get_type_hints
 
 from detdistill.config import UserError, nearest
+from detdistill.distillation.methods.adversarial import Adversarial, AdversarialLoss
 from detdistill.distillation.methods.at import AT, ATLoss
 from detdistill.distillation.methods.cirkd import CIRKD, CIRKDLoss
 from detdistill.distillation.methods.cofd import COFD, COFDLoss
@@ -55,6 +56,8 @@ __all__ = [
     "SKD",
     "SKDS",
     "ATLoss",
+    "Adversarial",
+    "AdversarialLoss",
     "CIRKDLoss",
     "COFDLoss",
     "CWDLoss",
@@ -94,6 +97,7 @@ PLUGINS = "detdistill.methods"
 METHODS: dict[str, type[Method]] = {
     "ima": IMA,
     "mimic": Mimic,
+    "adversarial": Adversarial,
     "at": AT,
     "cirkd": CIRKD,
     "cofd": COFD,

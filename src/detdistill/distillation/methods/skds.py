@@ -13,8 +13,8 @@ a mean with weight 80 (the cross-entropy's own part, the teacher's entropy, has 
 weight 1 on a grid of 2×2 cells by max-pooling. CIRKD's repetition (preset "cirkd") takes weights 1 and 10,
 and pools by 2 instead of to 2×2: many more pairs. The published code lets no gradient through the lengths
 of its cosines, and its windows make 3×3 cells of a map with odd sides; here the gradient is whole, and the grid
-is 2×2. The holistic term, a discriminator of whole label maps trained against the student, is left out:
-it needs an optimiser and a step of its own.
+is 2×2. The holistic term, a discriminator of whole label maps, is a method of its own, `adversarial`; the
+published whole is ``methods: [skds, adversarial]``.
 """
 
 from __future__ import annotations
