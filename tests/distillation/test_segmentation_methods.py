@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from detdistill.config import UserError
+from detdistill.distillation.methods.cirkd import Memory
 from detdistill.distillation.methods.cwd import CWDLoss
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.pair import Pair
@@ -133,6 +136,30 @@ def test_a_resumed_memory_goes_on_as_one_that_was_not_stopped() -> None:
         terms.append(pair(*batch(seed=2))["cirkd"])
     assert torch.equal(*terms)
     assert all(torch.equal(again.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
+def remember(rank: int, world: int, folder: str) -> None:
+    """Half of the features in each of two processes, or all of them in one."""
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    memory, features, valid = Memory(3, 4, 5), torch.randn(3, 8, 4), torch.rand(3, 8) > 0.4
+    share = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    memory.add(features[:, share], valid[:, share])
+    torch.save(memory.state_dict(), f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_share_one_memory(tmp_path: Path) -> None:
+    remember(0, 1, str(tmp_path))
+    torch.multiprocessing.spawn(remember, (2, str(tmp_path)), nprocs=2)
+    alone, *shared = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert alone["next_Q"].any()
+    for state in shared:
+        assert torch.equal(state["next_Q"], alone["next_Q"])
+        # The last place holds what is not kept.
+        assert torch.equal(state["queue_QLC"][:, :-1], alone["queue_QLC"][:, :-1])
 
 
 def test_nothing_is_remembered_in_evaluation() -> None:

@@ -17,8 +17,8 @@ Reduction: "mean"; the last level (of segmenters, the only one) is used.
 What differs from the published code: a queue gets pixels of its own class (there, indices of the class's pixels
 were used as if they were the image's, so that labels were wrong); pixels are pooled until an image has at most
 ``cells`` of them, and at most ``anchors`` pixels of a batch meet the memory, drawn at random, so that what is
-needed in memory is bounded; no torch.distributed is needed, and each process has its queues (under
-DistributedDataParallel those of the first are copied to all). The published whole adds `kd` with weight 1.
+needed in memory is bounded; torch.distributed is not needed, and where it is used all processes have the
+same queues. The published whole adds `kd` with weight 1.
 
 As published the pixels' queues are large: 20000 places of C float32 for each class, with 19 classes and 512
 channels 0.8 GB, in a checkpoint too. `pixel_places` makes them smaller.
@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -119,7 +119,11 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def add(self, features_QKC: Tensor, valid_QK: Tensor) -> None:
-        """Put those features that are valid in the queues of their classes, over the oldest there."""
+        """Put those features that are valid in the queues of their classes, over the oldest there.
+
+        Of several processes, which give K alike, each puts in what all have found.
+        """
+        features_QKC, valid_QK = of_all_processes(features_QKC), of_all_processes(valid_QK)
         length = self.queue_QLC.shape[1] - 1
         # The last ones of more than a queue holds.
         rank_QK = valid_QK.flip(1).cumsum(1).flip(1)
@@ -235,6 +239,15 @@ class CIRKD(Method):
 
 
 PIXELS_OF_A_CLASS = 16  # that each image adds to the memory, as published
+
+
+def of_all_processes(x: Tensor) -> Tensor:
+    """The process's own x and the others', one after the other along dimension 1."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    shares = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(shares, x.contiguous())
+    return torch.cat(shares, dim=1)
 
 
 def pooled(x_NCHW: Tensor, cells: int) -> Tensor:

@@ -9,7 +9,7 @@ Shape legend: N images, C channels, H W rows and columns, P pixels, Q classes.
 Reduction: "mean" over the labelled pixels; levels are summed.
 
 We leave pixels without a label out; the published code gives them a cosine of 1 on both sides, which adds
-nothing but counts in the mean. The published weight is 200, beside `kd` with weight 10 and `adversarial` with 0.1;
+nothing but counts in the mean. The published weight is 200, beside `kd` with weight 10 and `adversarial`;
 CIRKD's repetition has 20 (preset "cirkd"). Channels need no adapter.
 """
 
