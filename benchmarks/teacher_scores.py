@@ -48,7 +48,7 @@ def cka(name: str, score: dict) -> float:
 
 
 SCORES = {
-    "teacher's AP": lambda score: math.nan if score["ap"] is None else 100 * score["ap"],
+    "teacher's AP": lambda score: math.nan if score["quality"] is None else 100 * score["quality"],
     "CKA at the start": lambda score: cka("cka_start", score),
     "CKA, trained": lambda score: cka("cka_trained", score),
     "step": lambda score: score["step_cost"],

@@ -154,7 +154,7 @@ def print_ranking(ranking: TeacherRanking) -> None:
     """Candidate teachers, best first, then those that cannot be used, and why; what is recommended."""
     columns: dict[str, Callable[[TeacherScore], str]] = {
         "what": lambda score: score.what,
-        "AP": lambda score: percent(score.ap),
+        ranking.metric: lambda score: percent(score.quality),
         "over the student": lambda score: "–" if score.gap is None else f"{100 * score.gap:+.1f}",
         "CKA at the start": lambda score: _mean(score.cka_start),
         "CKA, trained": lambda score: _mean(score.cka_trained),
@@ -162,7 +162,7 @@ def print_ranking(ranking: TeacherRanking) -> None:
         "M parameters": lambda score: f"{score.parameters / 1e6:.2f}",
         "of the student's": lambda score: f"× {score.parameter_ratio:.1f}",
     }
-    if ranking.student_ap is None:
+    if ranking.student_quality is None:
         del columns["over the student"], columns["CKA, trained"]
     rows = [(score.teacher, *(cell(score) for cell in columns.values())) for score in ranking.scores]
     rows += [(teacher, "cannot be used", *"–" * (len(columns) - 1)) for teacher, _ in ranking.refused]

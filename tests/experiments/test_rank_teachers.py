@@ -54,7 +54,7 @@ def test_what_is_measured_of_two_teachers_and_a_trained_student(recipe, tmp_path
     student, large = save(paths[0], seed=1), save(paths[1], seed=2, channels=32, head_depth=2)
     ranking = rank_teachers(recipe, paths, student=paths[0], images=5, limit=6, rounds=1, device="cpu")
     assert not ranking.refused
-    assert (ranking.images, ranking.ap_images, ranking.val_images) == (5, 6, 10)
+    assert (ranking.images, ranking.measured_images, ranking.val_images) == (5, 6, 10)
     assert ranking.methods == ("ima",)
     scores = {score.teacher: score for score in ranking.scores}
     same, other = scores[str(paths[0])], scores[str(paths[1])]
@@ -68,8 +68,8 @@ def test_what_is_measured_of_two_teachers_and_a_trained_student(recipe, tmp_path
     assert max(same.cka_start.values()) < 0.99
     assert same.gap == 0
     truth = evaluate_detector(load_model(paths[1]), open_split(load_recipe(recipe), "val"), limit=6)
-    assert other.ap == truth.coco.as_dict()["AP"]
-    assert other.gap == pytest.approx(other.ap - ranking.student_ap)
+    assert other.quality == truth.coco.as_dict()["AP"]
+    assert other.gap == pytest.approx(other.quality - ranking.student_quality)
     assert "6 of 10 validation images" in ranking.recommendation
 
 
@@ -164,7 +164,7 @@ def score(name, ap, cost, gap=None):
 
 
 def ranked(*scores):
-    return TeacherRanking(tuple(module._ranked(scores)), (), ("ima",), 64, 500, 500, None)
+    return TeacherRanking(tuple(module._ranked(scores)), (), ("ima",), 64, "AP", 500, 500, None)
 
 
 def test_ap_first_and_cost_among_equals() -> None:
@@ -190,7 +190,7 @@ def test_what_cannot_be_told_is_null_in_json_and_a_dash_in_print(tmp_path, capsy
     ranking = ranked(score("a", math.nan, 1.0))
     write_json(tmp_path / "ranking.json", asdict(ranking))
     content = json.loads((tmp_path / "ranking.json").read_text(), parse_constant=pytest.fail)
-    assert content["scores"][0]["ap"] is None
+    assert content["scores"][0]["quality"] is None
     print_ranking(ranking)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["a"])
     assert row.split() == ["a", "fcos", "–", "0.500", "×", "1.00", "0.00", "×", "2.0"]

@@ -24,7 +24,7 @@ from detdistill.config import UserError, parse_recipe
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.segmentation import SegmentationEvaluation
 from detdistill.experiments.rank_teachers import rank_teachers
-from detdistill.models import pspnet
+from detdistill.models import build_model, pspnet, save_model
 from detdistill.training import loop
 from detdistill.training.loop import train
 
@@ -155,8 +155,21 @@ def test_data_of_the_other_task_is_refused_before_training(data: Path, teacher: 
         train(parse_recipe({**tree(data), "data": digits}), tmp_path / "b")
     with pytest.raises(UserError, match="has no label maps, and the model is for segmentation"):
         detdistill.evaluate(teacher, parse_recipe({**tree(data), "data": digits}), workers=0)
-    with pytest.raises(UserError, match="rank-teachers is for detectors"):
-        rank_teachers(parse_recipe(tree(data)), [teacher], device="cpu")
+
+
+def test_teachers_are_ranked_by_their_miou(data: Path, teacher: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    save_model(build_model(parse_recipe(tree(data)).student, CLASSES), alone)
+    ranking = rank_teachers(
+        parse_recipe(tree(data)), [teacher], student=alone, images=4, limit=4, rounds=1, device="cpu"
+    )
+    (score,) = ranking.scores
+    measured = [detdistill.evaluate(model, data, limit=4).numbers()["mIoU"] for model in (teacher, alone)]
+    assert (ranking.metric, score.what) == ("mIoU", "deeplabv3 mobilenetv3_small_050")
+    assert [score.quality, ranking.student_quality] == measured
+    assert score.gap == measured[0] - measured[1]
+    assert list(score.cka_trained or {}) == [8]
+    assert "by mIoU on 4 of 5 validation images" in ranking.recommendation
 
 
 def test_objects_are_distilled_as_well(data: Path, teacher: Path, tmp_path: Path) -> None:
@@ -202,7 +215,7 @@ import sys
 import torch
 from torch import distributed
 import detdistill
-from detdistill.models import pspnet
+from detdistill.models import build_model, pspnet, save_model
 
 rank, port, data, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)

@@ -217,13 +217,13 @@ def rank_teachers(
     student: Annotated[Path | None, typer.Option(help="The recipe's student, trained alone, if any.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Validation images to compare features on.")] = 64,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure AP on so many of them only: quicker, rougher.")
+        int | None, typer.Option(min=1, help="Measure AP or mIoU on so many of them only: quicker, rougher.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps with each teacher.")] = 5,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
 ) -> None:
-    """Score candidate teachers of a recipe's student before a long run: AP, likeness, cost, size."""
+    """Score candidate teachers of a recipe's student before a long run: quality, likeness, cost, size."""
     from dataclasses import asdict
 
     from detdistill.config import load_recipe

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from detdistill.data.records import Split
-from detdistill.evaluation.detector import evaluate_detector
+from detdistill.evaluation.detector import DetectionEvaluation, evaluate_detector
 from detdistill.evaluation.measure import Evaluation, Precision, Progress
-from detdistill.evaluation.segmentation import evaluate_segmenter
+from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.models.base import Detector, Model, Segmenter
 
 
@@ -41,3 +41,8 @@ def evaluate_model(
         return evaluate_segmenter(model, split, **how)
     assert isinstance(model, Detector)
     return evaluate_detector(model, split, **how)
+
+
+def main_number(model: Model) -> str:
+    """The name of the number by which models of its task are compared: "AP" or "mIoU"."""
+    return SegmentationEvaluation.main if isinstance(model, Segmenter) else DetectionEvaluation.main

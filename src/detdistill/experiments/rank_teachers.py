@@ -1,8 +1,8 @@
 """``rank-teachers``: what can be told of candidate teachers before a long run.
 
-The teacher's AP, its features' agreement with the student's (linear CKA), what a training step with it costs,
-and how much larger it is. The recommendation goes by AP, and by cost among candidates that are as good; what
-the other numbers are worth is told in docs/choosing-a-teacher.md.
+The teacher's quality (AP, of segmenters mIoU), its features' agreement with the student's (linear CKA), what a
+training step with it costs, and how much larger it is. The recommendation goes by quality, and by cost among
+candidates that are as good; what the other numbers are worth is told in docs/choosing-a-teacher.md.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from detdistill.data.loading import DetectionDataset, collate, make_loader, usab
 from detdistill.data.records import Split
 from detdistill.distillation.matching import match_classes
 from detdistill.distillation.pair import Pair
-from detdistill.evaluation.detector import evaluate_detector
+from detdistill.evaluation.model import evaluate_model, main_number
 from detdistill.evaluation.similarity import feature_agreement
-from detdistill.experiments.evaluate import as_detector, choose_device
+from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models import build_model, load_teacher
-from detdistill.models.base import Detector, Model, Target
+from detdistill.models.base import Model, Target
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.weights import find_weights
 from detdistill.training.step import build_optimizer, to_device
 
-TIE = 0.01  # of AP: what two seeds of one training may differ by
+TIE = 0.01  # of quality: what two seeds of one training may differ by
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,19 +43,19 @@ class TeacherScore:
     Attributes:
         teacher: the run folder or file, as it was given.
         what: family and backbone.
-        ap: on the validation split, in [0, 1].
-        gap: ``ap`` less that of the student alone, where that is known.
+        quality: by the ranking's metric, on the validation split, in [0, 1].
+        gap: ``quality`` less that of the student alone, where that is known.
         cka_start: by the student's stride, linear CKA of its matched level and the teacher's; of the student as
             the run would start it, with BatchNorm in training mode, as the first step sees it.
         cka_trained: the same of the student trained alone, in evaluation mode, where there is one.
         step_cost: time of a training step with this teacher over that of the student alone.
-        parameters: of the whole detector.
+        parameters: of the whole model.
         parameter_ratio: over the student's.
     """
 
     teacher: str
     what: str
-    ap: float
+    quality: float
     gap: float | None
     cka_start: dict[int, float]
     cka_trained: dict[int, float] | None
@@ -73,17 +73,19 @@ class TeacherRanking:
         refused: of the others, (teacher, why).
         methods: with which the step was timed.
         images: of the validation split, on which features were compared.
-        ap_images, val_images: on how many of its images AP was measured.
-        student_ap: of the student trained alone, on the same images, or None.
+        metric: what quality is measured by: "AP", of segmenters "mIoU".
+        measured_images, val_images: on how many of its images it was measured.
+        student_quality: of the student trained alone, on the same images, or None.
     """
 
     scores: tuple[TeacherScore, ...]
     refused: tuple[tuple[str, str], ...]
     methods: tuple[str, ...]
     images: int
-    ap_images: int
+    metric: str
+    measured_images: int
     val_images: int
-    student_ap: float | None
+    student_quality: float | None
 
     @property
     def recommendation(self) -> str:
@@ -95,8 +97,9 @@ class TeacherRanking:
         if best.gap is not None and best.gap <= 0:
             lines.append("no candidate is better than the student alone: a gain is less likely, not impossible")
         lines.append(
-            f"by AP on {self.ap_images} of {self.val_images} validation images, and by the cost of a step "
-            f"within {100 * TIE:.0f} AP of the best; CKA and size are not weighed (docs/choosing-a-teacher.md)"
+            f"by {self.metric} on {self.measured_images} of {self.val_images} validation images, and by the "
+            f"cost of a step within {100 * TIE:.0f} {self.metric} of the best; CKA and size are not weighed "
+            f"(docs/choosing-a-teacher.md)"
         )
         return "\n".join(lines)
 
@@ -107,7 +110,7 @@ class TeacherRanking:
         equals = [score.teacher for score in _equals(self.scores) if score is not best]
         if equals:
             return f"as good as {', '.join(equals)}, at the least cost"
-        return f"{100 * (_comparable(best) - max(map(_comparable, others))):.1f} AP ahead"
+        return f"{100 * (_comparable(best) - max(map(_comparable, others))):.1f} {self.metric} ahead"
 
 
 def rank_teachers(
@@ -131,10 +134,10 @@ def rank_teachers(
             ``ima`` where it has none, are those whose step is timed.
         teachers: run folders or weights files.
         overrides: as ``training.batch_size=4``; only for a file.
-        student: the same student trained alone (a run folder or file): then the gap to its AP, and how its
-            features agree, are told too.
+        student: the same student trained alone (a run folder or file): then the gap to its quality, and how
+            its features agree, are told too.
         images: of the validation split, evenly spread, on which features are compared.
-        limit: measure AP on so many images instead of all: quicker, and rougher.
+        limit: measure quality on so many images instead of all: quicker, and rougher.
         rounds: timed steps of each pair, in turns, after one that is not timed.
         device: ``auto``, ``cpu``, ``cuda:1``, …
         say: told, a line at a time, what is done.
@@ -153,7 +156,7 @@ def rank_teachers(
     train, val = splits["train"], splits["val"]
     check_targets(recipe.student, train)
     torch.manual_seed(recipe.training.seed)
-    start = as_detector(build_model(recipe.student, train.classes), "rank-teachers").to(where)
+    start = build_model(recipe.student, train.classes).to(where)
     trained = None if student is None else _like(start, student).to(where)
 
     pairs, refused = _pairs(teachers, start, recipe, train.classes)
@@ -161,22 +164,23 @@ def rank_teachers(
     batch = _first_batch(train, start, recipe.training, where)
     costs = step_costs(start, pairs, *batch, recipe.training, rounds)
     measure = _Measure(recipe.training, start, trained, val, images, limit)
-    student_ap = None
+    student_quality = None
     if trained is not None:
-        student_ap = measure.ap(trained)
-        say(f"student alone: AP {100 * student_ap:.1f}")
+        student_quality = measure.quality(trained)
+        say(f"student alone: {measure.metric} {100 * student_quality:.1f}")
     scores = []
     for name, pair in pairs.items():
-        scores.append(measure.score(name, pair, costs[name], student_ap))
-        say(f"{name}: AP {100 * scores[-1].ap:.1f}")
+        scores.append(measure.score(name, pair, costs[name], student_quality))
+        say(f"{name}: {measure.metric} {100 * scores[-1].quality:.1f}")
     return TeacherRanking(
         scores=tuple(_ranked(scores)),
         refused=tuple(refused),
         methods=tuple(method.name for method in recipe.methods) or ("ima",),
         images=min(images, len(val)),
-        ap_images=min(limit or len(val), len(val)),
+        metric=measure.metric,
+        measured_images=min(limit or len(val), len(val)),
         val_images=len(val),
-        student_ap=student_ap,
+        student_quality=student_quality,
     )
 
 
@@ -196,7 +200,7 @@ def _pairs(
             teacher = load_teacher(ModelConfig(weights=name), classes)
             if not match_classes(classes, teacher.classes).pairs:
                 known = ", ".join(teacher.classes[:3]) + ", …" * (len(teacher.classes) > 3)
-                raise UserError(f"knows {known} and none of the data's classes: its AP cannot be measured here")
+                raise UserError(f"knows {known} and none of the data's classes: it cannot be measured here")
             pair = Pair(copy.deepcopy(start), teacher, recipe.methods or ["ima"])
         except UserError as error:
             refused.append((name, str(error)))
@@ -210,13 +214,13 @@ class _Measure:
     """Measures candidates in the same way, one after another."""
 
     config: TrainingConfig
-    start: Detector
-    trained: Detector | None
+    start: Model
+    trained: Model | None
     val: Split
     images: int
     limit: int | None
 
-    def score(self, name: str, pair: Pair, step_cost: float, student_ap: float | None) -> TeacherScore:
+    def score(self, name: str, pair: Pair, step_cost: float, student_quality: float | None) -> TeacherScore:
         teacher, matching = pair.teacher, pair.matching
         assert teacher is not None
         assert matching is not None
@@ -226,13 +230,12 @@ class _Measure:
 
         described = (teacher.spec or {}).get("model", {})
         parameters = _parameters(teacher)
-        assert isinstance(teacher, Detector)
-        ap = self.ap(teacher)
+        quality = self.quality(teacher)
         return TeacherScore(
             teacher=name,
             what=f"{described.get('family', type(teacher).__name__)} {described.get('backbone', '')}".strip(),
-            ap=ap,
-            gap=None if student_ap is None else ap - student_ap,
+            quality=quality,
+            gap=None if student_quality is None else quality - student_quality,
             cka_start=agreement(copy.deepcopy(self.start).train()),  # a copy: BatchNorm's averages move
             cka_trained=None if self.trained is None else agreement(self.trained),
             step_cost=step_cost,
@@ -240,12 +243,14 @@ class _Measure:
             parameter_ratio=parameters / _parameters(self.start),
         )
 
-    def ap(self, model: Detector) -> float:
+    @property
+    def metric(self) -> str:
+        return main_number(self.start)
+
+    def quality(self, model: Model) -> float:
         batch_size, workers = _micro_batch(self.config), self.config.workers
-        evaluation = evaluate_detector(
-            model, self.val, batch_size=batch_size, workers=workers, limit=self.limit
-        )
-        return evaluation.coco.as_dict()["AP"]
+        evaluation = evaluate_model(model, self.val, batch_size=batch_size, workers=workers, limit=self.limit)
+        return evaluation.numbers()[evaluation.main]
 
     def _batches(self) -> Iterator[list[Tensor]]:
         """Validation images in batches that differ by one at most: BatchNorm wants none of a single image."""
@@ -328,9 +333,9 @@ def _micro_batch(config: TrainingConfig) -> int:
     return config.batch_size // config.accumulate
 
 
-def _like(start: Detector, student: Model | str | Path) -> Detector:
+def _like(start: Model, student: Model | str | Path) -> Model:
     """The trained student, if it is built as the recipe's."""
-    trained = as_detector(student, "rank-teachers").eval()
+    trained = as_model(student).eval()
     ours, theirs = ({n: t.shape for n, t in model.state_dict().items()} for model in (start, trained))
     if ours != theirs:
         raise UserError(f"{student}: is another model than the recipe's student; give a run of this recipe")
@@ -338,7 +343,7 @@ def _like(start: Detector, student: Model | str | Path) -> Detector:
 
 
 def _ranked(scores: Sequence[TeacherScore]) -> Iterator[TeacherScore]:
-    """By AP; those within ``TIE`` of the best that is left, by cost."""
+    """By quality; those within ``TIE`` of the best that is left, by cost."""
     rest = list(scores)
     while rest:
         equals = _equals(rest)
@@ -353,8 +358,8 @@ def _equals(scores: Sequence[TeacherScore]) -> list[TeacherScore]:
 
 
 def _comparable(score: TeacherScore) -> float:
-    """Its AP; NaN (no objects to find) as 0."""
-    return 0.0 if math.isnan(score.ap) else score.ap
+    """Its quality; NaN (nothing to find) as 0."""
+    return 0.0 if math.isnan(score.quality) else score.quality
 
 
 def _parameters(model: Model) -> int:
