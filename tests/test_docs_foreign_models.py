@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import detdistill
-from detdistill.models import retinanet
+from detdistill.models import pspnet, retinanet
 
 from .models.foreign_models import CLASSES, MmdetLike, YoloLike
 from .test_docs import FENCE, ROOT
@@ -86,7 +86,7 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_block_is_left_out() -> None:
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
     source = Path(__file__).read_text(encoding="utf-8")
     for block in BLOCKS:
         assert sum(block == block_with(text) for text in TEXTS) == 1, block
@@ -95,7 +95,7 @@ def test_no_block_is_left_out() -> None:
 
 TEXTS = (
     "retinanet_resnet50_fpn_v2", "neck.p3", "yolov8l.pt", "yolov8n.yaml", "init_detector", "bgr=True",
-    "InstanceData", "detdistill.distill(", "load_file",
+    "InstanceData", "deeplabv3_resnet50", "detdistill.distill(", "load_file",
 )  # fmt: skip
 
 
@@ -108,6 +108,15 @@ def test_taps() -> None:
     model.neck = _Neck()
     pair = run(block_with("neck.p3"), my_model=model, student=ours())["pair"]
     assert pair(*example())["ima"] > 0
+
+
+def test_a_segmenter() -> None:
+    teacher = run(block_with("deeplabv3_resnet50"))["teacher"]
+    student = pspnet("mobilenetv3_small_050", classes=teacher.classes, channels=8)
+    targets = [{"semantic": torch.randint(0, 3, (64, 64), dtype=torch.uint8)}] * 2
+    losses = detdistill.Pair(student, teacher, ["ima", "kd"]).train()(example()[0], targets)
+    assert losses["ima"] > 0
+    assert losses["kd"] > 0
 
 
 def test_ultralytics_as_a_teacher() -> None:

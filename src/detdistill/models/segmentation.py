@@ -170,20 +170,11 @@ class EncoderDecoder(Segmenter):
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         assert isinstance(raw, SegmentationRaw)
-        labels_NHW = batch.semantic_labels()
-        count = normaliser((labels_NHW != UNLABELLED).sum())
-        losses = {"cross_entropy": _cross_entropy(raw.logits_NQHW, labels_NHW) / count}
-        if raw.aux_NQHW is not None:
-            losses["cross_entropy_aux"] = AUX_WEIGHT * _cross_entropy(raw.aux_NQHW, labels_NHW) / count
-        return losses
+        return pixel_losses(raw, batch)
 
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, SegmentationRaw)
-        maps = []
-        for logits_QHW, size, original in zip(raw.logits_NQHW, batch.sizes, batch.original_sizes, strict=True):
-            logits_QHW = _resize(logits_QHW[None], batch.padded_size)[0, :, : size[0], : size[1]]
-            maps.append({"semantic": _resize(logits_QHW[None], original)[0].argmax(dim=0)})
-        return maps
+        return label_maps(raw, batch)
 
     def answer(self, batch: Batch) -> list[Detections]:
         if self.window is None or max(batch.padded_size) <= self.window[0]:
@@ -202,6 +193,25 @@ class EncoderDecoder(Segmenter):
             total_NQHW[seen] += _resize(raw.logits_NQHW, part.padded_size)
             views_HW[seen] += 1
         return total_NQHW / views_HW
+
+
+def pixel_losses(raw: SegmentationRaw, batch: Batch) -> dict[str, Tensor]:
+    """The losses of :class:`EncoderDecoder`, of any such outputs."""
+    labels_NHW = batch.semantic_labels()
+    count = normaliser((labels_NHW != UNLABELLED).sum())
+    losses = {"cross_entropy": _cross_entropy(raw.logits_NQHW, labels_NHW) / count}
+    if raw.aux_NQHW is not None:
+        losses["cross_entropy_aux"] = AUX_WEIGHT * _cross_entropy(raw.aux_NQHW, labels_NHW) / count
+    return losses
+
+
+def label_maps(raw: SegmentationRaw, batch: Batch) -> list[Detections]:
+    """The likeliest class of each pixel of the original images."""
+    maps = []
+    for logits_QHW, size, original in zip(raw.logits_NQHW, batch.sizes, batch.original_sizes, strict=True):
+        logits_QHW = _resize(logits_QHW[None], batch.padded_size)[0, :, : size[0], : size[1]]
+        maps.append({"semantic": _resize(logits_QHW[None], original)[0].argmax(dim=0)})
+    return maps
 
 
 def _starts(length: int, side: int, stride: int) -> list[int]:
