@@ -19,8 +19,9 @@ def measured(confusion: Tensor) -> SegmentationEvaluation:
     count = len(confusion)
     split = Split("val", [], tuple("abcdefgh"[:count]), tuple(range(count)), Path("labels"))
     return SegmentationEvaluation(
-        confusion=confusion, label_maps={}, split=split, seconds=1.0, images_per_second=1.0
-    )
+        confusion=confusion, label_maps={}, image_accuracies=torch.zeros(0), split=split, seconds=1.0,
+        images_per_second=1.0,
+    )  # fmt: skip
 
 
 def test_numbers_are_scikit_learns() -> None:

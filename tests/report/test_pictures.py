@@ -34,6 +34,19 @@ def test_boxes_shrink_with_their_image():
     assert columns.min() == pytest.approx(100, abs=3)
 
 
+def test_label_maps_shrink_with_their_image():
+    labels_HW = torch.zeros(1280, 2560, dtype=torch.uint8)
+    labels_HW[:, 1280:] = 255  # has no colour
+    image = torch.zeros(3, 1280, 2560, dtype=torch.uint8)
+    ((before, after),) = draw_pairs(
+        [(image, {"semantic": labels_HW}, {"semantic": labels_HW[:, :1].expand(1280, 2560)})], ["cat"]
+    )
+    assert (before.width, before.height) == (after.width, after.height) == (640, 320)
+    assert pixels(before)[:, :310].max() > 60
+    assert pixels(before)[:, 330:].max() < 30
+    assert pixels(after).max(axis=2).min() > 60
+
+
 def test_small_images_are_enlarged():
     ((before, _),) = draw_pairs([(torch.zeros(3, 64, 80, dtype=torch.uint8), NONE, NONE)], ["cat"])
     assert (before.width, before.height) == (400, 320)

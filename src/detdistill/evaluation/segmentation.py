@@ -42,12 +42,15 @@ class SegmentationEvaluation(Evaluation):
             last column are those that were given a class which the split does not have.
         label_maps: (H, W) uint8 of some images, evenly spread, by their place in ``split.records``; 255 where
             the split does not have the class.
+        image_accuracies: (N,) of each record the share of its labelled pixels that got their class; NaN where
+            none has a label.
     """
 
     main = "mIoU"
     headline = ("mIoU", "pixel_accuracy")
     confusion: Tensor
     label_maps: dict[int, Tensor]
+    image_accuracies: Tensor
 
     def numbers(self) -> dict[str, float]:
         """``mIoU``; ``pixel_accuracy``, the share of pixels that are right; ``mean_accuracy``, by class first.
@@ -87,6 +90,7 @@ def evaluate_segmenter(
     precision: Precision = "fp32",
     limit: int | None = None,
     progress: Progress | None = None,
+    keep: int = SAMPLES,
 ) -> SegmentationEvaluation:
     """Give every pixel of every image a class, without augmentation, and compare with the label maps.
 
@@ -97,6 +101,7 @@ def evaluate_segmenter(
         model: classes are matched with those of the split by name.
         batch_size, workers, device, precision, limit, progress: as of
             :func:`~detdistill.evaluation.detector.evaluate_detector`.
+        keep: of so many images, evenly spread, the answer is kept.
 
     Raises:
         UserError: an empty split, or no class in common.
@@ -106,8 +111,9 @@ def evaluate_segmenter(
     model = model if device is None else model.to(device)
     device, count = device_of(model), len(split.classes)
     total = torch.zeros(count, count + 1, dtype=torch.int64, device=device)
-    drawn = {i * len(split) // SAMPLES for i in range(SAMPLES)}
+    drawn = {i * len(split) // keep for i in range(keep)}
     kept: dict[int, Tensor] = {}
+    accuracies: dict[int, Tensor] = {}
     rank, ranks = rank_of()
     place = rank
 
@@ -117,7 +123,9 @@ def evaluate_segmenter(
             given_HW = answer["semantic"]
             if label_map is not None:
                 given_HW = label_map.to(given_HW.device)[given_HW]
-            total.add_(confusion_of(target["semantic"].to(device), given_HW, count))
+            own = confusion_of(target["semantic"].to(device), given_HW, count)
+            total.add_(own)
+            accuracies[place] = own.diagonal().sum() / own.sum()
             if place in drawn:
                 kept[place] = given_HW.to(torch.uint8).cpu()
             place += ranks
@@ -129,18 +137,25 @@ def evaluate_segmenter(
     )  # fmt: skip
     if ranks > 1:
         distributed.all_reduce(total)
-        shares: list[dict[int, Tensor]] = [{} for _ in range(ranks)]
-        distributed.all_gather_object(shares, kept)
-        kept = {i: map_HW for share in shares for i, map_HW in share.items()}
+        kept = _gathered(kept)
+        accuracies = _gathered({place: value.cpu() for place, value in accuracies.items()})
     confusion = total.cpu()
     seconds = time.perf_counter() - start
     return SegmentationEvaluation(
         confusion=confusion,
         label_maps=dict(sorted(kept.items())),
+        image_accuracies=torch.stack([accuracies[place] for place in range(len(split))]).cpu(),
         split=split,
         seconds=seconds,
         images_per_second=len(split) / seconds,
     )
+
+
+def _gathered(of_places: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What all processes have found; each has other places."""
+    shares: list[dict[int, Tensor]] = [{} for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(shares, of_places)
+    return {place: value for share in shares for place, value in share.items()}
 
 
 def confusion_of(true_HW: Tensor, given_HW: Tensor, classes: int) -> Tensor:

@@ -19,12 +19,15 @@ from detdistill.data.loading import DetectionDataset
 from detdistill.data.records import Split
 from detdistill.evaluation.efficiency import efficiency
 from detdistill.evaluation.errors import KINDS, RECALLS, TideErrors
+from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.experiments.analyze import Analysis, ModelErrors, analyze, detections_of
 from detdistill.experiments.evaluate import as_model, choose_device, open_split
 from detdistill.experiments.report_data import DAMAGED, DISTILLED, TEACHER_COLOR, Subject
+from detdistill.experiments.report_pixels import label_map_section, mistakes_section
 from detdistill.experiments.studies import ALONE
+from detdistill.models.base import Segmenter
 from detdistill.report.charts import Chart, Key, Line, error_chart, line_chart
-from detdistill.report.page import Cell, Picture, Section, Slide, Table
+from detdistill.report.page import Cell, Picture, Section, Slide, Table, number
 from detdistill.report.pictures import draw_pairs, shrunk
 
 PICTURES = 24
@@ -59,6 +62,8 @@ def model_sections(
         "batch_size": batch_size, "workers": workers, "device": device, "progress": progress,
     }  # fmt: skip
     run, alone = next(reversed(shown.values())), shown.get(ALONE)
+    if _is_segmenter(run):
+        return [*_pixel_sections(subject, detecting), _cost_section(subject, folder, run, device)]
     notes: tuple[str, ...] = ()
     analysis = None
     # The teacher may be of other classes, or its weights may be gone: then without it.
@@ -76,6 +81,43 @@ def model_sections(
     sections.append(_picture_section(analysis, shown, threshold, detecting))
     sections.append(_cost_section(subject, folder, run, device))
     return sections
+
+
+def _is_segmenter(run: Path) -> bool:
+    try:
+        return isinstance(as_model(run), Segmenter)
+    except FAILURES:  # told where the model is used
+        return False
+
+
+def _pixel_sections(subject: Subject, detecting: dict[str, Any]) -> list[Section]:
+    """Of segmenters: which classes are mistaken, and pictures of label maps."""
+    how = {"batch_size": detecting["batch_size"], "workers": detecting["workers"]}
+    models: dict[str, Segmenter] = {}
+    found: dict[str, SegmentationEvaluation] = {}
+    notes: tuple[str, ...] = ()
+    try:
+        device = choose_device(detecting["device"])
+        split = open_split(next(reversed(subject.shown.values())), "val")
+        for role, run in subject.shown.items():
+            model = as_model(run).to(device)
+            assert isinstance(model, Segmenter)
+            models[role] = model
+            found[role] = evaluate_segmenter(model, split, progress=detecting["progress"], **how)
+    except FAILURES as error:
+        return [Section("Kinds of error", notes=(_why(error),)), _samples_section(subject.shown)]
+    told = dict(found)
+    try:
+        if subject.teacher is not None:
+            teacher = as_model(subject.teacher).to(device)
+            assert isinstance(teacher, Segmenter)
+            told = {
+                "teacher": evaluate_segmenter(teacher, split, progress=detecting["progress"], **how),
+                **found,
+            }
+    except FAILURES as error:  # it may be of other classes, or its weights may be gone
+        notes = (_why(error),)
+    return [mistakes_section(told, notes), label_map_section(models, found, most=PICTURES, **how)]
 
 
 def _error_section(analysis: Analysis, notes: tuple[str, ...]) -> Section:
@@ -97,7 +139,7 @@ def _error_section(analysis: Analysis, notes: tuple[str, ...]) -> Section:
         Table(
             "What each kind of error costs, in points of AP50",
             ("model", *(MEANING[kind] for kind in told)),
-            tuple((Cell(role), *(_number(own[kind]) for kind in told)) for role, own in costs.items()),
+            tuple((Cell(role), *(number(own[kind]) for kind in told)) for role, own in costs.items()),
         ),
         Table(
             "TIDE: AP50 gained without one kind of error, and how many there are",
@@ -145,7 +187,7 @@ def _tide_cells(tide: TideErrors) -> list[Cell]:
     return [
         cell
         for kind, gain in tide.dAP.items()
-        for cell in (_number(100 * gain), Cell(str(tide.counts[kind]), tide.counts[kind]))
+        for cell in (number(100 * gain), Cell(str(tide.counts[kind]), tide.counts[kind]))
     ]
 
 
@@ -239,10 +281,7 @@ def _cost_section(subject: Subject, folder: Path, run: Path, device: str) -> Sec
     rows = tuple(
         (
             Cell(name),
-            *(
-                _number(value, digits)
-                for value, digits in zip(_cost_row(cost), (2, 2, 1, 1, 1, 1), strict=True)
-            ),
+            *(number(value, digits) for value, digits in zip(_cost_row(cost), (2, 2, 1, 1, 1, 1), strict=True)),
         )
         for name, cost in costs.items()
     )
@@ -299,10 +338,6 @@ def _cost_row(cost: dict[str, Any]) -> list[float]:
 
 def _times(big: float, small: float) -> str:
     return f"{big / small:.1f} times" if small > 0 else "many times"
-
-
-def _number(value: float, digits: int = 1) -> Cell:
-    return Cell("") if not math.isfinite(value) else Cell(f"{value:.{digits}f}", round(value, 5))
 
 
 def _why(error: BaseException) -> str:

@@ -136,11 +136,13 @@ def _painted(image_3HW: Tensor, labels_HW: Tensor) -> Tensor:
 def _class_legend(figure: Figure, classes: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
-    patches = [
-        Patch(color="#{:02x}{:02x}{:02x}".format(*_color(label)), label=name)
-        for label, name in enumerate(classes)
-    ]
+    patches = [Patch(color=class_color(label), label=name) for label, name in enumerate(classes)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), frameon=False)
+
+
+def class_color(label: int) -> str:
+    """The class's colour in pictures, as #rrggbb."""
+    return "#{:02x}{:02x}{:02x}".format(*_color(label))
 
 
 def _pixels(masks: Tensor, height: int, width: int) -> Tensor:

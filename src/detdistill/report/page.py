@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ class Cell:
     value: float | None = None
 
 
+def number(value: float, digits: int = 1) -> Cell:
+    """A cell with a number; empty where it is not finite."""
+    return Cell("") if not math.isfinite(value) else Cell(f"{value:.{digits}f}", round(value, 5))
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """Rows of cells below the columns' titles; the first column names the row, numbers follow."""
@@ -105,6 +111,7 @@ class Section:
         notes: what is missing, and why.
         charts, tables, pictures, codes: its content, in this order.
         slides: pairs of pictures; ``sides`` says what is on either.
+        swatches: the colours in the pictures, as #rrggbb, and what they stand for.
     """
 
     title: str
@@ -114,6 +121,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     sides: tuple[str, str] = ("", "")
     slides: tuple[Slide, ...] = ()
+    swatches: tuple[tuple[str, str], ...] = ()
     pictures: tuple[Picture, ...] = ()
     codes: tuple[Code, ...] = ()
 

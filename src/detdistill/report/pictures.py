@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 from torchvision.io import encode_jpeg
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from detdistill.report.gallery import draw_detections
 
@@ -28,18 +28,18 @@ class Drawing:
     height: int
 
 
-Boxes = Mapping[str, Tensor]
+Answer = Mapping[str, Tensor]
 Pair = tuple[Drawing, Drawing]
 
 
 def draw_pairs(
-    images: Iterable[tuple[Tensor, Boxes, Boxes]],
+    images: Iterable[tuple[Tensor, Answer, Answer]],
     classes: Sequence[str],
     *,
     threshold: float = 0.3,
     most_bytes: int = 4_000_000,
 ) -> list[Pair]:
-    """Draw two detectors' answers (or the truth and an answer) on each image.
+    """Draw two models' answers (or the truth and an answer) on each image.
 
     Args:
         images: (3, H, W) uint8 and what to draw on each copy, as
@@ -79,16 +79,23 @@ def shrunk(file: Path, longest: int = 1600, quality: int = 72) -> Drawing:
     return Drawing(written.getvalue(), *picture.size)
 
 
-def _within(longest: int, image: Tensor, *sides: Boxes) -> tuple[Tensor, Boxes, Boxes]:
+def _within(longest: int, image: Tensor, *sides: Answer) -> tuple[Tensor, Answer, Answer]:
     """The image at most so large, its boxes with it."""
     height, width = image.shape[-2:]
     factor = longest / max(height, width)
     if factor < 1:
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
         image = resize(image, size, antialias=True)
-        sides = tuple({**side, "boxes": side["boxes"] * factor} for side in sides)
+        sides = tuple(_shrunk_answer(side, factor, size) for side in sides)
     before, after = sides
     return image, before, after
+
+
+def _shrunk_answer(answer: Answer, factor: float, size: list[int]) -> Answer:
+    if "semantic" in answer:
+        labels_HW = resize(answer["semantic"][None], size, InterpolationMode.NEAREST)[0]
+        return {**answer, "semantic": labels_HW}
+    return {**answer, "boxes": answer["boxes"] * factor}
 
 
 def _drawing(picture_3HW: Tensor, quality: int) -> Drawing:
