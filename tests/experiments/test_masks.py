@@ -14,8 +14,10 @@ from PIL import Image
 import detdistill
 from detdistill.config import UserError, parse_recipe
 from detdistill.data.masks import decode_mask
+from detdistill.experiments import report_models
 from detdistill.experiments.check import check
 from detdistill.experiments.predict import predict
+from detdistill.report.pictures import draw_pairs
 
 DATA = {"format": "digits", "train_size": 12, "val_size": 4, "image_size": 64}
 STUDENT = {
@@ -59,6 +61,21 @@ def test_a_saved_detector_is_measured_with_its_masks_again(run):
     for found, masks in zip(evaluation.detections, evaluation.masks, strict=True):
         assert len(masks) == len(found["boxes"]) == 20
         assert set(found) == {"boxes", "labels", "scores"}
+
+
+def test_the_report_draws_masks(run, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(images, classes, **options):
+        drawn.extend(images)
+        return draw_pairs(drawn, classes, **options)
+
+    monkeypatch.setattr(report_models, "draw_pairs", draw)
+    detdistill.write_report(run.run, out=tmp_path / "report.html", threshold=0.0, workers=0, device="cpu")
+    assert len(drawn) == DATA["val_size"]
+    for image, truth, found in drawn:
+        assert truth["masks"].shape == (len(truth["boxes"]), *image.shape[1:])
+        assert len(found["masks"]) == len(found["boxes"]) == 20
 
 
 def test_predictions_carry_their_masks(run, tmp_path):

@@ -103,3 +103,14 @@ def test_a_gallery_of_label_maps_has_a_legend(tmp_path):
         dark.append((pixels[len(pixels) // 2 :] < 128).sum())
     assert dark[0] > 100
     assert dark[1] == 0
+
+
+def test_a_crowd_has_boxes_without_words():
+    image = torch.zeros(3, 640, 640, dtype=torch.uint8)
+    corners = torch.arange(40.0)[:, None] * 15
+    boxes = torch.cat([corners, corners, corners + 12, corners + 12], dim=1)
+    for count, words in ((4, True), (40, False)):
+        some = {"boxes": boxes[:count], "labels": torch.zeros(count, dtype=torch.int64)}
+        drawn = draw_detections(image, some, ["cat"])
+        assert (drawn.min(dim=0).values > 200).any() == words  # white letters
+        assert drawn.any()

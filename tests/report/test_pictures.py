@@ -47,6 +47,17 @@ def test_label_maps_shrink_with_their_image():
     assert pixels(after).max(axis=2).min() > 60
 
 
+def test_masks_shrink_with_their_image():
+    masks = torch.zeros(1, 1280, 2560)
+    masks[:, 800:1200, 400:1200] = 0.9
+    image = torch.zeros(3, 1280, 2560, dtype=torch.uint8)
+    one = found(400, 800, 1200, 1200)
+    for shaped in (masks, masks[:, None], masks > 0.5):
+        ((before, after),) = draw_pairs([(image, one, {**one, "masks": shaped})], ["cat"])
+        assert pixels(before)[240:290, 150:280].max() < 30
+        assert pixels(after)[240:290, 150:280].max(axis=2).min() > 50
+
+
 def test_small_images_are_enlarged():
     ((before, _),) = draw_pairs([(torch.zeros(3, 64, 80, dtype=torch.uint8), NONE, NONE)], ["cat"])
     assert (before.width, before.height) == (400, 320)

@@ -13,19 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from detdistill.config import UserError
 from detdistill.data.loading import DetectionDataset
 from detdistill.data.records import Split
 from detdistill.evaluation.efficiency import efficiency
 from detdistill.evaluation.errors import KINDS, RECALLS, TideErrors
+from detdistill.evaluation.measure import device_of
 from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.experiments.analyze import Analysis, ModelErrors, analyze, detections_of
 from detdistill.experiments.evaluate import as_model, choose_device, open_split
 from detdistill.experiments.report_data import DAMAGED, DISTILLED, TEACHER_COLOR, Subject
 from detdistill.experiments.report_pixels import label_map_section, mistakes_section
 from detdistill.experiments.studies import ALONE
-from detdistill.models.base import Segmenter
+from detdistill.models.base import Detections, Model, Segmenter, eval_mode
 from detdistill.report.charts import Chart, Key, Line, error_chart, line_chart
 from detdistill.report.page import Cell, Picture, Section, Slide, Table, number
 from detdistill.report.pictures import draw_pairs, shrunk
@@ -90,6 +92,13 @@ def _is_segmenter(run: Path) -> bool:
         return False
 
 
+def _as_segmenter(run: Path) -> Segmenter:
+    model = as_model(run)
+    if not isinstance(model, Segmenter):
+        raise UserError(f"{run}: is for {model.task}, and this report for segmentation")
+    return model
+
+
 def _pixel_sections(subject: Subject, detecting: dict[str, Any]) -> list[Section]:
     """Of segmenters: which classes are mistaken, and pictures of label maps."""
     how = {"batch_size": detecting["batch_size"], "workers": detecting["workers"]}
@@ -100,17 +109,14 @@ def _pixel_sections(subject: Subject, detecting: dict[str, Any]) -> list[Section
         device = choose_device(detecting["device"])
         split = open_split(next(reversed(subject.shown.values())), "val")
         for role, run in subject.shown.items():
-            model = as_model(run).to(device)
-            assert isinstance(model, Segmenter)
-            models[role] = model
-            found[role] = evaluate_segmenter(model, split, progress=detecting["progress"], **how)
+            models[role] = _as_segmenter(run).to(device)
+            found[role] = evaluate_segmenter(models[role], split, progress=detecting["progress"], **how)
     except FAILURES as error:
         return [Section("Kinds of error", notes=(_why(error),)), _samples_section(subject.shown)]
     told = dict(found)
     try:
         if subject.teacher is not None:
-            teacher = as_model(subject.teacher).to(device)
-            assert isinstance(teacher, Segmenter)
+            teacher = _as_segmenter(subject.teacher).to(device)
             told = {
                 "teacher": evaluate_segmenter(teacher, split, progress=detecting["progress"], **how),
                 **found,
@@ -205,23 +211,27 @@ def _picture_section(
         return _samples_section(shown)
     split = analysis.split
     try:
-        found = {
-            model.role: detections_of(model.run, split, **detecting)
-            for model in analysis.models if model.role != "teacher"
-        }  # fmt: skip
+        runs = {model.role: model.run for model in analysis.models if model.role != "teacher"}
+        found = {role: detections_of(run, split, **detecting) for role, run in runs.items()}
         captions = _chosen(analysis)
-        images = DetectionDataset(split, None)
+        models = {role: as_model(run) for role, run in runs.items()}
+        with_masks = all(model.needs_masks for model in models.values())
+        if with_masks:
+            split = open_split(analysis.models[-1].run, "val", with_masks=True)
+        dataset = DetectionDataset(split, None, with_masks=with_masks)
+        images, truths = zip(*(dataset[i] for i in captions), strict=True)
+        if with_masks:  # which what was kept does not have
+            device = choose_device(detecting["device"])
+            answers = [_found_with_masks(model.to(device), images, threshold) for model in models.values()]
+        else:
+            answers = [
+                [{name: torch.from_numpy(value) for name, value in of[i].items()} for i in captions]
+                for of in found.values()
+            ]
         sides = (ALONE, DISTILLED) if analysis.differences is not None else ("ground truth", "found")
-        drawn, names = [], []
-        for i in captions:
-            image, truth = images[i]
-            first, last = (
-                {name: torch.from_numpy(value) for name, value in one[i].items()} for one in
-                (next(iter(found.values())), next(reversed(found.values())))
-            )  # fmt: skip
-            drawn.append((image, first if ALONE in sides else truth, last))
-            names.append(split.records[i].path.name)
-        pairs = draw_pairs(drawn, split.classes, threshold=threshold)
+        first = answers[0] if ALONE in sides else truths
+        pairs = draw_pairs(zip(images, first, answers[-1], strict=True), split.classes, threshold=threshold)
+        names = [split.records[i].path.name for i in captions]
     except FAILURES as error:
         return Section("Pictures", notes=(_why(error),))
     slides = tuple(
@@ -235,6 +245,17 @@ def _picture_section(
     nothing = all(not (one["scores"] >= threshold).any() for of in found.values() for one in of)
     notes = (f"nothing is detected with a score of {threshold:g}",) if nothing else ()
     return Section("Pictures", (text,), notes, sides=sides, slides=slides)
+
+
+def _found_with_masks(model: Model, images: Sequence[Tensor], threshold: float) -> list[Detections]:
+    """What a detector finds in each image, from this score on."""
+    answers = []
+    with eval_mode(model), torch.inference_mode():
+        for image in images:
+            (found,) = model([image.to(device_of(model))])
+            kept_K = found["scores"] >= threshold
+            answers.append({name: value[kept_K].cpu() for name, value in found.items()})
+    return answers
 
 
 def _chosen(analysis: Analysis) -> dict[int, str]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CELL = 480  # pixels of a gallery's pictures: smaller images are enlarged, so that a label can be read
 SAMPLES = 8
+CROWD = 30  # boxes from which their words would hide the image
 
 
 def draw_detections(
@@ -38,7 +39,7 @@ def draw_detections(
 ) -> Tensor:
     """Draw masks, where there are any, and boxes with class and score, or a label map.
 
-    A class keeps its colour.
+    A class keeps its colour. Among many boxes class and score are left out.
     Boxes that are empty or not finite are left out.
 
     Args:
@@ -79,10 +80,10 @@ def draw_detections(
     return draw_bounding_boxes(
         image,
         boxes,
-        labels=names,
+        labels=names if len(names) < CROWD else None,
         colors=colors,
-        label_colors=["white"] * len(labels),
-        fill_labels=True,
+        label_colors=["white"] * len(labels) if len(names) < CROWD else None,
+        fill_labels=len(names) < CROWD,
         width=max(2, size // 7),
         font=font_manager.findfont("DejaVu Sans"),
         font_size=size,

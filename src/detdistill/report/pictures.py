@@ -95,7 +95,10 @@ def _shrunk_answer(answer: Answer, factor: float, size: list[int]) -> Answer:
     if "semantic" in answer:
         labels_HW = resize(answer["semantic"][None], size, InterpolationMode.NEAREST)[0]
         return {**answer, "semantic": labels_HW}
-    return {**answer, "boxes": answer["boxes"] * factor}
+    shrunk = {**answer, "boxes": answer["boxes"] * factor}
+    if "masks" in answer:
+        shrunk["masks"] = resize(answer["masks"], size, InterpolationMode.NEAREST)
+    return shrunk
 
 
 def _drawing(picture_3HW: Tensor, quality: int) -> Drawing:
