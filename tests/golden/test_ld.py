@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from detdistill.distillation.methods.ld import LDLoss
 
@@ -54,3 +55,15 @@ def test_value_and_gradient():
         lambda cls, box, *rest: formula_of_box(box, cls, *rest),
         cls, box, *rest, coordinates=40,
     )  # fmt: skip
+
+
+def test_more_images_of_the_same_kind_change_nothing():
+    """The published sums over the batch would be three times as large."""
+    generator = torch.Generator().manual_seed(0)
+    box, box_teacher = torch.randn(2, N, P, 4, BINS, generator=generator)
+    cls, cls_teacher = torch.randn(2, N, P, Q, generator=generator)
+    tensors = [box, box_teacher, cls, cls_teacher, torch.tensor(POSITIVE) > 0, torch.tensor(REGION).float()]
+    once = LDLoss()(*tensors)
+    thrice = LDLoss()(*(x.repeat(3, *[1] * (x.ndim - 1)) for x in tensors))
+    torch.testing.assert_close(once, thrice)
+    assert once > 0

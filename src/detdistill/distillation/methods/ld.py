@@ -3,16 +3,18 @@
 For heads that predict each side of a box as a distribution over bins (GFL). With
 KD(z_S, z_T; τ) = τ² · mean over bins of softmax(z_T/τ) · log(softmax(z_T/τ) / softmax(z_S/τ)), on each level::
 
-    main LD  = main_weight · Σ_{positive anchors} Σ_4 max_Q σ(z_S) · KD(box_S, box_T; temperature) / 4
-    VLR LD   = vlr_weight · Σ_anchors Σ_4 v · KD(box_S, box_T; temperature) / 16
+    main LD  = main_weight · 2/N · Σ_{positive anchors} Σ_4 max_Q σ(z_S) · KD(box_S, box_T; temperature) / 4
+    VLR LD   = vlr_weight · 2/N · Σ_anchors Σ_4 v · KD(box_S, box_T; temperature) / 16
     main KD  = kd_weight · mean over positive anchors of KD(cls_S, cls_T; kd_temperature)
 
 The valuable localisation region (VLR) is what nearly answers for an object: alpha · t <= DIoU < t, where t is
 ATSS's threshold, and v the anchor's IoU. Positive are the anchors of the student's own assignment.
 
 Shape legend: N images, P anchors of a level, Q classes, B bins, K objects.
-Reduction: "sum" over the batch and the levels (main LD and VLR LD grow with the batch; published with 2 images
-a process), "mean" over each level's positive anchors, summed over levels, for main KD.
+Reduction: "sum" over two images and the levels for main LD and VLR LD, "mean" over each level's positive
+anchors, summed over levels, for main KD. The published code sums over the batch, which is 2 images of a
+process; taken to a batch of 16 such sums were half of the loss, and the student was worse than alone
+(docs/results.md), so 2/N keeps the published weights what they were.
 
 Paper and code: the code's divisors 4 and 16, its mean over bins, and its missing division by the number of
 positive anchors are followed; its KD of classes in the VLR is multiplied by 0 there and left out here. With
@@ -37,6 +39,8 @@ from detdistill.models.assignment import atss_thresholds, centre_depths, nearest
 from detdistill.models.base import DenseRaw
 from detdistill.models.heads import flatten_maps
 from detdistill.models.one_stage import OneStage
+
+PUBLISHED_IMAGES = 2  # of a process, over which the published sums go
 
 
 class LDLoss(nn.Module):
@@ -89,8 +93,9 @@ class LDLoss(nn.Module):
         box_NP = tempered_kl(student_box_NP4B, teacher_box_NP4B.detach(), self.temperature).sum(dim=2) / bins
         cls_NP = tempered_kl(student_cls_NPQ, teacher_cls_NPQ.detach(), self.kd_temperature) / classes
         score_NP = student_cls_NPQ.detach().sigmoid().amax(dim=2)
-        main = (positive * score_NP * box_NP).sum() / 4
-        vlr = (vlr_NP.detach() * box_NP).sum() / 16
+        two_images = PUBLISHED_IMAGES / len(box_NP)
+        main = two_images * (positive * score_NP * box_NP).sum() / 4
+        vlr = two_images * (vlr_NP.detach() * box_NP).sum() / 16
         kd = (positive * cls_NP).sum() / positive.sum().clamp(min=1)
         return self.main_weight * main + self.vlr_weight * vlr + self.kd_weight * kd
 
