@@ -18,7 +18,7 @@ from detdistill.config import UserError, parse_recipe
 from detdistill.experiments.evaluate import evaluate
 from detdistill.experiments.export import Agreement, compare, export
 from detdistill.experiments.predict import predict
-from detdistill.models import Detector, Preprocess, build_model, faster_rcnn, load_model, save_model
+from detdistill.models import Detector, Preprocess, build_model, load_model, save_model
 from detdistill.models.exported import ExportedDetector, load_onnx
 from detdistill.models.graph import DetectionGraph, letterbox_of
 
@@ -186,7 +186,7 @@ def test_a_file_that_disagrees_is_not_written(
 ) -> None:
     bad: Callable[..., Agreement] = lambda *_: Agreement(1, 10, 0.5, 0.0, 0.0)  # noqa: E731
     monkeypatch.setattr("detdistill.experiments.export.compare", bad)
-    with pytest.raises(UserError, match=r"not written: only 50\.0% of the detections"):
+    with pytest.raises(UserError, match=r"not written: only 50\.0% of what it finds"):
         export(detector(strides=[32]), tmp_path / "x.onnx", size=SIZE, check=folder)
     assert not list(tmp_path.iterdir())
 
@@ -247,12 +247,6 @@ def test_wrong_arguments(size: tuple[int, int] | None, out: str, message: str, t
         export(detector(strides=[32]), tmp_path / out, size=size)
 
 
-def test_other_kinds_of_detectors_are_refused(tmp_path: Path) -> None:
-    model = faster_rcnn("mobilenetv3_small_050", num_classes=2, channels=8, strides=(16, 32))
-    with pytest.raises(UserError, match=r"FasterRCNN cannot be exported: train a one-stage student"):
-        export(model, tmp_path / "x.onnx", size=SIZE)
-
-
 def test_files_that_are_not_exports(tmp_path: Path, saved: tuple[Path, Path]) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(saved[1].read_bytes()[:1000])
@@ -263,8 +257,24 @@ def test_files_that_are_not_exports(tmp_path: Path, saved: tuple[Path, Path]) ->
     stranger = onnx.load(saved[1])
     del stranger.metadata_props[:]
     onnx.save(stranger, tmp_path / "stranger.onnx")
-    with pytest.raises(UserError, match="does not say what detector it is"):
+    with pytest.raises(UserError, match="does not say what model it is"):
         load_model(tmp_path / "stranger.onnx")
+
+
+def test_files_of_before_there_were_tasks_are_read(tmp_path: Path, saved: tuple[Path, Path]) -> None:
+    import onnx
+
+    old = onnx.load(saved[1])
+    stored = next(entry for entry in old.metadata_props if entry.key == "detdistill")
+    facts = {name: value for name, value in json.loads(stored.value).items() if name not in ("task", "needs_sizes")}
+    stored.value = json.dumps(facts)
+    onnx.save(old, tmp_path / "old.onnx")
+    exported = load_onnx(tmp_path / "old.onnx")
+    assert exported.facts == load_onnx(saved[1]).facts
+    stored.value = json.dumps(facts | {"format": 2})
+    onnx.save(old, tmp_path / "new.onnx")
+    with pytest.raises(UserError, match=r"written by another version of detdistill \(.*\); export it again"):
+        load_onnx(tmp_path / "new.onnx")
 
 
 def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Write a trained detector as a graph for devices, and hold it against PyTorch before it is called good."""
+"""Write a trained model as a graph for devices, and hold it against PyTorch before it is called good."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +19,21 @@ from torch.export import ExportedProgram
 from detdistill.config import UserError
 from detdistill.data.digits import write_digits
 from detdistill.data.images import is_image, read_image
-from detdistill.experiments.evaluate import as_detector
-from detdistill.models.base import Detections, Detector, Model, Preprocess
+from detdistill.experiments.evaluate import as_model
+from detdistill.models.base import Detections, Model, Preprocess
 from detdistill.models.exported import (
-    INPUT,
+    INPUTS,
     METADATA_KEY,
     OUTPUTS,
+    DetectorFacts,
     ExportedDetector,
-    ExportFacts,
+    ExportedSegmenter,
+    SegmenterFacts,
+    exported_model,
     import_for_export,
     load_onnx,
 )
-from detdistill.models.graph import DetectionGraph, letterbox_of
+from detdistill.models.graph import DetectionGraph, SegmentationGraph, graph_of, letterbox_of
 from detdistill.models.weights import STUDENT_FILE
 
 ONNX, PROGRAM = ".onnx", ".pt2"
@@ -57,6 +61,36 @@ class Agreement:
     box_difference: float
     score_difference: float
 
+    def __str__(self) -> str:
+        if self.detections == 0:
+            return f"no detections in {self.images} images, so nothing is shown: give --check IMAGES"
+        return (
+            f"{self.equal:.1%} of {self.detections} detections in {self.images} images are equal; "
+            f"largest difference {self.box_difference:.2g} pixels, {self.score_difference:.2g} in score"
+        )
+
+
+@dataclass(frozen=True)
+class PixelAgreement:
+    """How an exported file's label maps compare with PyTorch's, at the same input size.
+
+    Attributes:
+        images, pixels: how many were compared; pixels are of the network input.
+        equal: share of pixels of one class in both.
+        classes: how many classes PyTorch gave to any pixel.
+    """
+
+    images: int
+    pixels: int
+    equal: float
+    classes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.equal:.2%} of {self.pixels} pixels in {self.images} images are equal, of {self.classes} "
+            f"class{'es' * (self.classes != 1)}"
+        )
+
 
 @dataclass(frozen=True)
 class Export:
@@ -65,7 +99,7 @@ class Export:
     Attributes:
         path: the file; ``facts`` are also beside it, as .json.
         bytes: its size.
-        parameters: of the detector.
+        parameters: of the model.
         facts: what the file says of itself.
         agreement: with PyTorch.
     """
@@ -73,8 +107,8 @@ class Export:
     path: Path
     bytes: int
     parameters: int
-    facts: ExportFacts
-    agreement: Agreement
+    facts: DetectorFacts | SegmenterFacts
+    agreement: Agreement | PixelAgreement
 
 
 def export(
@@ -85,10 +119,10 @@ def export(
     dynamic_batch: bool = False,
     check: str | Path | None = None,
 ) -> Export:
-    """Write a one-stage detector as a file that needs nothing beside it, after comparing it with PyTorch.
+    """Write a model as a file that needs nothing beside it, after comparing it with PyTorch.
 
     Args:
-        model: a detector, a run folder, or a file that detdistill saved. It is moved to the CPU.
+        model: a detector or segmenter, a run folder, or a file that detdistill saved. It is moved to the CPU.
         out: the file to write, ``.onnx`` or, for a program of torch.export, ``.pt2``; ``student.onnx`` in the
             run folder, or the weights' name with ``.onnx``, if not given.
         size: (height, width) of the input; the model's own where it has one.
@@ -96,25 +130,29 @@ def export(
         check: a folder of images to compare on (the first 16); drawn digits and noise if not given.
 
     Raises:
-        UserError: another kind of detector, no or a wrong size, a file that cannot be written, the packages are
-            not installed, or the file's detections are not PyTorch's; no file is left then.
+        UserError: a detector with masks or from elsewhere, no or a wrong size, a file that cannot be written,
+            packages that are not installed, or the file's detections are not PyTorch's; no file is left then.
     """
     path = _target(model, out)
     if path.suffix == ONNX:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             import_for_export(package)
-    detector = as_detector(model, "export").cpu().eval()
-    graph = DetectionGraph(detector)
-    size = _input_size(detector.preprocessor, size)
-    facts = _facts(detector, size)
+    model = as_model(model).cpu().eval()
+    graph = graph_of(model)
+    if dynamic_batch and not graph.any_batch:
+        raise UserError(
+            "two-stage detectors and DETRs are exported for one image at a time: leave out --dynamic-batch"
+        )
+    size = _input_size(model.preprocessor, size)
+    facts = _facts(graph, size)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write = _write_onnx if path.suffix == ONNX else _write_program
         exported = write(_traced(graph, size, dynamic_batch), facts, dynamic_batch, temporary)
-        agreement = compare(detector, exported, _check_images(check, size))
+        agreement = compare(model, exported, _check_images(check, size))
         if agreement.equal < EQUAL:
             raise UserError(
-                f"{path}: not written: only {agreement.equal:.1%} of the detections are PyTorch's; "
+                f"{path}: not written: only {agreement.equal:.1%} of what it finds is PyTorch's; "
                 f"please report it with the versions that `detdistill --version` prints"
             )
         temporary.replace(path)
@@ -123,7 +161,7 @@ def export(
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
     finally:
         temporary.unlink(missing_ok=True)
-    parameters = sum(parameter.numel() for parameter in detector.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Export(path, path.stat().st_size, parameters, facts, agreement)
 
 
@@ -143,9 +181,7 @@ def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[i
     divisor = preprocess.divisor
     if size is None:
         if preprocess.size is None:
-            raise UserError(
-                "this detector takes images of any size: give one height and width (--size 320 320)"
-            )
+            raise UserError("this model takes images of any size: give one height and width (--size 320 320)")
         short, long = (-(-side // divisor) * divisor for side in preprocess.size)
         return short, long
     if any(side < 1 or side % divisor for side in size):
@@ -153,41 +189,58 @@ def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[i
     return size
 
 
-def _facts(model: Detector, size: tuple[int, int]) -> ExportFacts:
-    convention = model.preprocessor
+def _facts(graph: DetectionGraph | SegmentationGraph, size: tuple[int, int]) -> DetectorFacts | SegmenterFacts:
+    convention = graph.model.preprocessor
     red, green, blue = (
         255 * (convention.fill * std + mean) for mean, std in zip(convention.mean, convention.std, strict=True)
     )
-    graph_model = DetectionGraph(model).model
-    return ExportFacts(
-        version=importlib.metadata.version("detdistill"),
-        classes=model.classes,
-        size=size,
-        keep_ratio=convention.keep_ratio,
-        padding=(red, green, blue),
-        score_threshold=graph_model.score_threshold,
-        nms_threshold=graph_model.nms_threshold,
-        max_detections=graph_model.max_detections,
-        drop_empty=graph_model.convention != "torchvision",
-        spec=model.spec,
+    shared: dict[str, Any] = {
+        "version": importlib.metadata.version("detdistill"),
+        "classes": graph.model.classes,
+        "size": size,
+        "keep_ratio": convention.keep_ratio,
+        "padding": (red, green, blue),
+        "spec": graph.model.spec,
+    }
+    if isinstance(graph, SegmentationGraph):
+        return SegmenterFacts(**shared)
+    model = graph.model
+    return DetectorFacts(
+        **shared,
+        score_threshold=model.score_threshold,
+        nms_threshold=model.nms_threshold,
+        max_detections=model.max_detections,
+        drop_empty=model.drop_empty,
+        needs_sizes=graph.needs_sizes,
     )
 
 
-def _traced(graph: DetectionGraph, size: tuple[int, int], dynamic_batch: bool) -> ExportedProgram:
-    example = torch.rand(2 if dynamic_batch else 1, 3, *size) * 255
-    shapes = {"images_N3HW": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+def _traced(
+    graph: DetectionGraph | SegmentationGraph, size: tuple[int, int], dynamic_batch: bool
+) -> ExportedProgram:
+    example = [torch.rand(2 if dynamic_batch else 1, 3, *size) * 255]
+    if graph.needs_sizes:
+        example.append(torch.tensor([size], dtype=torch.float32))
+    shapes = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, on its own internals
-        return torch.export.export(graph, (example,), dynamic_shapes=shapes)
+        traced = torch.export.export(graph, tuple(example), dynamic_shapes=shapes)
+    # Assertions within a model (those of transformers) and what only they need: ONNX knows no such operators.
+    for node in reversed(traced.graph.nodes):
+        if str(node.target).startswith("aten._assert"):
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code()
+    return traced
 
 
 def _write_onnx(
-    traced: ExportedProgram, facts: ExportFacts, dynamic_batch: bool, path: Path
-) -> ExportedDetector:
+    traced: ExportedProgram, facts: DetectorFacts | SegmenterFacts, dynamic_batch: bool, path: Path
+) -> ExportedDetector | ExportedSegmenter:
+    takes_sizes = isinstance(facts, DetectorFacts) and facts.needs_sizes
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            traced, input_names=[INPUT], output_names=list(OUTPUTS),
+            traced, input_names=list(INPUTS[: 1 + takes_sizes]), output_names=list(OUTPUTS[facts.task]),
             opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
     assert program is not None
@@ -200,42 +253,66 @@ def _write_onnx(
 
 
 def _write_program(
-    traced: ExportedProgram, facts: ExportFacts, dynamic_batch: bool, path: Path
-) -> ExportedDetector:
+    traced: ExportedProgram, facts: DetectorFacts | SegmenterFacts, dynamic_batch: bool, path: Path
+) -> ExportedDetector | ExportedSegmenter:
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)  # as for ONNX
     torch.export.save(traced, path, extra_files={METADATA_KEY: facts.model_dump_json()})
-    return ExportedDetector(facts, torch.export.load(path).module(), any_batch=dynamic_batch)
+    return exported_model(facts, torch.export.load(path).module(), any_batch=dynamic_batch)
 
 
 # --- the check -------------------------------------------------------------------------------------------
 
 
-def compare(model: Detector, exported: ExportedDetector, images: Sequence[Tensor]) -> Agreement:
-    """Detections of the exported file and of the model's own five steps, at the exported size.
+def compare(
+    model: Model, exported: ExportedDetector | ExportedSegmenter, images: Sequence[Tensor]
+) -> Agreement | PixelAgreement:
+    """What the exported file and the model's own five steps find, at the exported size.
 
     Args:
         model: what was exported, on the CPU, in evaluation mode.
         exported: the file.
         images: (3, H, W) each, of any size.
     """
-    found = total = 0
-    boxes, scores = [0.0], [0.0]
-    detections = 0
     with torch.inference_mode(), _at_size(model, exported.facts.size):
-        for image in images:
-            (ours,), (theirs,) = exported([image]), model([image])
-            here, there, box, score = _equal(theirs, ours)
-            found += here + there
-            total += len(theirs["scores"]) + len(ours["scores"])
-            detections += len(theirs["scores"])
-            boxes.append(box)
-            scores.append(score)
+        if isinstance(exported, ExportedSegmenter):
+            return _compare_pixels(model, exported, images)
+        return _compare_detections(model, exported, images)
+
+
+def _compare_detections(model: Model, exported: ExportedDetector, images: Sequence[Tensor]) -> Agreement:
+    found = total = detections = 0
+    boxes, scores = [0.0], [0.0]
+    for image in images:
+        (ours,), (theirs,) = exported([image]), model([image])
+        here, there, box, score = _equal(theirs, ours)
+        found += here + there
+        total += len(theirs["scores"]) + len(ours["scores"])
+        detections += len(theirs["scores"])
+        boxes.append(box)
+        scores.append(score)
     return Agreement(len(images), detections, found / total if total else 1.0, max(boxes), max(scores))
 
 
+def _compare_pixels(model: Model, exported: ExportedSegmenter, images: Sequence[Tensor]) -> PixelAgreement:
+    """At the size of the input: how maps are enlarged afterwards is not the file's matter."""
+    equal = pixels = 0
+    classes: set[int] = set()
+    for image in images:
+        batch = exported.preprocess([image])
+        raw = exported.predict({}, batch)
+        ours = raw.output[0, : batch.sizes[0][0], : batch.sizes[0][1]]
+        batch = model.preprocess([image])
+        batch.original_sizes = batch.sizes
+        (theirs,) = model.decode(model.predict(model.pyramid(batch), batch), batch)
+        equal += int((ours == theirs["semantic"]).sum())
+        pixels += ours.numel()
+        classes.update(theirs["semantic"].unique().tolist())
+    return PixelAgreement(len(images), pixels, equal / pixels, len(classes))
+
+
 @contextmanager
-def _at_size(model: Detector, size: tuple[int, int]) -> Iterator[None]:
+def _at_size(model: Model, size: tuple[int, int]) -> Iterator[None]:
     own = model.preprocessor
     model.preprocessor = letterbox_of(own, size)
     try:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,9 +25,11 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Batch",
+    "Candidates",
     "DenseRaw",
     "Detections",
     "Detector",
+    "ExportableDetector",
     "ForeignRaw",
     "Kind",
     "Model",
@@ -265,6 +267,48 @@ class Detector(Model):
     """A model that finds boxes: its targets have ``boxes`` and ``labels``."""
 
     task = "detection"
+
+
+class Candidates(NamedTuple):
+    """What may be detections: always as many, so that a graph of fixed shapes can hold them.
+
+    Attributes:
+        boxes_NM4: float32 xyxy in pixels of the input, perhaps not clipped.
+        scores_NM: float32; 0 where a candidate's class score is not above the detector's threshold.
+        labels_NM: int64.
+    """
+
+    boxes_NM4: Tensor
+    scores_NM: Tensor
+    labels_NM: Tensor
+
+
+class ExportableDetector(Detector):
+    """A detector whose candidates have a fixed number: it can be traced, without its last suppression.
+
+    Attributes:
+        score_threshold: class scores up to it are no candidates.
+        nms_threshold: of the suppression by class that makes detections of candidates; None: there is none.
+        max_detections: of an image.
+        drop_empty: boxes without an area inside the image are left out before suppression.
+        needs_sizes: ``candidates`` reads ``batch.sizes``, as it looks inside boxes that it clips.
+        any_batch: it can be traced for any number of images; else for one.
+    """
+
+    score_threshold: float
+    nms_threshold: float | None
+    max_detections: int
+    drop_empty: bool = False
+    needs_sizes: ClassVar[bool] = False
+    any_batch: ClassVar[bool] = True
+
+    @abstractmethod
+    def candidates(self, batch: Batch) -> Candidates:
+        """From a batch to candidates, with no step whose shapes depend on what is found.
+
+        Args:
+            batch: ``images_N3HW`` and, where ``needs_sizes``, ``sizes`` as tensors (2,) are all that is read.
+        """
 
 
 class Segmenter(Model):

@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import remove_small_boxes
 
 from detdistill.config import Convention
-from detdistill.models.base import Batch, Preprocess, Pyramid, Raw, TwoStageRaw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, TwoStageRaw
 from detdistill.models.faster_rcnn import FasterRCNN, RoIHead, roi_losses
+from detdistill.models.heads import clip_to_image
 from detdistill.models.masks import MaskBranch
 from detdistill.models.two_stage import TwoStageParts, build_parts
 
@@ -69,8 +70,8 @@ class CascadeRCNN(FasterRCNN):
         self.later_heads = nn.ModuleList(later)
         self.loss_weights = [stage.loss_weight for stage in stages]
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
-        first = raw = super().predict(pyramid, batch)
+    def _stages(self, rpn: DenseRaw, proposals: list[Tensor], pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
+        first = raw = super()._stages(rpn, proposals, pyramid, batch)
         head, later = self.roi_head, []
         for stage, next_head in enumerate(self.later_heads, start=1):
             assert isinstance(next_head, RoIHead)
@@ -92,7 +93,7 @@ class CascadeRCNN(FasterRCNN):
         boxes_R4 = head.coder.decode_single(raw.roi_deltas_RQ4[:, :4].float(), torch.cat(raw.proposals))
         refined = []
         for i, boxes in enumerate(boxes_R4.split(counts)):
-            boxes = clip_boxes_to_image(boxes, batch.sizes[i])
+            boxes = clip_to_image(boxes, batch.sizes[i])
             if raw.roi_labels is not None and batch.targets is not None:
                 objects_K4 = batch.targets[i]["boxes"].float()
                 is_object_R = (raw.proposals[i][:, None] == objects_K4).all(dim=2).any(dim=1)

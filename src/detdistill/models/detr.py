@@ -20,8 +20,17 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, clip_boxes_to_image
 
 from detdistill.config import UserError
-from detdistill.models.base import Batch, Detections, Detector, Preprocess, Pyramid, QueryRaw, Raw
-from detdistill.models.heads import normaliser
+from detdistill.models.base import (
+    Batch,
+    Candidates,
+    Detections,
+    ExportableDetector,
+    Preprocess,
+    Pyramid,
+    QueryRaw,
+    Raw,
+)
+from detdistill.models.heads import best_scores, normaliser
 
 STRIDES = (8, 16, 32)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the published weights want RGB in [0, 1] as it is
@@ -63,7 +72,7 @@ class HybridEncoder(nn.Module):
         return dict(zip(maps, self.encoder(projected).last_hidden_state, strict=True))
 
 
-class DETR(Detector):
+class DETR(ExportableDetector):
     """The five steps of RT-DETRv2 and D-FINE; build it with :func:`rtdetr_v2` or :func:`d_fine`.
 
     Losses are transformers' own, each with its published weight, summed over the decoder's layers and its
@@ -78,6 +87,9 @@ class DETR(Detector):
         head: transformers' model without its backbone and encoder: choice of queries, decoder, predictions.
         criterion: transformers' loss function for it.
     """
+
+    nms_threshold = None
+    any_batch = False  # transformers' code knows their number when it is traced
 
     def __init__(
         self,
@@ -158,23 +170,31 @@ class DETR(Detector):
 
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, QueryRaw)
+        boxes_NM4, scores_NM, labels_NM = self._best(raw, batch)
+        detections = []
+        for i, (size, original) in enumerate(zip(batch.sizes, batch.original_sizes, strict=True)):
+            kept = scores_NM[i] > 0
+            boxes = clip_boxes_to_image(boxes_NM4[i][kept], size)
+            ratio_y, ratio_x = original[0] / size[0], original[1] / size[1]
+            detections.append({
+                "boxes": boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y]),
+                "labels": labels_NM[i][kept],
+                "scores": scores_NM[i][kept],
+            })  # fmt: skip
+        return detections
+
+    def candidates(self, batch: Batch) -> Candidates:
+        return self._best(self.predict(self.pyramid(batch), batch), batch)
+
+    def _best(self, raw: QueryRaw, batch: Batch) -> Candidates:
+        """The best scores of all queries and classes, with their boxes in network input, falling."""
         height, width = batch.padded_size
         boxes_NS4 = box_convert(raw.boxes_NS4.float(), "cxcywh", "xyxy")
         boxes_NS4 = boxes_NS4 * boxes_NS4.new_tensor([width, height, width, height])
         count = min(raw.logits_NSQ.shape[1], self.max_detections)
-        scores_NM, best_NM = raw.logits_NSQ.float().sigmoid().flatten(1).topk(count)
-        detections = []
-        for i, (size, original) in enumerate(zip(batch.sizes, batch.original_sizes, strict=True)):
-            kept = scores_NM[i] > self.score_threshold
-            best = best_NM[i][kept]
-            boxes = clip_boxes_to_image(boxes_NS4[i][best // len(self.classes)], size)
-            ratio_y, ratio_x = original[0] / size[0], original[1] / size[1]
-            detections.append({
-                "boxes": boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y]),
-                "labels": best % len(self.classes),
-                "scores": scores_NM[i][kept],
-            })  # fmt: skip
-        return detections
+        scores_NM, at_NM, labels_NM = best_scores(raw.logits_NSQ.float().sigmoid(), count)
+        boxes_NM4 = boxes_NS4.gather(1, at_NM[..., None].expand(-1, -1, 4))
+        return Candidates(boxes_NM4, torch.where(scores_NM > self.score_threshold, scores_NM, 0.0), labels_NM)
 
 
 def normalised_targets(batch: Batch) -> list[dict[str, Tensor]]:

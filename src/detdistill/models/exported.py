@@ -11,16 +11,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from detdistill.config import UserError
-from detdistill.models.base import Batch, Detections, Detector, ForeignRaw, Pyramid, Raw, Target
-from detdistill.models.graph import Candidates, Letterbox, suppress
+from detdistill.models.base import (
+    Batch,
+    Candidates,
+    Detections,
+    Detector,
+    ForeignRaw,
+    Model,
+    Pyramid,
+    Raw,
+    Segmenter,
+    Target,
+)
+from detdistill.models.graph import Letterbox, suppress
 
 METADATA_KEY = "detdistill"
-INPUT = "images"
-OUTPUTS = ("boxes", "scores", "labels")
+INPUTS = ("images", "sizes")
+OUTPUTS = {"detection": ("boxes", "scores", "labels"), "segmentation": ("labels",)}
 INSTALL = 'pip install "detdistill[export]"'
 
 
@@ -34,9 +46,6 @@ class ExportFacts(BaseModel):
         size: (height, width) of the input.
         keep_ratio: images are resized to fit in, and lie in the upper left corner; else stretched, antialiased.
         padding: RGB, 0…255, of the rest of the input.
-        score_threshold: class scores up to it have become 0 in the graph.
-        nms_threshold, max_detections: of the suppression by class, which is not in the graph.
-        drop_empty: boxes without an area inside the image are left out before it.
         spec: how detdistill builds the model again, or None.
     """
 
@@ -48,19 +57,42 @@ class ExportFacts(BaseModel):
     size: tuple[int, int]
     keep_ratio: bool
     padding: tuple[float, float, float]
-    score_threshold: float
-    nms_threshold: float
-    max_detections: int
-    drop_empty: bool
     spec: dict[str, Any] | None
 
 
-Graph = Callable[[Tensor], Sequence[Tensor]]
-"""(N, 3, H, W) float32 RGB, 0…255, to the boxes, scores and labels of :class:`Candidates`."""
+class DetectorFacts(ExportFacts):
+    """Of a detector.
+
+    Attributes:
+        score_threshold: class scores up to it have become 0 in the graph.
+        nms_threshold: of the suppression by class, which is not in the graph; None: none is needed.
+        max_detections: of an image.
+        drop_empty: boxes without an area inside the image are left out before it.
+        needs_sizes: the graph also takes ``sizes``: (height, width) of what is image in its input.
+    """
+
+    task: Literal["detection"] = "detection"
+    score_threshold: float
+    nms_threshold: float | None
+    max_detections: int
+    drop_empty: bool
+    needs_sizes: bool = False
 
 
-class ExportedDetector(Detector):
-    """A detector whose graph something else runs, on the CPU; it cannot learn.
+class SegmenterFacts(ExportFacts):
+    """Of a segmenter."""
+
+    task: Literal["segmentation"] = "segmentation"
+
+
+FACTS: TypeAdapter[DetectorFacts | SegmenterFacts] = TypeAdapter(DetectorFacts | SegmenterFacts)
+
+Graph = Callable[..., Sequence[Tensor]]
+"""(N, 3, H, W) float32 RGB, 0…255, and perhaps (N, 2) float32 sizes, to the outputs of its task."""
+
+
+class _Exported(Model):
+    """A model whose graph something else runs, on the CPU; it cannot learn.
 
     Args:
         facts: what the file says of itself.
@@ -73,12 +105,12 @@ class ExportedDetector(Detector):
 
     def __init__(self, facts: ExportFacts, graph: Graph, *, any_batch: bool) -> None:
         super().__init__()
-        self.facts = facts
         self.any_batch = any_batch
         self.classes = facts.classes
         self.spec = facts.spec
         self.pyramid_channels = {}
         # 255 · x - padding, filled with 0: adding the padding afterwards gives each channel its own.
+        self.padding = facts.padding
         self.preprocessor = Letterbox(
             size=facts.size,
             mean=tuple(value / 255 for value in facts.padding),  # type: ignore[arg-type]
@@ -93,21 +125,36 @@ class ExportedDetector(Detector):
     ) -> Batch:
         """RGB 0…255 in the graph's size."""
         batch = super().preprocess(images, targets, zoom)
-        batch.images_N3HW += batch.images_N3HW.new_tensor(self.facts.padding)[:, None, None]
+        batch.images_N3HW += batch.images_N3HW.new_tensor(self.padding)[:, None, None]
         return batch
 
     def pyramid(self, batch: Batch) -> Pyramid:
         """None: the graph keeps its maps to itself."""
         return {}
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
-        images_N3HW = batch.images_N3HW.cpu()
+    def run(self, *inputs: Tensor) -> list[Tensor]:
+        """The graph's outputs for a batch; inputs have a row for each image."""
         (graph,) = self._graph
-        runs = [graph(part) for part in ([images_N3HW] if self.any_batch else images_N3HW.split(1))]
-        return ForeignRaw(Candidates(*(torch.cat(part) for part in zip(*runs, strict=True))))
+        parts = [inputs] if self.any_batch else zip(*(x.split(1) for x in inputs), strict=True)
+        runs = [graph(*part) for part in parts]
+        return [torch.cat(part) for part in zip(*runs, strict=True)]
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        raise UserError("an exported detector cannot learn: train the run or weights file that it came from")
+        raise UserError("an exported model cannot learn: train the run or weights file that it came from")
+
+
+class ExportedDetector(_Exported, Detector):
+    """A detector in a file."""
+
+    def __init__(self, facts: DetectorFacts, graph: Graph, *, any_batch: bool) -> None:
+        super().__init__(facts, graph, any_batch=any_batch)
+        self.facts = facts
+
+    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
+        inputs = [batch.images_N3HW.cpu()]
+        if self.facts.needs_sizes:
+            inputs.append(torch.tensor(batch.sizes, dtype=torch.float32))
+        return ForeignRaw(Candidates(*self.run(*inputs)))
 
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, ForeignRaw)
@@ -121,8 +168,37 @@ class ExportedDetector(Detector):
         )
 
 
-def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector:
-    """The detector of an ONNX file that ``detdistill export`` wrote, run by onnxruntime.
+class ExportedSegmenter(_Exported, Segmenter):
+    """A segmenter in a file. Its label maps are enlarged to the images' size, not its logits."""
+
+    def __init__(self, facts: SegmenterFacts, graph: Graph, *, any_batch: bool) -> None:
+        super().__init__(facts, graph, any_batch=any_batch)
+        self.facts = facts
+
+    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
+        (labels_NHW,) = self.run(batch.images_N3HW.cpu())
+        return ForeignRaw(labels_NHW)
+
+    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
+        assert isinstance(raw, ForeignRaw)
+        maps = []
+        for labels_HW, (height, width), size in zip(raw.output, batch.sizes, batch.original_sizes, strict=True):
+            image_HW = labels_HW[None, :height, :width]
+            maps.append({"semantic": resize(image_HW, list(size), InterpolationMode.NEAREST_EXACT)[0].long()})
+        return maps
+
+
+def exported_model(
+    facts: DetectorFacts | SegmenterFacts, graph: Graph, *, any_batch: bool
+) -> ExportedDetector | ExportedSegmenter:
+    """The model of a graph, by its task."""
+    if isinstance(facts, SegmenterFacts):
+        return ExportedSegmenter(facts, graph, any_batch=any_batch)
+    return ExportedDetector(facts, graph, any_batch=any_batch)
+
+
+def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector | ExportedSegmenter:
+    """The model of an ONNX file that ``detdistill export`` wrote, run by onnxruntime.
 
     Nothing in the file is executed but its graph of operators.
 
@@ -147,19 +223,20 @@ def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector:
         raise UserError(f"{path}: cannot be read as an ONNX file ({reason}); export it again") from None
     stored = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if stored is None:
-        raise UserError(f"{path}: does not say what detector it is: give a file of `detdistill export`")
+        raise UserError(f"{path}: does not say what model it is: give a file of `detdistill export`")
     try:
-        facts = ExportFacts.model_validate_json(stored)
+        facts = FACTS.validate_json(stored)
     except ValidationError as error:
         fault = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(
             f"{path}: written by another version of detdistill ({fault}); export it again"
         ) from None
 
-    def run(images_N3HW: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(part) for part in session.run(OUTPUTS, {INPUT: images_N3HW.numpy()})]
+    def run(*inputs: Tensor) -> list[Tensor]:
+        named = {name: x.numpy() for name, x in zip(INPUTS, inputs, strict=False)}
+        return [torch.from_numpy(part) for part in session.run(OUTPUTS[facts.task], named)]
 
-    return ExportedDetector(facts, run, any_batch=not isinstance(session.get_inputs()[0].shape[0], int))
+    return exported_model(facts, run, any_batch=not isinstance(session.get_inputs()[0].shape[0], int))
 
 
 def import_for_export(name: str) -> Any:

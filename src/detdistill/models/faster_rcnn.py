@@ -22,9 +22,10 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from detdistill.config import Convention
 from detdistill.models.base import (
     Batch,
+    Candidates,
     DenseRaw,
     Detections,
-    Detector,
+    ExportableDetector,
     Preprocess,
     Pyramid,
     Raw,
@@ -34,7 +35,9 @@ from detdistill.models.base import (
 from detdistill.models.heads import (
     IGNORED,
     best_detections,
+    best_scores,
     box_coder,
+    clip_to_image,
     flatten_maps,
     in_original_pixels,
     level_anchors,
@@ -44,12 +47,20 @@ from detdistill.models.heads import (
     take_objects,
 )
 from detdistill.models.masks import MaskBranch, crop_masks, mask_loss, paste_masks
-from detdistill.models.two_stage import TwoStageParts, build_parts
+from detdistill.models.two_stage import (
+    LEAST_PROPOSAL,
+    RPN_NMS_THRESHOLD,
+    TwoStageParts,
+    best_anchors,
+    build_parts,
+    suppress_proposals,
+)
 
 BETA = 1 / 9  # where smooth L1 turns from a parabola into a line
-RPN_NMS_THRESHOLD = 0.7
 RPN_LIMIT = {True: 2000, False: 1000}  # proposals, in training and not: of a level before, of an image after
 POOLED = 7  # cells of a pooled region
+LEAST_SIDE = 1e-2  # pixels of network input: smaller boxes are no detections
+CANDIDATES = 2000  # of an image, in a graph
 
 
 class RoIHead(nn.Module):
@@ -100,7 +111,7 @@ class Sample(NamedTuple):
     objects_R: Tensor
 
 
-class FasterRCNN(Detector):
+class FasterRCNN(ExportableDetector):
     """The five steps of Faster R-CNN, and of Mask R-CNN; build it with :func:`faster_rcnn`.
 
     Losses: ``loss_objectness`` and ``loss_rpn_box_reg`` over the sampled anchors, ``loss_classifier`` and
@@ -110,6 +121,8 @@ class FasterRCNN(Detector):
     """
 
     kind = "two_stage"
+    needs_sizes = True
+    any_batch = False
 
     def __init__(self, parts: TwoStageParts, roi_head: RoIHead, mask_branch: MaskBranch | None = None) -> None:
         super().__init__()
@@ -136,7 +149,11 @@ class FasterRCNN(Detector):
 
     def predict(self, pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
         rpn = self.rpn(pyramid)
-        return self._look(0, self.roi_head, rpn, self._propose(rpn, batch), pyramid, batch)
+        return self._stages(rpn, self._propose(rpn, batch), pyramid, batch)
+
+    def _stages(self, rpn: DenseRaw, proposals: list[Tensor], pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
+        """What the second stage says of the proposals; a cascade has more of them."""
+        return self._look(0, self.roi_head, rpn, proposals, pyramid, batch)
 
     def classify(self, pyramid: Pyramid, proposals: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """What the second stage (of a cascade: its first head) says of any regions.
@@ -192,25 +209,33 @@ class FasterRCNN(Detector):
     def _propose(self, rpn: DenseRaw, batch: Batch) -> list[Tensor]:
         """The regions worth a second look, (R_n, 4) for each image; no gradient flows through them."""
         limit = RPN_LIMIT[self.training]
-        boxes, scores, levels = [], [], []
-        anchors = self.anchors(rpn.cls, batch)
-        maps = zip(flatten_maps(rpn.cls.values(), 1), flatten_maps(rpn.box.values(), 4), anchors, strict=True)
-        for level, (logits_NP1, deltas_NP4, anchors_P4) in enumerate(maps):
-            top_NM, at_NM = logits_NP1.squeeze(2).topk(min(limit, len(anchors_P4)), dim=1)
-            deltas_NM4 = deltas_NP4.gather(1, at_NM[..., None].expand(-1, -1, 4))
-            decoded = self.rpn_coder.decode_single(deltas_NM4.flatten(0, 1), anchors_P4[at_NM].flatten(0, 1))
-            boxes.append(decoded.view_as(deltas_NM4))
-            scores.append(top_NM.sigmoid())
-            levels.append(torch.full_like(at_NM, level))
-        boxes_NM4, scores_NM, levels_NM = (torch.cat(parts, dim=1) for parts in (boxes, scores, levels))
+        by_level = best_anchors(rpn, self.anchors(rpn.cls, batch), self.rpn_coder, limit)
+        boxes_NM4, scores_NM = (torch.cat(parts, dim=1) for parts in zip(*by_level, strict=True))
+        levels_NM = torch.cat([torch.full_like(x, i) for i, (_, x) in enumerate(by_level)], dim=1)
         proposals = []
         for i, size in enumerate(batch.sizes):
             clipped = clip_boxes_to_image(boxes_NM4[i], size)
-            solid = remove_small_boxes(clipped, min_size=1e-3)
+            solid = remove_small_boxes(clipped, min_size=LEAST_PROPOSAL)
             clipped = clipped[solid]
             kept = batched_nms(clipped, scores_NM[i][solid], levels_NM[i][solid], RPN_NMS_THRESHOLD)
             proposals.append(clipped[kept[:limit]])
         return proposals
+
+    def candidates(self, batch: Batch) -> Candidates:
+        """Of one image, with as many proposals as there may be: those that are suppressed have no score."""
+        rpn = self.rpn(pyramid := self.pyramid(batch))
+        (size,), limit = batch.sizes, RPN_LIMIT[False]
+        by_level = best_anchors(rpn, self.anchors(rpn.cls, batch), self.rpn_coder, limit)
+        kept = [suppress_proposals(*boxes_and_scores, size) for boxes_and_scores in by_level]
+        boxes_M4, scores_M = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        scores_R, at_R = scores_M.topk(min(limit, len(scores_M)))
+        raw = self._stages(rpn, [boxes_M4[at_R]], pyramid, batch)
+        scores_RQ, boxes_RQ4 = self._answers(raw)
+        boxes_RQ4 = clip_to_image(boxes_RQ4, size)
+        solid_RQ = (boxes_RQ4[..., 2:] - boxes_RQ4[..., :2] >= LEAST_SIDE).all(dim=2)
+        kept_RQ = solid_RQ & (scores_RQ > self.score_threshold) & (scores_R >= 0)[:, None]
+        scores_1M, rows_1M, labels_1M = best_scores(torch.where(kept_RQ, scores_RQ, 0.0)[None], CANDIDATES)
+        return Candidates(boxes_RQ4[rows_1M, labels_1M], scores_1M, labels_1M)
 
     @torch.no_grad()
     def _sample(self, head: RoIHead, proposals_R4: Tensor, target: Target) -> Sample:
@@ -278,7 +303,7 @@ class FasterRCNN(Detector):
             size = batch.sizes[i]
             at = torch.where(scores.flatten() > self.score_threshold)[0]
             boxes_M4 = clip_boxes_to_image(boxes.flatten(0, 1)[at], size)
-            solid = remove_small_boxes(boxes_M4, min_size=1e-2)
+            solid = remove_small_boxes(boxes_M4, min_size=LEAST_SIDE)
             boxes_M4, at = boxes_M4[solid], at[solid]
             scores_M, labels_M = scores.flatten()[at], at % num_classes
             limits = (self.nms_threshold, self.max_detections)

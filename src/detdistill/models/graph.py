@@ -1,28 +1,29 @@
-"""A detector as one graph of tensors, for devices: fixed input size, no loops over images, no suppression.
+"""A model as one graph of tensors, for devices: fixed input size, no loops over images, no suppression.
 
 ::
 
-    images (N, 3, H, W) ─normalise─▶ backbone, neck, head ─▶ best of each level ─▶ boxes, scores, labels
+    images (N, 3, H, W) ─normalise─▶ backbone, neck, head ─┬─▶ candidates: boxes, scores, labels
+                                                           └─▶ label maps
 
-Suppression stays outside: its result has no fixed size. Only one-stage detectors are graphs of this kind; a
-two-stage detector needs a suppression in its middle.
+Suppression stays outside: its result has no fixed size. (That in the middle of a two-stage detector is inside:
+there it is made to have one.)
 
-Shape legend: N images, P anchors of a level, Q classes, M candidates of all levels, E numbers of a box.
+Shape legend: N images, M candidates, Q classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detdistill.config import UserError
-from detdistill.models.base import Batch, Detections, Detector, Preprocess
-from detdistill.models.heads import best_detections, flatten_maps
-from detdistill.models.one_stage import OneStage
+from detdistill.models.base import Batch, Candidates, Detections, ExportableDetector, Model, Preprocess
+from detdistill.models.heads import best_detections
+from detdistill.models.segmentation import EncoderDecoder, resize_logits
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,10 @@ class Letterbox(Preprocess):
         assert self.size is not None
         return min(self.size[0] / height, self.size[1] / width)
 
-    def _pad(self, images: Sequence[Tensor]) -> Tensor:
+    def canvas(self, images: Sequence[Tensor]) -> tuple[int, int]:
+        """The size, whatever the images."""
         assert self.size is not None
-        padded = images[0].new_full((len(images), 3, *self.size), self.fill)
-        for row, image in zip(padded, images, strict=True):
-            row[:, : image.shape[-2], : image.shape[-1]].copy_(image)
-        return padded
+        return self.size
 
 
 def letterbox_of(preprocess: Preprocess, size: tuple[int, int]) -> Letterbox:
@@ -54,88 +53,94 @@ def letterbox_of(preprocess: Preprocess, size: tuple[int, int]) -> Letterbox:
     )  # fmt: skip
 
 
-class Candidates(NamedTuple):
-    """What the graph gives; the best of each level one after the other.
-
-    Attributes:
-        boxes_NM4: float32 xyxy in pixels of the input, not clipped.
-        scores_NM: float32; 0 where a candidate's class score is not above the detector's threshold.
-        labels_NM: int64.
-    """
-
-    boxes_NM4: Tensor
-    scores_NM: Tensor
-    labels_NM: Tensor
-
-
-class DetectionGraph(nn.Module):
-    """What torch.export can trace of a one-stage detector.
+class ModelGraph(nn.Module):
+    """What torch.export can trace of a model; :func:`graph_of` builds it.
 
     Args:
         model: it is used, not copied, and set to evaluation mode.
 
-    Raises:
-        UserError: the detector is of another kind.
+    Attributes:
+        needs_sizes: it takes a second input, each image's own size.
+        any_batch: it can be traced for any number of images; else for one.
     """
 
+    needs_sizes: bool = False
+    any_batch: bool = True
     mean_311: Tensor
     std_311: Tensor
 
-    def __init__(self, model: Detector) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        if not isinstance(model, OneStage):
-            family = (model.spec or {}).get("model", {}).get("family", type(model).__name__)
-            raise UserError(
-                f"a detector of family {family} cannot be exported: train a one-stage student "
-                f"(retinanet, fcos, gfl, reppoints) instead"
-            )
         self.model = model
-        preprocess = model.preprocessor
         # 255 · mean, so that the graph takes pixels as they come from a camera.
-        for name, values in (("mean_311", preprocess.mean), ("std_311", preprocess.std)):
+        for name, values in (("mean_311", model.preprocessor.mean), ("std_311", model.preprocessor.std)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
 
-    def forward(self, images_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of :class:`Candidates` from RGB images, 0…255, all of one size.
-
-        A plain tuple: a program of torch.export is to be opened where detdistill is not.
-        """
-        model = self.model
+    def normalised(self, images_N3HW: Tensor) -> Tensor:
+        """What the network takes, from RGB, 0…255."""
         x_N3HW = (images_N3HW - self.mean_311) / self.std_311
-        x_N3HW = x_N3HW.flip(1) if model.preprocessor.bgr else x_N3HW
-        batch = Batch(x_N3HW, [], [], None)  # nothing below asks for sizes
-        raw = model.predict(model.pyramid(batch), batch)
-        encoded = flatten_maps(raw.box.values(), model.head.box_width)
-        factors = model.score_factors(raw)
-        found = []
-        for level, (scores_NPQ, encoded_NPE, anchors_P4) in enumerate(
-            zip(model.scores(raw), encoded, model.anchors(raw.cls, batch), strict=True)
-        ):
-            scores, at, labels = best_of_level(scores_NPQ, model.topk_candidates)
-            kept = scores > model.score_threshold
-            if factors is not None:
-                scores = scores * factors[level].gather(1, at)
-            boxes = model.decode_boxes(
-                encoded_NPE.gather(1, at[..., None].expand(-1, -1, encoded_NPE.shape[2])), anchors_P4[at]
-            )
-            found.append((boxes, torch.where(kept, scores, 0.0), labels))
-        boxes_NM4, scores_NM, labels_NM = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        return x_N3HW.flip(1) if self.model.preprocessor.bgr else x_N3HW
+
+
+class DetectionGraph(ModelGraph):
+    """Images to candidates."""
+
+    model: ExportableDetector
+
+    def __init__(self, model: ExportableDetector) -> None:
+        super().__init__(model)
+        self.needs_sizes, self.any_batch = model.needs_sizes, model.any_batch
+
+    def forward(self, images_N3HW: Tensor, sizes_N2: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The fields of :class:`Candidates`; a plain tuple, as a program is opened where detdistill is not.
+
+        Args:
+            images_N3HW: RGB, 0…255, all of one size.
+            sizes_N2: where the model ``needs_sizes``, (height, width) of what is image in each, float32.
+        """
+        sizes: Any = [] if sizes_N2 is None else list(sizes_N2)
+        batch = Batch(self.normalised(images_N3HW), sizes, [], None)
+        boxes_NM4, scores_NM, labels_NM = self.model.candidates(batch)
         return boxes_NM4, scores_NM, labels_NM
 
 
-def best_of_level(scores_NPQ: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best ``limit`` scores of each image on one level: scores falling, anchors, labels; each (N, M)."""
-    _, anchors, classes = scores_NPQ.shape
-    scores, index = scores_NPQ.flatten(1).topk(min(limit, anchors * classes))
-    return scores, torch.div(index, classes, rounding_mode="floor"), index % classes
+class SegmentationGraph(ModelGraph):
+    """Images to label maps. A large image is looked at whole, whatever the model's ``window``."""
+
+    model: EncoderDecoder
+
+    def forward(self, images_N3HW: Tensor) -> tuple[Tensor]:
+        """The likeliest class of each pixel of the input, (N, H, W) uint8, from RGB, 0…255."""
+        batch = Batch(self.normalised(images_N3HW), [], [], None)
+        raw = self.model.predict(self.model.pyramid(batch), batch)
+        return (resize_logits(raw.logits_NQHW, batch.padded_size).argmax(dim=1).to(torch.uint8),)
+
+
+def graph_of(model: Model) -> DetectionGraph | SegmentationGraph:
+    """The graph of a model.
+
+    Raises:
+        UserError: it has no outputs of a fixed size, or has masks.
+    """
+    family = (model.spec or {}).get("model", {}).get("family", type(model).__name__)
+    if isinstance(model, EncoderDecoder):
+        return SegmentationGraph(model)
+    if not isinstance(model, ExportableDetector):
+        raise UserError(f"a {family} cannot be exported: train a student of a family from here instead")
+    if model.needs_masks:
+        raise UserError(
+            f"a {family} cannot be exported yet, because of its masks: keep its .safetensors file, or "
+            "train a faster_rcnn or cascade_rcnn, which have boxes alone"
+        )
+    return DetectionGraph(model)
 
 
 def suppress(
     candidates: Candidates,
     batch: Batch,
     *,
-    nms_threshold: float,
+    nms_threshold: float | None,
     max_detections: int,
     drop_empty: bool,
 ) -> list[Detections]:
@@ -144,7 +149,8 @@ def suppress(
     Args:
         candidates: on one device.
         batch: what the graph saw.
-        nms_threshold, max_detections: of detections.
+        nms_threshold: of suppression by class; None: there is none.
+        max_detections: of an image.
         drop_empty: boxes without an area inside the image are left out before suppression.
     """
     detections = []

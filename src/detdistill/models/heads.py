@@ -15,8 +15,9 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, roi_align
 from torchvision.ops._utils import convert_boxes_to_roi_format
+from torchvision.ops.poolers import LevelMapper
 
 from detdistill.config import Convention, UserError
 from detdistill.models.backbones import group_norm_of
@@ -244,17 +245,30 @@ def select_candidates(scores_PQ: Tensor, threshold: float, limit: int) -> tuple[
     return scores_M, kept // scores_PQ.shape[1], kept % scores_PQ.shape[1]
 
 
+def best_scores(scores_NPQ: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``limit`` scores of each image: scores falling, places in P, labels in Q; each (N, M)."""
+    _, places, classes = scores_NPQ.shape
+    scores_NM, index_NM = scores_NPQ.flatten(1).topk(min(limit, places * classes))
+    return scores_NM, torch.div(index_NM, classes, rounding_mode="floor"), index_NM % classes
+
+
 def best_detections(
     boxes_M4: Tensor,
     scores_M: Tensor,
     labels_M: Tensor,
-    nms_threshold: float,
+    nms_threshold: float | None,
     limit: int,
     size: Sequence[int],
     original_size: Sequence[int],
 ) -> Detections:
-    """Suppression by class, the best ``limit``, boxes from network input to the original image's pixels."""
-    kept = batched_nms(boxes_M4, scores_M, labels_M, nms_threshold)[:limit]
+    """Suppression by class, the best ``limit``, boxes from network input to the original image's pixels.
+
+    Without a threshold nothing is suppressed.
+    """
+    if nms_threshold is None:
+        kept = scores_M.argsort(descending=True, stable=True)[:limit]
+    else:
+        kept = batched_nms(boxes_M4, scores_M, labels_M, nms_threshold)[:limit]
     boxes = in_original_pixels(boxes_M4[kept], size, original_size)
     return {"boxes": boxes, "labels": labels_M[kept], "scores": scores_M[kept]}
 
@@ -263,6 +277,13 @@ def in_original_pixels(boxes_M4: Tensor, size: Sequence[int], original_size: Seq
     """Boxes from network input, in which the image has ``size``, to pixels of the image as it was given."""
     ratio_y, ratio_x = original_size[0] / size[0], original_size[1] / size[1]
     return boxes_M4 * boxes_M4.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+
+
+def clip_to_image(boxes_M4: Tensor, size: Sequence[int] | Tensor) -> Tensor:
+    """Boxes within an image of (height, width); in a graph the size is a tensor (2,)."""
+    if isinstance(size, Tensor):
+        return boxes_M4.clamp(min=0).minimum(size.flip(0).repeat(2))
+    return clip_boxes_to_image(boxes_M4, (size[0], size[1]))
 
 
 def region_pool(strides: Iterable[int], side: int, convention: Convention) -> nn.Module:
@@ -287,10 +308,7 @@ class AlignedRoIAlign(nn.Module):
 
     def forward(self, maps: Mapping[str, Tensor], regions: list[Tensor], sizes: object) -> Tensor:
         rois_R5 = convert_boxes_to_roi_format(regions)
-        # A region is for the level of a fourteenth of its side, rounded down: 224 pixels for stride 16.
-        side_R = (rois_R5[:, 3:] - rois_R5[:, 1:3]).prod(dim=1).sqrt()
-        level_R = torch.log2(side_R / (14 * int(self.strides[0])) + 1e-6)
-        level_R = level_R.floor().clamp(0, len(self.strides) - 1)
+        level_R = self.levels(rois_R5)
         first = maps[self.strides[0]]
         pooled_RCSS = first.new_zeros(len(rois_R5), first.shape[1], self.side, self.side)
         for level, stride in enumerate(self.strides):
@@ -300,6 +318,12 @@ class AlignedRoIAlign(nn.Module):
             )
             pooled_RCSS = pooled_RCSS.index_copy(0, at, pooled.to(first.dtype))
         return pooled_RCSS
+
+    def levels(self, rois_R5: Tensor) -> Tensor:
+        """(R,): a region is for the level of a fourteenth of its side, rounded down: 224 pixels, stride 16."""
+        side_R = (rois_R5[:, 3:] - rois_R5[:, 1:3]).prod(dim=1).sqrt()
+        level_R = torch.log2(side_R / (14 * int(self.strides[0])) + 1e-6)
+        return level_R.floor().clamp(0, len(self.strides) - 1)
 
 
 def pool_regions(pool: nn.Module, pyramid: Pyramid, regions: list[Tensor], batch: Batch) -> Tensor:
@@ -312,4 +336,25 @@ def pool_regions(pool: nn.Module, pyramid: Pyramid, regions: list[Tensor], batch
     """
     # The padded size, of which every level is an exact fraction, tells the pooling each level's stride.
     maps = {str(stride): x for stride, x in pyramid.items()}
+    if torch.compiler.is_exporting():
+        return _pool_all_levels(pool, maps, regions)
     return pool(maps, regions, [batch.padded_size] * len(regions))
+
+
+def _pool_all_levels(pool: nn.Module, maps: Mapping[str, Tensor], regions: list[Tensor]) -> Tensor:
+    """The same for a graph: how many regions a level has must change no shape, so each is pooled from all."""
+    rois_R5 = convert_boxes_to_roi_format(regions)
+    if isinstance(pool, AlignedRoIAlign):
+        strides, level_R = pool.strides, pool.levels(rois_R5)
+        side, samples, aligned = pool.side, 0, True
+    else:
+        assert isinstance(pool, MultiScaleRoIAlign)
+        strides = tuple(pool.featmap_names)
+        powers = [int(stride).bit_length() - 1 for stride in strides]
+        level_R = LevelMapper(powers[0], powers[-1], pool.canonical_scale, pool.canonical_level)(regions)
+        side, samples, aligned = pool.output_size[0], pool.sampling_ratio, False
+    pooled_RCSS = rois_R5.new_zeros(())
+    for level, stride in enumerate(strides):
+        here = roi_align(maps[stride], rois_R5, side, 1 / int(stride), samples, aligned)
+        pooled_RCSS = torch.where((level_R == level)[:, None, None, None], here, pooled_RCSS)
+    return pooled_RCSS

@@ -16,17 +16,27 @@ from torchvision.ops import clip_boxes_to_image
 
 from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid
-from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
+from detdistill.models.base import (
+    Batch,
+    Candidates,
+    DenseRaw,
+    Detections,
+    ExportableDetector,
+    Preprocess,
+    Pyramid,
+    Raw,
+)
 from detdistill.models.heads import (
     DenseHead,
     best_detections,
+    best_scores,
     flatten_maps,
     level_anchors,
     select_candidates,
 )
 
 
-class OneStage(Detector):
+class OneStage(ExportableDetector):
     """Backbone, neck and dense head. A family adds its losses, its scores and its encoding of boxes.
 
     Attributes:
@@ -107,6 +117,29 @@ class OneStage(Detector):
         encoded_NPE = torch.cat(flatten_maps(raw.box.values(), self.head.box_width), dim=1)
         return self.decode_boxes(encoded_NPE, torch.cat(self.anchors(raw.cls, batch)))
 
+    @property
+    def drop_empty(self) -> bool:  # type: ignore[override]
+        return self.convention != "torchvision"
+
+    def candidates(self, batch: Batch) -> Candidates:
+        """The best of each level, one level after the other."""
+        raw = self.predict(self.pyramid(batch), batch)
+        encoded = flatten_maps(raw.box.values(), self.head.box_width)
+        factors = self.score_factors(raw)
+        found = []
+        for level, (scores_NPQ, encoded_NPE, anchors_P4) in enumerate(
+            zip(self.scores(raw), encoded, self.anchors(raw.cls, batch), strict=True)
+        ):
+            scores, at, labels = best_scores(scores_NPQ, self.topk_candidates)
+            kept = scores > self.score_threshold
+            if factors is not None:
+                scores = scores * factors[level].gather(1, at)
+            boxes = self.decode_boxes(
+                encoded_NPE.gather(1, at[..., None].expand(-1, -1, encoded_NPE.shape[2])), anchors_P4[at]
+            )
+            found.append((boxes, torch.where(kept, scores, 0.0), labels))
+        return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, DenseRaw)
         levels = list(
@@ -130,7 +163,7 @@ class OneStage(Detector):
                 boxes = self.decode_boxes(encoded_NPE[i][at], anchors_P4[at])
                 found.append((clip_boxes_to_image(boxes, size), scores, labels))
             boxes, scores, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-            if self.convention != "torchvision":
+            if self.drop_empty:
                 solid = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
                 boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
             detections.append(

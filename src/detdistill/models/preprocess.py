@@ -142,11 +142,14 @@ class Preprocess:
         height, width = (max(1, round(side * zoom / self.divisor)) * self.divisor for side in self.size)
         return height, width
 
+    def canvas(self, images: Sequence[Tensor]) -> tuple[int, int]:
+        """(height, width) of the padded batch that these resized images share."""
+        sides = (max(image.shape[axis] for image in images) for axis in (-2, -1))
+        height, width = (-(-side // self.divisor) * self.divisor for side in sides)
+        return height, width
+
     def _pad(self, images: Sequence[Tensor]) -> Tensor:
-        height = max(image.shape[-2] for image in images)
-        width = max(image.shape[-1] for image in images)
-        height, width = (-(-side // self.divisor) * self.divisor for side in (height, width))
-        padded = images[0].new_full((len(images), 3, height, width), self.fill)
+        padded = images[0].new_full((len(images), 3, *self.canvas(images)), self.fill)
         for row, image in zip(padded, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]].copy_(image)
         return padded

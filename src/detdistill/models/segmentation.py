@@ -190,7 +190,7 @@ class EncoderDecoder(Segmenter):
             seen = (..., slice(top, top + side), slice(left, left + side))
             part = replace(batch, images_N3HW=batch.images_N3HW[seen], targets=None)
             raw = self.predict(self.pyramid(part), part)
-            total_NQHW[seen] += _resize(raw.logits_NQHW, part.padded_size)
+            total_NQHW[seen] += resize_logits(raw.logits_NQHW, part.padded_size)
             views_HW[seen] += 1
         return total_NQHW / views_HW
 
@@ -209,8 +209,8 @@ def label_maps(raw: SegmentationRaw, batch: Batch) -> list[Detections]:
     """The likeliest class of each pixel of the original images."""
     maps = []
     for logits_QHW, size, original in zip(raw.logits_NQHW, batch.sizes, batch.original_sizes, strict=True):
-        logits_QHW = _resize(logits_QHW[None], batch.padded_size)[0, :, : size[0], : size[1]]
-        maps.append({"semantic": _resize(logits_QHW[None], original)[0].argmax(dim=0)})
+        logits_QHW = resize_logits(logits_QHW[None], batch.padded_size)[0, :, : size[0], : size[1]]
+        maps.append({"semantic": resize_logits(logits_QHW[None], original)[0].argmax(dim=0)})
     return maps
 
 
@@ -220,7 +220,7 @@ def _starts(length: int, side: int, stride: int) -> list[int]:
     return [*range(0, last, stride), last]
 
 
-def _resize(x_NQHW: Tensor, size: Sequence[int]) -> Tensor:
+def resize_logits(x_NQHW: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear, in float32."""
     if x_NQHW.shape[-2:] == torch.Size(size):
         return x_NQHW.float()
@@ -230,7 +230,7 @@ def _resize(x_NQHW: Tensor, size: Sequence[int]) -> Tensor:
 def _cross_entropy(logits_NQHW: Tensor, labels_NHW: Tensor) -> Tensor:
     """Summed over the labelled pixels, in float32."""
     with torch.autocast(logits_NQHW.device.type, enabled=False):
-        logits_NQHW = _resize(logits_NQHW, labels_NHW.shape[-2:])
+        logits_NQHW = resize_logits(logits_NQHW, labels_NHW.shape[-2:])
         return F.cross_entropy(logits_NQHW, labels_NHW, ignore_index=UNLABELLED, reduction="sum")
 
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import nms
 
 from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import DenseRaw, Preprocess, Pyramid
-from detdistill.models.heads import ExactAnchors, check_convention, init_head, tower
+from detdistill.models.heads import (
+    ExactAnchors,
+    check_convention,
+    clip_to_image,
+    flatten_maps,
+    init_head,
+    tower,
+)
 
 RATIOS = (0.5, 1.0, 2.0)
+RPN_NMS_THRESHOLD = 0.7
+LEAST_PROPOSAL = 1e-3  # pixels of network input: smaller boxes are no proposals
 
 
 class RPNHead(nn.Module):
@@ -93,3 +105,30 @@ def build_parts(
         rpn_samples=rpn_samples,
         roi_samples=roi_samples,
     )
+
+
+def best_anchors(
+    rpn: DenseRaw, anchors: Sequence[Tensor], coder: BoxCoder, limit: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each level the best anchors' boxes (N, M, 4), not clipped, and their scores (N, M), falling."""
+    found = []
+    maps = zip(flatten_maps(rpn.cls.values(), 1), flatten_maps(rpn.box.values(), 4), anchors, strict=True)
+    for logits_NP1, deltas_NP4, anchors_P4 in maps:
+        top_NM, at_NM = logits_NP1.squeeze(2).topk(min(limit, len(anchors_P4)), dim=1)
+        deltas_NM4 = deltas_NP4.gather(1, at_NM[..., None].expand(-1, -1, 4))
+        decoded = coder.decode_single(deltas_NM4.flatten(0, 1), anchors_P4[at_NM].flatten(0, 1))
+        found.append((decoded.view_as(deltas_NM4), top_NM.sigmoid()))
+    return found
+
+
+def suppress_proposals(
+    boxes_1M4: Tensor, scores_1M: Tensor, size: Sequence[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """A level's proposals of one image, clipped, and their scores: -1 of those that others suppress."""
+    boxes_M4, scores_M = clip_to_image(boxes_1M4[0], size), scores_1M[0]
+    solid_M = (boxes_M4[:, 2:] - boxes_M4[:, :2] >= LEAST_PROPOSAL).all(dim=1)
+    # Boxes of no size suppress nothing, and come last.
+    scores_M = torch.where(solid_M, scores_M, -1.0)
+    kept = nms(boxes_M4, scores_M, RPN_NMS_THRESHOLD)
+    kept_M = torch.zeros_like(solid_M).scatter(0, kept, torch.ones_like(kept, dtype=torch.bool)) & solid_M
+    return boxes_M4, torch.where(kept_M, scores_M, -1.0)
