@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from detdistill.config import UserError, parse_recipe
+from detdistill.experiments.evaluate import evaluate
 from detdistill.experiments.export import export
-from detdistill.models import Detector, build_model, cascade_mask_rcnn, mask_rcnn
+from detdistill.models import Detector, build_model
 from detdistill.models.exported import load_onnx
 from detdistill.models.graph import letterbox_of
 from detdistill.models.wrapped import wrap
@@ -50,10 +51,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("faster_rcnn", {"convention": "mmdet", "nms_threshold": 0.3}),
         ("cascade_rcnn", {"strides": (8, 16, 32, 64)}),
         ("cascade_rcnn", {"convention": "mmdet", "strides": (8, 16)}),
+        ("mask_rcnn", {"max_detections": 40}),
+        ("cascade_mask_rcnn", {"convention": "mmdet", "strides": (8, 16)}),
         ("rtdetr_v2", {"score_threshold": 0.3}),
         ("d_fine", {"max_detections": 30}),
     ],
-    ids=["faster", "faster-mmdet", "cascade", "cascade-mmdet", "rtdetr_v2", "d_fine"],
+    ids=["faster", "faster-mmdet", "cascade", "cascade-mmdet", "mask", "cascade-mask", "rtdetr_v2", "d_fine"],
 )
 def test_every_family_detects_what_pytorch_does(
     family: str, options: dict[str, object], folder: Path, tmp_path: Path
@@ -67,7 +70,10 @@ def test_every_family_detects_what_pytorch_does(
     onnx.checker.check_model(str(done.path))
     facts = json.loads((tmp_path / "x.json").read_text())
     assert facts["needs_sizes"] == (family not in DETRS)
-    assert (facts["nms_threshold"] is None) == (family in DETRS)
+    masks = "mask" in family
+    assert (facts["nms_threshold"] is None) == (masks or family in DETRS)
+    assert facts["mask_convention"] == (options.get("convention", "torchvision") if masks else None)
+    assert done.agreement.mask_overlap == (pytest.approx(1, abs=1e-3) if masks else None)
 
 
 def test_proposals_end_where_the_image_does(folder: Path, tmp_path: Path) -> None:
@@ -93,6 +99,19 @@ def test_images_of_a_batch_go_through_the_graph_one_by_one(folder: Path, tmp_pat
             torch.testing.assert_close(ours["labels"], theirs["labels"])
 
 
+def test_masks_are_measured_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path))
+    data = {"format": "digits", "train_size": 2, "val_size": 4, "image_size": 64}
+    section = {"family": "mask_rcnn", "backbone": "mobilenetv3_small_050", "channels": 8, "strides": (8, 16)}
+    recipe = parse_recipe({"data": data, "student": {**section, "score_threshold": 0.0}})
+    model = build_model(recipe.student, [str(digit) for digit in range(10)]).eval()
+    path = export(model, tmp_path / "x.onnx", size=(64, 64)).path
+    ours, theirs = (evaluate(each, recipe, workers=0, device="cpu") for each in (path, model))
+    assert sum(map(len, theirs.masks)) > 0
+    assert [len(masks) for masks in ours.masks] == [len(masks) for masks in theirs.masks]
+    assert pytest.approx(theirs.coco_masks.AP, abs=1e-4) == ours.coco_masks.AP
+
+
 def test_a_program_of_torch_export(folder: Path, tmp_path: Path) -> None:
     model = detector("faster_rcnn", strides=(8, 16))
     done = export(model, tmp_path / "x.pt2", size=SIZE, check=folder)
@@ -101,10 +120,6 @@ def test_a_program_of_torch_export(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_told_with_what_can(tmp_path: Path) -> None:
-    options = {"num_classes": 2, "channels": 8, "strides": (16, 32)}
-    for build in (mask_rcnn, cascade_mask_rcnn):
-        with pytest.raises(UserError, match=r"because of its masks: keep its \.safetensors file, or train a"):
-            export(build("mobilenetv3_small_050", **options), tmp_path / "x.onnx", size=SIZE)
     for family in ("faster_rcnn", "d_fine"):
         with pytest.raises(UserError, match="one image at a time: leave out --dynamic-batch"):
             export(detector(family), tmp_path / "x.onnx", size=SIZE, dynamic_batch=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,6 @@ from detdistill.models.base import Detections, Model, Preprocess
 from detdistill.models.exported import (
     INPUTS,
     METADATA_KEY,
-    OUTPUTS,
     DetectorFacts,
     ExportedDetector,
     ExportedSegmenter,
@@ -32,7 +32,9 @@ from detdistill.models.exported import (
     exported_model,
     import_for_export,
     load_onnx,
+    output_names,
 )
+from detdistill.models.faster_rcnn import FasterRCNN
 from detdistill.models.graph import DetectionGraph, SegmentationGraph, graph_of, letterbox_of
 from detdistill.models.weights import STUDENT_FILE
 
@@ -53,6 +55,7 @@ class Agreement:
             PIXELS and SCORE; 1 where neither finds anything.
         box_difference: largest difference, in pixels of the images, of a coordinate of equal detections.
         score_difference: theirs.
+        mask_overlap: mean IoU of their masks, of a detector with masks; else None.
     """
 
     images: int
@@ -60,6 +63,11 @@ class Agreement:
     equal: float
     box_difference: float
     score_difference: float
+    mask_overlap: float | None = None
+
+    @property
+    def good(self) -> bool:
+        return self.equal >= EQUAL and (self.mask_overlap is None or self.mask_overlap >= EQUAL)
 
     def __str__(self) -> str:
         if self.detections == 0:
@@ -67,6 +75,7 @@ class Agreement:
         return (
             f"{self.equal:.1%} of {self.detections} detections in {self.images} images are equal; "
             f"largest difference {self.box_difference:.2g} pixels, {self.score_difference:.2g} in score"
+            + ("" if self.mask_overlap is None else f"; masks overlap by {self.mask_overlap:.2%}")
         )
 
 
@@ -84,6 +93,10 @@ class PixelAgreement:
     pixels: int
     equal: float
     classes: int
+
+    @property
+    def good(self) -> bool:
+        return self.equal >= EQUAL
 
     def __str__(self) -> str:
         return (
@@ -150,7 +163,7 @@ def export(
         write = _write_onnx if path.suffix == ONNX else _write_program
         exported = write(_traced(graph, size, dynamic_batch), facts, dynamic_batch, temporary)
         agreement = compare(model, exported, _check_images(check, size))
-        if agreement.equal < EQUAL:
+        if not agreement.good:
             raise UserError(
                 f"{path}: not written: only {agreement.equal:.1%} of what it finds is PyTorch's; "
                 f"please report it with the versions that `detdistill --version` prints"
@@ -205,13 +218,15 @@ def _facts(graph: DetectionGraph | SegmentationGraph, size: tuple[int, int]) -> 
     if isinstance(graph, SegmentationGraph):
         return SegmenterFacts(**shared)
     model = graph.model
+    with_masks = isinstance(model, FasterRCNN) and model.mask_branch is not None
     return DetectorFacts(
         **shared,
         score_threshold=model.score_threshold,
-        nms_threshold=model.nms_threshold,
+        nms_threshold=None if with_masks else model.nms_threshold,  # then it has been done in the graph
         max_detections=model.max_detections,
         drop_empty=model.drop_empty,
         needs_sizes=graph.needs_sizes,
+        mask_convention=model.convention if with_masks else None,
     )
 
 
@@ -240,7 +255,7 @@ def _write_onnx(
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            traced, input_names=list(INPUTS[: 1 + takes_sizes]), output_names=list(OUTPUTS[facts.task]),
+            traced, input_names=list(INPUTS[: 1 + takes_sizes]), output_names=output_names(facts),
             opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
     assert program is not None
@@ -282,16 +297,29 @@ def compare(
 
 def _compare_detections(model: Model, exported: ExportedDetector, images: Sequence[Tensor]) -> Agreement:
     found = total = detections = 0
-    boxes, scores = [0.0], [0.0]
+    boxes, scores, overlaps = [0.0], [0.0], []
     for image in images:
         (ours,), (theirs,) = exported([image]), model([image])
-        here, there, box, score = _equal(theirs, ours)
-        found += here + there
+        pairs, equal = _equal(theirs, ours)
+        found += equal
         total += len(theirs["scores"]) + len(ours["scores"])
         detections += len(theirs["scores"])
-        boxes.append(box)
-        scores.append(score)
-    return Agreement(len(images), detections, found / total if total else 1.0, max(boxes), max(scores))
+        for i, j in pairs:
+            boxes.append(float((theirs["boxes"][i] - ours["boxes"][j]).abs().max()))
+            scores.append(float((theirs["scores"][i] - ours["scores"][j]).abs()))
+            if "masks" in theirs:
+                overlaps.append(_overlap(theirs["masks"][i], ours["masks"][j]))
+    return Agreement(
+        len(images), detections, found / total if total else 1.0, max(boxes), max(scores),
+        statistics.mean(overlaps) if overlaps else None,
+    )  # fmt: skip
+
+
+def _overlap(first: Tensor, second: Tensor) -> float:
+    """IoU of two masks of probabilities; 1 where both are empty."""
+    first, second = first > 0.5, second > 0.5
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
 
 
 def _compare_pixels(model: Model, exported: ExportedSegmenter, images: Sequence[Tensor]) -> PixelAgreement:
@@ -321,26 +349,19 @@ def _at_size(model: Model, size: tuple[int, int]) -> Iterator[None]:
         model.preprocessor = own
 
 
-def _equal(first: Detections, second: Detections) -> tuple[int, int, float, float]:
-    """Detections of either side that the other has, and how far these are off in boxes and in scores."""
-    if not len(first["scores"]) or not len(second["scores"]):
-        return 0, 0, 0.0, 0.0
+def _equal(first: Detections, second: Detections) -> tuple[list[tuple[int, int]], int]:
+    """(place in the first, nearest in the second) of equal detections; and how many, of both, have an equal."""
     box_KL = (first["boxes"][:, None] - second["boxes"]).abs().amax(dim=2)
     score_KL = (first["scores"][:, None] - second["scores"]).abs()
     equal_KL = (box_KL <= PIXELS) & (score_KL <= SCORE) & (first["labels"][:, None] == second["labels"])
     if not equal_KL.any():
-        return 0, 0, 0.0, 0.0
+        return [], 0
     # Of several that are near enough, the nearest: the next anchor's box is no difference.
     apart_KL = torch.where(equal_KL, box_KL / PIXELS + score_KL / SCORE, float("inf"))
-    nearest_K1 = apart_KL.argmin(dim=1, keepdim=True)
+    nearest_K = apart_KL.argmin(dim=1).tolist()
     has_K = equal_KL.any(dim=1)
-    box_K, score_K = (difference.gather(1, nearest_K1).squeeze(1) for difference in (box_KL, score_KL))
-    return (
-        int(has_K.sum()),
-        int(equal_KL.any(dim=0).sum()),
-        float(box_K[has_K].max()),
-        float(score_K[has_K].max()),
-    )
+    pairs = [(i, nearest_K[i]) for i in has_K.nonzero().flatten().tolist()]
+    return pairs, int(has_K.sum()) + int(equal_KL.any(dim=0).sum())
 
 
 def _check_images(folder: str | Path | None, size: tuple[int, int]) -> list[Tensor]:

@@ -182,7 +182,7 @@ class Model(nn.Module, ABC):
         pyramid_channels: ``{stride: channels}`` of what ``pyramid`` returns.
         pyramid_norms: ``{stride: BatchNorm}`` of the levels whose map is the very output of a BatchNorm; none
             unless a model says so.
-        needs_masks: whether it learns from the targets' ``masks``.
+        needs_masks: whether it learns from the targets' ``masks``; its detections have masks, too.
         spec: how to build this model again (what a student file records), or None.
         opaque: whether its raw predictions have a form of their own, which no method can compare.
         can_learn: whether it has losses.
@@ -190,7 +190,7 @@ class Model(nn.Module, ABC):
 
     task: ClassVar[Task]
     kind: Kind | None = None
-    needs_masks: ClassVar[bool] = False
+    needs_masks: bool = False
     classes: tuple[str, ...]
     preprocessor: Preprocess
     pyramid_channels: dict[int, int]
@@ -276,11 +276,14 @@ class Candidates(NamedTuple):
         boxes_NM4: float32 xyxy in pixels of the input, perhaps not clipped.
         scores_NM: float32; 0 where a candidate's class score is not above the detector's threshold.
         labels_NM: int64.
+        masks_NMSS: of a detector with masks, float32 in [0, 1]: each within its box; else None. Suppression by
+            class has then been done: to draw all that it leaves out would cost too much.
     """
 
     boxes_NM4: Tensor
     scores_NM: Tensor
     labels_NM: Tensor
+    masks_NMSS: Tensor | None = None
 
 
 class ExportableDetector(Detector):

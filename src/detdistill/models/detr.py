@@ -170,7 +170,7 @@ class DETR(ExportableDetector):
 
     def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
         assert isinstance(raw, QueryRaw)
-        boxes_NM4, scores_NM, labels_NM = self._best(raw, batch)
+        boxes_NM4, scores_NM, labels_NM, _ = self._best(raw, batch)
         detections = []
         for i, (size, original) in enumerate(zip(batch.sizes, batch.original_sizes, strict=True)):
             kept = scores_NM[i] > 0

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from detdistill.config import UserError
+from detdistill.config import Convention, UserError
 from detdistill.models.base import (
     Batch,
     Candidates,
@@ -32,7 +32,6 @@ from detdistill.models.graph import Letterbox, suppress
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")
-OUTPUTS = {"detection": ("boxes", "scores", "labels"), "segmentation": ("labels",)}
 INSTALL = 'pip install "detdistill[export]"'
 
 
@@ -69,6 +68,7 @@ class DetectorFacts(ExportFacts):
         max_detections: of an image.
         drop_empty: boxes without an area inside the image are left out before it.
         needs_sizes: the graph also takes ``sizes``: (height, width) of what is image in its input.
+        mask_convention: whose way ``masks``, a further output, are laid into the image; None: there are none.
     """
 
     task: Literal["detection"] = "detection"
@@ -77,6 +77,7 @@ class DetectorFacts(ExportFacts):
     max_detections: int
     drop_empty: bool
     needs_sizes: bool = False
+    mask_convention: Convention | None = None
 
 
 class SegmenterFacts(ExportFacts):
@@ -89,6 +90,13 @@ FACTS: TypeAdapter[DetectorFacts | SegmenterFacts] = TypeAdapter(DetectorFacts |
 
 Graph = Callable[..., Sequence[Tensor]]
 """(N, 3, H, W) float32 RGB, 0…255, and perhaps (N, 2) float32 sizes, to the outputs of its task."""
+
+
+def output_names(facts: DetectorFacts | SegmenterFacts) -> list[str]:
+    """Of the graph's outputs, in their order."""
+    if isinstance(facts, SegmenterFacts):
+        return ["labels"]
+    return ["boxes", "scores", "labels", *["masks"] * (facts.mask_convention is not None)]
 
 
 class _Exported(Model):
@@ -149,6 +157,7 @@ class ExportedDetector(_Exported, Detector):
     def __init__(self, facts: DetectorFacts, graph: Graph, *, any_batch: bool) -> None:
         super().__init__(facts, graph, any_batch=any_batch)
         self.facts = facts
+        self.needs_masks = facts.mask_convention is not None
 
     def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
         inputs = [batch.images_N3HW.cpu()]
@@ -165,6 +174,7 @@ class ExportedDetector(_Exported, Detector):
             nms_threshold=facts.nms_threshold,
             max_detections=facts.max_detections,
             drop_empty=facts.drop_empty,
+            mask_convention=facts.mask_convention,
         )
 
 
@@ -234,7 +244,7 @@ def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector | Exported
 
     def run(*inputs: Tensor) -> list[Tensor]:
         named = {name: x.numpy() for name, x in zip(INPUTS, inputs, strict=False)}
-        return [torch.from_numpy(part) for part in session.run(OUTPUTS[facts.task], named)]
+        return [torch.from_numpy(part) for part in session.run(output_names(facts), named)]
 
     return exported_model(facts, run, any_batch=not isinstance(session.get_inputs()[0].shape[0], int))
 

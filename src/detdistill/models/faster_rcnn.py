@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
@@ -44,12 +44,15 @@ from detdistill.models.heads import (
     match_boxes,
     pool_regions,
     region_pool,
+    suppressed,
     take_objects,
 )
 from detdistill.models.masks import MaskBranch, crop_masks, mask_loss, paste_masks
 from detdistill.models.two_stage import (
     LEAST_PROPOSAL,
+    POOLED,
     RPN_NMS_THRESHOLD,
+    RoIHead,
     TwoStageParts,
     best_anchors,
     build_parts,
@@ -58,48 +61,8 @@ from detdistill.models.two_stage import (
 
 BETA = 1 / 9  # where smooth L1 turns from a parabola into a line
 RPN_LIMIT = {True: 2000, False: 1000}  # proposals, in training and not: of a level before, of an image after
-POOLED = 7  # cells of a pooled region
 LEAST_SIDE = 1e-2  # pixels of network input: smaller boxes are no detections
 CANDIDATES = 2000  # of an image, in a graph
-
-
-class RoIHead(nn.Module):
-    """Two linear layers over the pooled region, then Q + 1 classes and a box for each.
-
-    Args:
-        channels: of the pyramid.
-        num_classes: without the background.
-        iou: a proposal answers for the object that it overlaps by so much, else for the background.
-        box_stds: what the four box deltas are divided by.
-        class_agnostic: one box for all classes; it is given out Q + 1 times.
-        convention: whose way boxes are encoded in.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        num_classes: int,
-        *,
-        iou: float = 0.5,
-        box_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2),
-        class_agnostic: bool = False,
-        convention: Convention = "torchvision",
-    ) -> None:
-        super().__init__()
-        width = 4 * channels  # 1024 at 256 channels; a narrow pyramid gets a head in proportion
-        self.fc6 = nn.Linear(channels * POOLED**2, width)
-        self.fc7 = nn.Linear(width, width)
-        self.cls = nn.Linear(width, num_classes + 1)
-        self.box = nn.Linear(width, 4 if class_agnostic else 4 * (num_classes + 1))
-        self.iou = iou
-        x, y, w, h = box_stds
-        self.coder = box_coder((1 / x, 1 / y, 1 / w, 1 / h), convention)
-        self.class_agnostic = class_agnostic
-
-    def forward(self, pooled_RC77: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu(self.fc7(F.relu(self.fc6(pooled_RC77.flatten(1)))))
-        logits_RQ, deltas = self.cls(x), self.box(x)
-        return logits_RQ, deltas.repeat(1, logits_RQ.shape[1]) if self.class_agnostic else deltas
 
 
 class Sample(NamedTuple):
@@ -235,7 +198,15 @@ class FasterRCNN(ExportableDetector):
         solid_RQ = (boxes_RQ4[..., 2:] - boxes_RQ4[..., :2] >= LEAST_SIDE).all(dim=2)
         kept_RQ = solid_RQ & (scores_RQ > self.score_threshold) & (scores_R >= 0)[:, None]
         scores_1M, rows_1M, labels_1M = best_scores(torch.where(kept_RQ, scores_RQ, 0.0)[None], CANDIDATES)
-        return Candidates(boxes_RQ4[rows_1M, labels_1M], scores_1M, labels_1M)
+        found = Candidates(boxes_RQ4[rows_1M, labels_1M], scores_1M, labels_1M)
+        if self.mask_branch is None:
+            return found
+        assert self.nms_threshold is not None
+        found = suppressed(found, self.nms_threshold, self.max_detections)
+        boxes_and_labels = [{"boxes": found.boxes_NM4[0], "labels": found.labels_NM[0]}]
+        assert raw.pyramid is not None
+        (masks_MSS,) = self.mask_branch.probabilities(raw.pyramid, boxes_and_labels, batch)
+        return found._replace(masks_NMSS=masks_MSS[None])
 
     @torch.no_grad()
     def _sample(self, head: RoIHead, proposals_R4: Tensor, target: Target) -> Sample:

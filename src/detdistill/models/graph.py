@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detdistill.config import UserError
+from detdistill.config import Convention, UserError
 from detdistill.models.base import Batch, Candidates, Detections, ExportableDetector, Model, Preprocess
 from detdistill.models.heads import best_detections
+from detdistill.models.masks import paste_masks
 from detdistill.models.segmentation import EncoderDecoder, resize_logits
 
 
@@ -92,8 +93,10 @@ class DetectionGraph(ModelGraph):
         super().__init__(model)
         self.needs_sizes, self.any_batch = model.needs_sizes, model.any_batch
 
-    def forward(self, images_N3HW: Tensor, sizes_N2: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of :class:`Candidates`; a plain tuple, as a program is opened where detdistill is not.
+    def forward(self, images_N3HW: Tensor, sizes_N2: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The fields of :class:`Candidates`, without None.
+
+        A plain tuple: a program of torch.export is to be opened where detdistill is not.
 
         Args:
             images_N3HW: RGB, 0…255, all of one size.
@@ -101,8 +104,7 @@ class DetectionGraph(ModelGraph):
         """
         sizes: Any = [] if sizes_N2 is None else list(sizes_N2)
         batch = Batch(self.normalised(images_N3HW), sizes, [], None)
-        boxes_NM4, scores_NM, labels_NM = self.model.candidates(batch)
-        return boxes_NM4, scores_NM, labels_NM
+        return tuple(part for part in self.model.candidates(batch) if part is not None)
 
 
 class SegmentationGraph(ModelGraph):
@@ -121,18 +123,13 @@ def graph_of(model: Model) -> DetectionGraph | SegmentationGraph:
     """The graph of a model.
 
     Raises:
-        UserError: it has no outputs of a fixed size, or has masks.
+        UserError: it has no outputs of a fixed size.
     """
     family = (model.spec or {}).get("model", {}).get("family", type(model).__name__)
     if isinstance(model, EncoderDecoder):
         return SegmentationGraph(model)
     if not isinstance(model, ExportableDetector):
         raise UserError(f"a {family} cannot be exported: train a student of a family from here instead")
-    if model.needs_masks:
-        raise UserError(
-            f"a {family} cannot be exported yet, because of its masks: keep its .safetensors file, or "
-            "train a faster_rcnn or cascade_rcnn, which have boxes alone"
-        )
     return DetectionGraph(model)
 
 
@@ -143,6 +140,7 @@ def suppress(
     nms_threshold: float | None,
     max_detections: int,
     drop_empty: bool,
+    mask_convention: Convention | None = None,
 ) -> list[Detections]:
     """What stays outside of the graph: detections in pixels of the original images.
 
@@ -152,24 +150,28 @@ def suppress(
         nms_threshold: of suppression by class; None: there is none.
         max_detections: of an image.
         drop_empty: boxes without an area inside the image are left out before suppression.
+        mask_convention: whose way masks are laid into the image, where there are any.
     """
     detections = []
     for i, (size, original_size) in enumerate(zip(batch.sizes, batch.original_sizes, strict=True)):
-        boxes_M4, scores_M, labels_M = (part[i] for part in candidates)
+        boxes_M4, scores_M, labels_M = (part[i] for part in candidates[:3])
         edge_4 = boxes_M4.new_tensor([size[1], size[0], size[1], size[0]])
         boxes_M4 = boxes_M4.clamp(min=0).minimum(edge_4)
         kept_M = scores_M > 0
         if drop_empty:
             kept_M &= (boxes_M4[:, 2:] > boxes_M4[:, :2]).all(dim=1)
-        detections.append(
-            best_detections(
-                boxes_M4[kept_M],
-                scores_M[kept_M],
-                labels_M[kept_M],
-                nms_threshold,
-                max_detections,
-                size,
-                original_size,
-            )
+        found = best_detections(
+            boxes_M4[kept_M],
+            scores_M[kept_M],
+            labels_M[kept_M],
+            nms_threshold,
+            max_detections,
+            size,
+            original_size,
         )
+        if candidates.masks_NMSS is not None and mask_convention is not None:
+            # Nothing is suppressed any more, and the scores were falling already.
+            masks_KSS = candidates.masks_NMSS[i][kept_M][:max_detections]
+            found["masks"] = paste_masks(masks_KSS, found["boxes"], original_size, mask_convention)
+        detections.append(found)
     return detections

@@ -15,13 +15,13 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, roi_align
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, nms, roi_align
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import LevelMapper
 
 from detdistill.config import Convention, UserError
 from detdistill.models.backbones import group_norm_of
-from detdistill.models.base import Batch, DenseRaw, Detections, Pyramid
+from detdistill.models.base import Batch, Candidates, DenseRaw, Detections, Pyramid
 
 UNMATCHED, IGNORED = -1, -2
 
@@ -271,6 +271,16 @@ def best_detections(
         kept = batched_nms(boxes_M4, scores_M, labels_M, nms_threshold)[:limit]
     boxes = in_original_pixels(boxes_M4[kept], size, original_size)
     return {"boxes": boxes, "labels": labels_M[kept], "scores": scores_M[kept]}
+
+
+def suppressed(candidates: Candidates, nms_threshold: float, limit: int) -> Candidates:
+    """The best ``limit`` candidates of one image after suppression by class; fillers have score 0."""
+    boxes_M4, scores_M, labels_M = (part[0] for part in candidates[:3])
+    apart_M4 = boxes_M4 + (labels_M * (boxes_M4.max() + 1))[:, None]  # boxes of two classes do not touch
+    kept = nms(apart_M4, scores_M, nms_threshold)
+    kept_M = torch.zeros_like(scores_M).scatter(0, kept, torch.ones_like(kept, dtype=scores_M.dtype))
+    best_K, at_K = (scores_M * kept_M).topk(min(limit, len(scores_M)))
+    return Candidates(boxes_M4[None, at_K], best_K[None], labels_M[None, at_K])
 
 
 def in_original_pixels(boxes_M4: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -314,7 +314,7 @@ class TorchvisionFasterRCNN(Detector):
 class TorchvisionMaskRCNN(TorchvisionFasterRCNN):
     """The five steps of a MaskRCNN object."""
 
-    needs_masks: ClassVar[bool] = True
+    needs_masks = True
 
 
 # --- what they share -------------------------------------------------------------------------------------

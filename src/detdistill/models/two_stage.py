@@ -1,4 +1,7 @@
-"""What two-stage detectors have in common: all but their RoI heads."""
+"""The parts of two-stage detectors: the proposals' network, RoI heads, and how proposals are chosen.
+
+Shape legend: N images, P anchors, M proposals of a level, R proposals, Q classes, C channels.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import nms
@@ -16,6 +20,7 @@ from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import DenseRaw, Preprocess, Pyramid
 from detdistill.models.heads import (
     ExactAnchors,
+    box_coder,
     check_convention,
     clip_to_image,
     flatten_maps,
@@ -25,6 +30,7 @@ from detdistill.models.heads import (
 
 RATIOS = (0.5, 1.0, 2.0)
 RPN_NMS_THRESHOLD = 0.7
+POOLED = 7  # cells of a pooled region
 LEAST_PROPOSAL = 1e-3  # pixels of network input: smaller boxes are no proposals
 
 
@@ -44,6 +50,45 @@ class RPNHead(nn.Module):
             cls={stride: self.objectness(x) for stride, x in features.items()},
             box={stride: self.box(x) for stride, x in features.items()},
         )
+
+
+class RoIHead(nn.Module):
+    """Two linear layers over the pooled region, then Q + 1 classes and a box for each.
+
+    Args:
+        channels: of the pyramid.
+        num_classes: without the background.
+        iou: a proposal answers for the object that it overlaps by so much, else for the background.
+        box_stds: what the four box deltas are divided by.
+        class_agnostic: one box for all classes; it is given out Q + 1 times.
+        convention: whose way boxes are encoded in.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        iou: float = 0.5,
+        box_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2),
+        class_agnostic: bool = False,
+        convention: Convention = "torchvision",
+    ) -> None:
+        super().__init__()
+        width = 4 * channels  # 1024 at 256 channels; a narrow pyramid gets a head in proportion
+        self.fc6 = nn.Linear(channels * POOLED**2, width)
+        self.fc7 = nn.Linear(width, width)
+        self.cls = nn.Linear(width, num_classes + 1)
+        self.box = nn.Linear(width, 4 if class_agnostic else 4 * (num_classes + 1))
+        self.iou = iou
+        x, y, w, h = box_stds
+        self.coder = box_coder((1 / x, 1 / y, 1 / w, 1 / h), convention)
+        self.class_agnostic = class_agnostic
+
+    def forward(self, pooled_RC77: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.fc7(F.relu(self.fc6(pooled_RC77.flatten(1)))))
+        logits_RQ, deltas = self.cls(x), self.box(x)
+        return logits_RQ, deltas.repeat(1, logits_RQ.shape[1]) if self.class_agnostic else deltas
 
 
 @dataclass(slots=True)
