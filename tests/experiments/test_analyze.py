@@ -119,13 +119,18 @@ def comparison(folder: Path, metrics: dict[str, dict[str, float]]) -> Path:
             "name": name,
             "runs": {seed: f"{name}/{seed}" for seed in by_seed},
             "metrics": {s: {"AP": ap} for s, ap in by_seed.items()},
+            "overrides": [],
+            "failed": [],
         }
         for name, by_seed in metrics.items()
     ]
     for arm in arms:
         for run in arm["runs"].values():
             make_run(folder / run, 0)
-    content = {"baseline": "none", "metric": "AP", "seeds": [0, 1], "arms": arms}
+    content = {
+        "recipe": "student.yaml", "baseline": "none", "metric": "AP", "seeds": [0, 1], "unequal": [],
+        "arms": arms,
+    }  # fmt: skip
     (folder / "comparison.json").write_text(json.dumps(content))
     return folder
 
@@ -157,7 +162,7 @@ def test_what_cannot_be_analyzed_is_said_in_one_line(runs, tmp_path):
     lonely = comparison(tmp_path / "lonely", {"none": {"0": 0.9}, "ima": {}})
     cases.append((lonely, {}, "no seed was finished"))
     (other / "comparison.json").write_text("[]")
-    cases.append((other, {}, "cannot be read"))
+    cases.append((other, {}, "damaged"))
     for folder, options, message in cases:
         with pytest.raises(UserError, match=message) as error:
             analyze(folder, **options, **CPU)

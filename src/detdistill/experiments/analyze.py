@@ -32,6 +32,7 @@ from detdistill.evaluation.errors import (
     supercategories_of,
     tide_errors,
 )
+from detdistill.experiments.compare import load_comparison
 from detdistill.experiments.evaluate import as_detector, choose_device, open_split
 from detdistill.models.weights import find_weights
 from detdistill.report.gallery import save_differences
@@ -274,20 +275,15 @@ def _kept(run: Path, split: Split, stamp: Mapping[str, str]) -> Found | None:
 
 def _from_comparison(folder: Path) -> tuple[Path, Path]:
     """The baseline's run and the best arm's, of the first seed that it and another arm have finished."""
-    file = folder / "comparison.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        arms, metric = {arm["name"]: arm for arm in content["arms"]}, content["metric"]
-        base = arms.pop(content["baseline"])
-        for seed in map(str, content["seeds"]):
-            values = {name: arm["metrics"].get(seed, {}).get(metric) for name, arm in arms.items()}
-            finished = {name: value for name, value in values.items() if value is not None}
-            if seed in base["runs"] and finished:
-                best = max(finished, key=finished.__getitem__)
-                return folder / base["runs"][seed], folder / arms[best]["runs"][seed]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read ({error!r}); run `detdistill compare` with --table") from error
-    raise UserError(f"{folder}: no seed was finished by {content['baseline']!r} and another arm; go on with it")
+    comparison, runs = load_comparison(folder)
+    base, *others = comparison.arms
+    for seed in comparison.study.seeds:
+        values = {arm.name: arm.points(comparison.metric).get(seed, math.nan) for arm in others}
+        finished = {name: value for name, value in values.items() if math.isfinite(value)}
+        if seed in runs[base.name] and finished:
+            best = max(finished, key=finished.__getitem__)
+            return runs[base.name][seed], runs[best][seed]
+    raise UserError(f"{folder}: no seed was finished by {base.name!r} and another arm; go on with it")
 
 
 def _require_finished(run: Path) -> None:

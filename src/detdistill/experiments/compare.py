@@ -17,8 +17,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from detdistill.config import Recipe, UserError, load_recipe, nearest
 from detdistill.evaluation.paired import Paired, paired
@@ -27,6 +28,12 @@ from detdistill.models.weights import STUDENT_FILE
 from detdistill.training.run_folder import RunFolder, differences, write_atomically
 
 PREEMPTED = 75
+
+Runs = dict[str, dict[int, Path]]
+"""Run folders by arm and seed."""
+
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a file raises that another program, or half a disk, has written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,14 +266,25 @@ def read_comparison(
     known = {key for runs in found.values() for metrics in runs.values() for key in metrics}
     if known and metric not in known:
         raise UserError(f"the runs have no metric {metric!r}; {nearest(metric, known)}")
-    base = Arm(study.baseline, found[study.baseline]).points(metric)
-    arms = []
-    for name, metrics in found.items():
-        arm = Arm(name, metrics)
-        against = paired(arm.points(metric), base) if name != study.baseline else None
-        lost = tuple(seed for seed in study.seeds if (name, seed) in failed)
-        arms.append(Arm(name, metrics, against, lost))
-    return Comparison(study, metric, arms)
+    lost = {name: tuple(seed for seed in study.seeds if (name, seed) in failed) for name in found}
+    return Comparison(study, metric, arms_of(found, metric, lost))
+
+
+def arms_of(
+    numbers: Mapping[str, dict[int, dict[str, float]]],
+    metric: str,
+    failed: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> list[Arm]:
+    """Arms with their difference to the first.
+
+    Args:
+        numbers: by arm and seed.
+        metric: what they are compared by.
+        failed: each arm's seeds that could not be trained.
+    """
+    base, *others = (Arm(name, metrics, None, failed.get(name, ())) for name, metrics in numbers.items())
+    points = base.points(metric)
+    return [base, *(replace(arm, paired=paired(arm.points(metric), points)) for arm in others)]
 
 
 def _write(comparison: Comparison) -> None:
@@ -308,6 +326,45 @@ def write_comparison(comparison: Comparison) -> None:
         "verdict": comparison.verdict,
     }
     write_atomically(study.out / "comparison.json", json.dumps(content, indent=1))
+
+
+def load_comparison(folder: Path) -> tuple[Comparison, Runs]:
+    """A comparison as it was written, the baseline first, and the folders of its runs.
+
+    Raises:
+        UserError: ``comparison.json`` is damaged.
+    """
+    file = folder / "comparison.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        metric, baseline = str(content["metric"]), content["baseline"]
+        told = {str(arm["name"]): arm for arm in content["arms"]}
+        told = {baseline: told[baseline], **told}  # the baseline first
+        numbers = {name: _by_seed(arm["metrics"]) for name, arm in told.items()}
+        runs = {
+            name: {int(seed): folder / run for seed, run in arm["runs"].items()} for name, arm in told.items()
+        }
+        study = Study(
+            Path(content["recipe"]),
+            {name: tuple(map(str, arm["overrides"])) for name, arm in told.items()},
+            tuple(int(seed) for seed in content["seeds"]),
+            folder,
+            tuple(map(str, content["unequal"])),
+        )
+        failed = {name: tuple(int(seed) for seed in arm["failed"]) for name, arm in told.items()}
+        arms = arms_of(numbers, metric, failed)
+    except DAMAGED as error:
+        raise UserError(
+            f"{file}: damaged ({error!r}); `detdistill compare` with --table writes it anew"
+        ) from error
+    return Comparison(study, metric, arms), runs
+
+
+def _by_seed(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[int, dict[str, float]]:
+    return {
+        int(seed): {name: math.nan if value is None else float(value) for name, value in numbers.items()}
+        for seed, numbers in metrics.items()
+    }
 
 
 def trained_teacher(teacher: Path, out: Path) -> Path:

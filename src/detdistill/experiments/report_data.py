@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detdistill.config import Recipe, UserError
-from detdistill.evaluation.paired import paired
-from detdistill.experiments.compare import Arm, Comparison, unequal_budgets
+from detdistill.experiments.compare import (
+    DAMAGED,
+    Arm,
+    Comparison,
+    Runs,
+    arms_of,
+    load_comparison,
+    unequal_budgets,
+)
 from detdistill.experiments.studies import ALONE, Study
 from detdistill.report.plots import COLORS
 from detdistill.training.run_folder import Row, RunFolder
 
 DISTILLED = "distilled"
 TEACHER_COLOR = 2  # after the baseline's 0 and the best arm's 1
-Runs = dict[str, dict[int, Path]]
-"""Run folders by arm and seed."""
-
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What reading a file raises that another program, or half a disk, has written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def read_subject(folder: Path, alone: Path | None = None, teacher: Path | None =
     if (folder / "comparison.json").is_file():
         if alone is not None:
             raise UserError(f"{folder} is a comparison, which has its baseline: leave --alone out")
-        comparison, runs = _read_comparison(folder)
+        comparison, runs = load_comparison(folder)
     elif is_run(folder):
         comparison, runs = _of_runs(folder, alone)
     else:
@@ -151,40 +152,6 @@ def json_of(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _read_comparison(folder: Path) -> tuple[Comparison, Runs]:
-    file = folder / "comparison.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        metric, baseline = str(content["metric"]), content["baseline"]
-        told = {str(arm["name"]): arm for arm in content["arms"]}
-        told = {baseline: told[baseline], **told}  # the baseline first
-        numbers = {name: _by_seed(arm["metrics"]) for name, arm in told.items()}
-        runs = {
-            name: {int(seed): folder / run for seed, run in arm["runs"].items()} for name, arm in told.items()
-        }
-        study = Study(
-            Path(content["recipe"]),
-            {name: tuple(map(str, arm["overrides"])) for name, arm in told.items()},
-            tuple(int(seed) for seed in content["seeds"]),
-            folder,
-            tuple(map(str, content["unequal"])),
-        )
-        failed = {name: tuple(int(seed) for seed in arm["failed"]) for name, arm in told.items()}
-        arms = _arms(numbers, metric, failed)
-    except DAMAGED as error:
-        raise UserError(
-            f"{file}: damaged ({error!r}); `detdistill compare` with --table writes it anew"
-        ) from error
-    return Comparison(study, metric, arms), runs
-
-
-def _by_seed(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[int, dict[str, float]]:
-    return {
-        int(seed): {name: math.nan if value is None else float(value) for name, value in numbers.items()}
-        for seed, numbers in metrics.items()
-    }
-
-
 def _of_runs(run: Path, alone: Path | None) -> tuple[Comparison, Runs]:
     """A run by itself, or a comparison of one seed."""
     folders = {run.resolve().name: run} if alone is None else {ALONE: alone, DISTILLED: run}
@@ -201,17 +168,7 @@ def _of_runs(run: Path, alone: Path | None) -> tuple[Comparison, Runs]:
         unequal.append("training.seed")
     study = Study(run / "recipe.yaml", dict.fromkeys(folders, ()), (seed,), run, tuple(unequal))
     runs = {name: {seed: path} for name, path in folders.items()}
-    return Comparison(study, main, _arms(numbers, main, {})), runs
-
-
-def _arms(
-    numbers: Mapping[str, dict[int, dict[str, float]]], metric: str, failed: Mapping[str, tuple[int, ...]]
-) -> list[Arm]:
-    base, *others = (Arm(name, metrics, None, failed.get(name, ())) for name, metrics in numbers.items())
-    points = base.points(metric)
-    return [
-        base, *(Arm(arm.name, arm.metrics, paired(arm.points(metric), points), arm.failed) for arm in others)
-    ]  # fmt: skip
+    return Comparison(study, main, arms_of(numbers, main)), runs
 
 
 def _missing(comparison: Comparison, runs: Runs) -> list[str]:
