@@ -14,6 +14,7 @@ from torchvision.io import ImageReadMode, decode_image
 from detdistill.config import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"})
+READERS = 16  # threads: reading headers and small files waits for the disk, not for the processor
 _EXIF_ORIENTATION, _EXIF_TURNED = 0x0112, (5, 6, 7, 8)
 
 

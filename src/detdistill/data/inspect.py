@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detdistill.config import DataConfig, UserError
-from detdistill.data.images import read_image
+from detdistill.data.images import READERS, read_image
 from detdistill.data.label_maps import read_numbers
 from detdistill.data.loading import open_data
 from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
 
-_READERS = 16  # threads that wait for the disk
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 # How the last bytes of a whole file look; a download that was cut short lacks them.
 _ENDINGS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
@@ -128,7 +127,7 @@ def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     chosen = _chosen(split.records, sample)
     decoded = {record.path for record in chosen}
     others = [record for record in split.records if record.path not in decoded]
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         results = [
             *pool.map(partial(_decode_finding, source=split.source), chosen),
             *pool.map(partial(_tail_finding, source=split.source), others),
@@ -176,7 +175,7 @@ def _look_at_label_maps(split: Split, sample: int | None) -> tuple[dict[str, flo
         return {}, []
     findings = []
     counts_256 = np.zeros(256, np.int64)
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         for label_map, seen in zip(maps, pool.map(_count_numbers, maps), strict=True):
             if isinstance(seen, Finding):
                 findings.append(seen)

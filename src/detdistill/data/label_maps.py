@@ -20,10 +20,10 @@ from PIL import Image, UnidentifiedImageError
 
 from detdistill.config import DataConfig, UserError, nearest
 from detdistill.data.cleaning import report_duplicates, report_empty, select_classes
-from detdistill.data.images import image_sizes, is_image
+from detdistill.data.images import READERS, image_sizes, is_image
 from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
+from detdistill.data.voc import find_voc
 
-_READERS = 16  # threads: reading headers waits for the disk
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 
 # Cityscapes' published table (cityscapesscripts/helpers/labels.py): name and labelId by trainId.
@@ -87,7 +87,7 @@ def read_pairs(
     pairs = list(pairs)
     findings: list[Finding] = []
     report_duplicates((pair[0] for pair in pairs), "image id", source, findings, "give each its own name")
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         sizes = list(pool.map(_sizes, pairs))
     records = []
     for (image_id, image, labels), found in zip(pairs, sizes, strict=True):
@@ -279,12 +279,6 @@ def open_cityscapes(config: DataConfig) -> dict[str, Split]:
 # --- Pascal VOC ------------------------------------------------------------------------------------------
 
 
-def find_voc_segmentation(root: Path) -> list[Path]:
-    """The folders that hold ``ImageSets/Segmentation``: root, or years such as ``VOCdevkit/VOC2012``."""
-    candidates = [root, *sorted(root.glob("VOC*")), *sorted(root.glob("VOCdevkit/VOC*"))]
-    return [path for path in candidates if (path / "ImageSets" / "Segmentation").is_dir()]
-
-
 def open_voc_segmentation(config: DataConfig) -> dict[str, Split]:
     """Read ``train`` and ``val``, or the sets that ``data`` names, of the one year in ``root``.
 
@@ -292,7 +286,7 @@ def open_voc_segmentation(config: DataConfig) -> dict[str, Split]:
         UserError: no such set, or several years are there.
     """
     root = _root(config)
-    years = find_voc_segmentation(root)
+    years = find_voc(root, "Segmentation")
     if len(years) != 1:
         seen = ", ".join(year.name for year in years) or "none"
         raise UserError(

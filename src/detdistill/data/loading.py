@@ -19,7 +19,6 @@ from detdistill.data.images import read_image
 from detdistill.data.label_maps import (
     find_cityscapes,
     find_label_folders,
-    find_voc_segmentation,
     open_cityscapes,
     open_label_folders,
     open_voc_segmentation,
@@ -127,7 +126,7 @@ def tell_format(config: DataConfig) -> Format:
         found.append("coco")
     if find_voc(root):
         found.append("voc")
-    elif find_voc_segmentation(root):
+    elif find_voc(root, "Segmentation"):
         found.append("voc_segmentation")
     if find_label_folders(root):
         found.append("label_maps")

@@ -144,10 +144,10 @@ def _object(
 # --- where the files are ---------------------------------------------------------------------------------
 
 
-def find_voc(root: Path) -> list[Path]:
-    """The folders that hold ``ImageSets/Main``: root, or years such as ``VOCdevkit/VOC2007``; empty if none."""
+def find_voc(root: Path, sets: str = "Main") -> list[Path]:
+    """The folders that hold ``ImageSets/SETS``: root, or years such as ``VOCdevkit/VOC2007``; empty if none."""
     candidates = [root, *sorted(root.glob("VOC*")), *sorted(root.glob("VOCdevkit/VOC*"))]
-    return [folder for folder in candidates if (folder / "ImageSets" / "Main").is_dir()]
+    return [folder for folder in candidates if (folder / "ImageSets" / sets).is_dir()]
 
 
 def open_voc(config: DataConfig) -> dict[str, Split]:

@@ -22,10 +22,9 @@ from detdistill.data.cleaning import (
     select_classes,
     settle_masks,
 )
-from detdistill.data.images import image_sizes, is_image
+from detdistill.data.images import READERS, image_sizes, is_image
 from detdistill.data.records import Finding, Record, Split
 
-_READERS = 16  # threads: reading headers and small files waits for the disk, not for the processor
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 
@@ -54,7 +53,7 @@ def read_yolo(
     paths = [path for path in dict.fromkeys(paths) if files.check(path, sources[0], findings)]
     ids = _ids(paths)
     report_duplicates(ids, "image id", sources[0], findings, "give each image its own name")
-    with ThreadPoolExecutor(_READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(_read_pair, paths))
     records: list[Record] = []
     for image_id, path, (size, rows) in zip(ids, paths, contents, strict=True):
