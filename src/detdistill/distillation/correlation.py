@@ -37,10 +37,10 @@ class _Covariances(torch.autograd.Function):
         dims = (2, 3) if over == "instance" else (0, 2, 3)
         ctx.count = math.prod(student.shape[dim] for dim in dims)
         parts = []
-        for s, t in channel_parts(student, teacher):
+        for s, t, s_work, t_work in channel_parts(student, teacher, work=2):
             # Centred before anything is squared: E[x²] - E[x]² would lose a small variance beside a large mean.
             means = [x.mean(dims, keepdim=True) for x in (s, t)]
-            s, t = s - means[0], t - means[1]
+            s, t = torch.sub(s, means[0], out=s_work), torch.sub(t, means[1], out=t_work)
             norms = [torch.linalg.vector_norm(x, dim=(2, 3)) for x in (s, t)]
             parts.append((*means, *norms, s.mul_(t).sum((2, 3))))
         mean_s, mean_t, norm_s, norm_t, products = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
@@ -59,19 +59,26 @@ class _Covariances(torch.autograd.Function):
         by_s, by_t = ((g / ctx.count)[..., None, None] for g in (2 * of_var_s, of_covariance))
         shift = -(by_s * mean_s + by_t * mean_t)
         gradient = torch.empty_like(student)
-        for s, t, factor_s, factor_t, constant, here in channel_parts(
-            student, teacher, by_s, by_t, shift, gradient
+        for s, t, factor_s, factor_t, constant, here, work in channel_parts(
+            student, teacher, by_s, by_t, shift, gradient, work=1
         ):
-            torch.mul(s, factor_s, out=here).add_(t * factor_t).add_(constant)  # addcmul is slower here
+            torch.mul(s, factor_s, out=here).add_(torch.mul(t, factor_t, out=work)).add_(constant)
         return gradient, None, None
 
 
-def channel_parts(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def channel_parts(*maps: Tensor, work: int = 0) -> Iterator[tuple[Tensor, ...]]:
     """Views of some channels (dimension 1) of all maps, then of the next ones.
 
-    As many as leave what is written in a CPU's cache until it is read again; elsewhere all at once. The first
-    map has the full shape; the others need the same channels only.
+    As many as leave what is written in a CPU's cache until it is read again; elsewhere all at once.
+
+    Args:
+        maps: the first has the full shape; the others need the same channels only.
+        work: after the views come so many tensors like the first one's to write to, the same ones each time:
+            new memory for each part would cost a CPU as much as the sums themselves.
     """
     first = maps[0]
     parts = -(-first.numel() // PART) if first.device.type == "cpu" else 1
-    return zip(*(x.split(max(1, x.shape[1] // max(1, parts)), dim=1) for x in maps), strict=True)
+    width = max(1, first.shape[1] // max(1, parts))
+    spare = [first.new_empty(len(first), width, *first.shape[2:]) for _ in range(work)]
+    for views in zip(*(x.split(width, dim=1) for x in maps), strict=True):
+        yield *views, *(x[:, : views[0].shape[1]] for x in spare)

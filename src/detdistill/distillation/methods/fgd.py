@@ -230,8 +230,8 @@ def focal_masks(batch: Batch, map_NCHW: Tensor) -> tuple[Tensor, Tensor]:
 def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_c |x| (N, P) and Σ_p |x| (N, C)."""
     size_NP, size_NC = x_NCP.new_zeros(len(x_NCP), x_NCP.shape[2]), []
-    for (part_NCP,) in channel_parts(x_NCP):
-        work_NCP = part_NCP.abs()
+    for part_NCP, work_NCP in channel_parts(x_NCP, work=1):
+        torch.abs(part_NCP, out=work_NCP)
         size_NP += work_NCP.sum(dim=1)
         size_NC.append(work_NCP.sum(dim=2))
     return size_NP, torch.cat(size_NC, dim=1)
@@ -252,9 +252,9 @@ class _MapSums(torch.autograd.Function):
         rows_N2P = torch.stack([torch.ones_like(weights_NP), weights_NP], dim=1)
         key_NC1 = key_C.expand(len(s_NCP), -1)[..., None]
         score_NP = torch.zeros_like(weights_NP)
-        for part_s_NCP, part_t_NCP, part_key_NC1 in channel_parts(s_NCP, t_NCP, key_NC1):
+        for part_s_NCP, part_t_NCP, part_key_NC1, work_NCP in channel_parts(s_NCP, t_NCP, key_NC1, work=1):
             score_NP += _sum_channels(part_s_NCP, part_key_NC1[..., 0])
-            work_NCP = part_s_NCP.abs()
+            torch.abs(part_s_NCP, out=work_NCP)
             size_NP += work_NCP.sum(dim=1)
             size_NC = work_NCP.sum(dim=2)
             difference_NC = torch.sub(part_s_NCP, part_t_NCP, out=work_NCP).sum(dim=2)
@@ -278,14 +278,13 @@ class _MapSums(torch.autograd.Function):
         columns_NC3 = torch.stack([by_difference_NC, by_pooled_NC, key_C.expand_as(by_pooled_NC)], dim=2)
         slopes = [x[..., None] for x in (2 * by_squares_NC, 2 * by_weighted_NC, by_size_NC)]
         gradient_NCP, by_key = torch.empty_like(s_NCP), []
-        for s, t, here, columns, squares, weighted, size in channel_parts(
-            s_NCP, t_NCP, gradient_NCP, columns_NC3, *slopes
+        for s, t, here, columns, squares, weighted, size, factor, sign in channel_parts(
+            s_NCP, t_NCP, gradient_NCP, columns_NC3, *slopes, work=2
         ):
             by_key.append(_sum_pixels(s, by_score_NP).sum(dim=0))
-            work = s - t
-            factor = torch.mul(weighted, weights_NP[:, None]).add_(squares)
-            torch.baddbmm(work.mul_(factor), columns, rows_N3P, out=here)
-            here.add_(torch.sgn(s, out=work).mul_(torch.add(size, by_size_NP[:, None], out=factor)))
+            torch.sub(s, t, out=here).mul_(torch.mul(weighted, weights_NP[:, None], out=factor).add_(squares))
+            here.addcmul_(torch.sgn(s, out=sign), torch.add(size, by_size_NP[:, None], out=factor))
+            here.baddbmm_(columns, rows_N3P)
         return gradient_NCP, None, None, torch.cat(by_key)
 
 
