@@ -54,7 +54,7 @@ def test_every_preset_builds(preset):
 
 
 def test_a_block_starts_at_nothing():
-    assert not GlobalContext(8)(torch.randn(2, 8, 4, 5)).any()
+    assert not GlobalContext(8)(torch.randn(2, 8)).any()
 
 
 def test_without_relation_there_are_no_blocks():
@@ -122,20 +122,22 @@ def test_the_pair_is_finite_where_maps_are_constant():
     assert all(p.grad.isfinite().all() for p in pair.methods.parameters())
 
 
-def test_a_factor_on_the_sums_is_one_on_the_maps():
+def test_unit_on_the_sums_is_unit_on_the_maps():
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randn(2, 4, 5, 6).double()
+    student, teacher = torch.randn(2, 2, 4, 5, 6, dtype=torch.float64).mul(30).unbind()
     foreground, background = torch.rand(2, 5, 6), torch.rand(2, 5, 6)
-    loss, block = FGDLoss(relation_weight=0.1), GlobalContext(4).double()
-    torch.nn.init.normal_(block.transform[-1].weight)
+    loss, blocks = FGDLoss(relation_weight=0.1), [GlobalContext(4).double() for _ in range(2)]
+    for block in blocks:
+        torch.nn.init.normal_(block.transform[-1].weight)
+    scale = teacher.square().mean().sqrt()
     found = []
-    for on_maps, on_sums in ((0.3, 1.0), (1.0, torch.tensor(0.3, dtype=torch.float64))):
+    for on_maps, unit in ((1 / scale, False), (1.0, True)):
         s = student.clone().requires_grad_()
-        value = loss(s * on_maps, teacher * on_maps, foreground, background, block, block, on_sums)
-        found.append((value, *torch.autograd.grad(value, [s, block.key_C])))
+        value = loss(s * on_maps, teacher * on_maps, foreground, background, *blocks, unit)
+        found.append((value, *torch.autograd.grad(value, [s, *(block.key_C for block in blocks)])))
     for first, second in zip(*found, strict=True):
         torch.testing.assert_close(first, second)
-    assert found[0][1].any()
+        assert first.any()
 
 
 def test_unit_makes_the_scale_of_both_no_matter():

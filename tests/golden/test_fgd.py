@@ -109,17 +109,20 @@ def test_without_context_blocks():
     )
 
 
-def test_gradients_of_the_context_block_are_its_slopes():
-    torch.manual_seed(0)
-    block = GlobalContext(4).double()
-    block.transform[-1].weight.data.normal_()
-    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+def test_gradients_of_maps_and_keys_are_their_slopes():
+    blocks_, (student, teacher) = blocks(), torch.randn(2, 2, 4, 3, 5, dtype=torch.float64)
+    masks = torch.rand(2, 2, 3, 5, dtype=torch.float64)
+    loss = FGDLoss(**WEIGHTS)
 
-    def of(x, key):
-        return torch.func.functional_call(block, {"key_C": key}, (x,))
+    def of(student, *keys):
+        for block, key in zip(blocks_, keys, strict=True):
+            block.key_C = key
+        return loss(student, teacher, *masks, *blocks_, unit=True)
 
-    assert torch.autograd.gradcheck(of, (x, block.key_C))
-    assert torch.autograd.gradcheck(of, (x.detach(), block.key_C))  # as for the teacher's map
+    keys = [block.key_C.detach().requires_grad_() for block in blocks_]
+    for block in blocks_:
+        del block.key_C  # a parameter: what stands for it in `of` is none
+    assert torch.autograd.gradcheck(of, (student.requires_grad_(), *keys))
 
 
 def test_masks():

@@ -342,7 +342,11 @@ class LevelAligner(nn.Module):
 def unit_factor(teacher_NCHW: Tensor) -> Tensor:
     """1 over the root mean square of a map; 1 for one that is all but 0."""
     # The norm reads the map once and writes none.
-    size = torch.linalg.vector_norm(teacher_NCHW, dtype=torch.float32) / teacher_NCHW.numel() ** 0.5
+    return one_over(torch.linalg.vector_norm(teacher_NCHW, dtype=torch.float32) / teacher_NCHW.numel() ** 0.5)
+
+
+def one_over(size: Tensor) -> Tensor:
+    """1 over a root mean square; 1 where that is all but 0."""
     return torch.where(size > TINY, 1 / size, 1.0)
 
 

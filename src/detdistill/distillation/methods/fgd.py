@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from detdistill.distillation.correlation import channel_parts
-from detdistill.distillation.matching import Adapt, LevelAligner, unit_factor
+from detdistill.distillation.matching import Adapt, LevelAligner, one_over
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, touched_cells
 from detdistill.distillation.signals import Method, Setting, Signals
@@ -71,7 +71,7 @@ class FGDLoss(nn.Module):
         background_NHW: Tensor,
         student_context: GlobalContext | None = None,
         teacher_context: GlobalContext | None = None,
-        factor: Tensor | float = 1.0,
+        unit: bool = False,
     ) -> Tensor:
         """The loss, a scalar.
 
@@ -79,28 +79,30 @@ class FGDLoss(nn.Module):
             student_NCHW, teacher_NCHW: maps of one shape; the teacher is detached.
             foreground_NHW, background_NHW: M_f and M_b.
             student_context, teacher_context: the blocks of R_S and R_T; None: R(F) = F for both.
-            factor: on both maps: applied to the sums, it costs no scaled maps.
+            unit: both maps are first divided by the root mean square of the teacher's. Applied to sums, it
+                costs no further maps.
         """
         s_NCP, t_NCP = student_NCHW.flatten(2), teacher_NCHW.detach().flatten(2)
-        n, _, pixels = s_NCP.shape
-        pixels_t_NP, channels_t_NC = self._attention(*(factor * size for size in _sizes(t_NCP)))
+        n, channels, pixels = s_NCP.shape
+        contexts = (student_context, teacher_context)
+        keys = [s_NCP.new_zeros(channels) if context is None else context.key_C for context in contexts]
+        size_NP, size_NC, score_NP, norm = _teacher_sums(t_NCP, keys[1].detach())
+        factor = one_over(norm / t_NCP.numel() ** 0.5) if unit else torch.ones_like(norm)
+        pixels_t_NP, channels_t_NC = self._attention(factor * size_NP, factor * size_NC)
 
         focus_NHW = self.foreground_weight * foreground_NHW + self.background_weight * background_NHW
         focus_NP = focus_NHW.flatten(1).to(s_NCP.dtype) * pixels_t_NP
-        key_C = factor * student_context.key_C if student_context else s_NCP.new_zeros(s_NCP.shape[1])
-        sums = _MapSums.apply(s_NCP, t_NCP, focus_NP, key_C)
-        size_NP, size_NC, difference_NC, squares_NC, focal_NC, pooled_NC = sums
-        size_NP, size_NC, difference_NC = (factor * of for of in (size_NP, size_NC, difference_NC))
-        squares_NC, focal_NC = (factor**2 * of for of in (squares_NC, focal_NC))
+        pool_t_NP = (factor * score_NP).softmax(dim=1)
+        sums = _MapSums.apply(s_NCP, t_NCP, focus_NP, pool_t_NP, *(factor * key_C for key_C in keys))
+        size_NP, size_NC, difference_NC, pooled_s_NC, pooled_t_NC = (factor * of for of in sums[:5])
+        squares_NC, focal_NC = (factor**2 * of for of in sums[5:])
 
         focal = (focal_NC * channels_t_NC).sum()
         pixels_s_NP, channels_s_NC = self._attention(size_NP, size_NC)
         attention = (pixels_t_NP - pixels_s_NP).abs().sum() + (channels_t_NC - channels_s_NC).abs().sum()
         relation = squares_NC.sum()
         if student_context and teacher_context:
-            shift_NC = student_context.transform(factor * pooled_NC) - teacher_context(
-                teacher_NCHW.detach(), factor
-            )
+            shift_NC = student_context(pooled_s_NC) - teacher_context(pooled_t_NC)
             # Σ (difference + shift)², multiplied out
             relation = relation + (shift_NC * (2 * difference_NC + pixels * shift_NC)).sum()
         return (focal + self.attention_weight * attention + self.relation_weight * relation) / n
@@ -115,7 +117,7 @@ class FGDLoss(nn.Module):
 class GlobalContext(nn.Module):
     """R(F) - F: what a block of global context (GcBlock, Cao et al. 2019) adds to all pixels of a map.
 
-    It starts at 0, as there.
+    It starts at 0, as there. The loss pools the map by ``key_C`` (W_k) for it, beside all else that it sums.
     """
 
     def __init__(self, channels: int) -> None:
@@ -128,10 +130,9 @@ class GlobalContext(nn.Module):
         for parameter in self.transform[-1].parameters():
             nn.init.zeros_(parameter)
 
-    @in_full_precision
-    def forward(self, x_NCHW: Tensor, factor: Tensor | float = 1.0) -> Tensor:
-        """(N, C, H, W) times the factor to (N, C)."""
-        return self.transform(factor * _pool(x_NCHW.flatten(2), factor * self.key_C)[0])
+    def forward(self, pooled_NC: Tensor) -> Tensor:
+        """From the map's pixels, pooled, (N, C) to the same."""
+        return self.transform(pooled_NC)
 
 
 class FGD(Method):
@@ -200,11 +201,10 @@ class FGD(Method):
         terms = []
         for level, s, t in self.align(signals):
             key = str(level.student_stride)
-            factor = unit_factor(t) if self.unit else 1.0
             context: list[Any] = [None, None]
             if self.loss.relation_weight:
                 context = [self.student_context[key], self.teacher_context[key]]
-            terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context, factor))
+            terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context, self.unit))
         return torch.stack(terms).sum()
 
 
@@ -222,76 +222,89 @@ def focal_masks(batch: Batch, map_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     return foreground_NHW, free_NHW / free_NHW.sum(dim=(1, 2), keepdim=True).clamp(min=1)
 
 
-# The student's map is read in one function, with gradients by hand: left to autograd, each use of a map makes a
-# map of gradients, and FGD's many uses cost several times as much. Weighted sums are matrix products with the
-# weights as a row; as a column they are ten times slower on a CPU.
+# A map is read as seldom as can be, a few channels at a time, and gradients are written by hand: left to
+# autograd, each use of a map makes a map of gradients, and FGD's many uses cost several times as much. Weighted
+# sums are matrix products with the weights as a row; as a column they are ten times slower on a CPU.
 
 
-def _sizes(x_NCP: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_c |x| (N, P) and Σ_p |x| (N, C)."""
-    size_NP, size_NC = x_NCP.new_zeros(len(x_NCP), x_NCP.shape[2]), []
-    for part_NCP, work_NCP in channel_parts(x_NCP, work=1):
+def _teacher_sums(t_NCP: Tensor, key_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Σ_c |t| (N, P), Σ_p |t| (N, C), Σ_c key_c t (N, P), and the norm of the map."""
+    n, _, pixels = t_NCP.shape
+    size_NP, score_NP = t_NCP.new_zeros(2, n, pixels)
+    columns, norms = [], []
+    for part_NCP, part_1C1, work_NCP in channel_parts(t_NCP, key_C[None, :, None], work=1):
+        score_NP += _sum_channels(part_NCP, part_1C1[..., 0].expand(n, -1))
         torch.abs(part_NCP, out=work_NCP)
         size_NP += work_NCP.sum(dim=1)
-        size_NC.append(work_NCP.sum(dim=2))
-    return size_NP, torch.cat(size_NC, dim=1)
+        columns.append(work_NCP.sum(dim=2))
+        norms.append(torch.linalg.vector_norm(work_NCP))
+    return size_NP, torch.cat(columns, dim=1), score_NP, torch.linalg.vector_norm(torch.stack(norms))
 
 
 class _MapSums(torch.autograd.Function):
     """Of a student's and a teacher's map (N, C, P), with d = s - t and weights of pixels (N, P):
 
-    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, Σ_p d², Σ_p weights · d², and s pooled by a key (C,).
-    Differentiable by s and the key.
+    Σ_c |s| (N, P), and (N, C) each: Σ_p |s|, Σ_p d, s pooled by softmax_p(Σ_c key_c s), t pooled by what that
+    is of its own key (``pool_t_NP``), Σ_p d², Σ_p weights · d². Differentiable by s and both keys.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, s_NCP: Tensor, t_NCP: Tensor, weights_NP: Tensor, key_C: Tensor
+        ctx: Any,
+        s_NCP: Tensor,
+        t_NCP: Tensor,
+        weights_NP: Tensor,
+        pool_t_NP: Tensor,
+        key_s_C: Tensor,
+        key_t_C: Tensor,
     ) -> tuple[Tensor, ...]:
-        size_NP, columns = torch.zeros_like(weights_NP), []
+        n = len(s_NCP)
+        size_NP, score_NP = torch.zeros_like(weights_NP), torch.zeros_like(weights_NP)
         rows_N2P = torch.stack([torch.ones_like(weights_NP), weights_NP], dim=1)
-        key_NC1 = key_C.expand(len(s_NCP), -1)[..., None]
-        score_NP = torch.zeros_like(weights_NP)
-        for part_s_NCP, part_t_NCP, part_key_NC1, work_NCP in channel_parts(s_NCP, t_NCP, key_NC1, work=1):
-            score_NP += _sum_channels(part_s_NCP, part_key_NC1[..., 0])
-            torch.abs(part_s_NCP, out=work_NCP)
-            size_NP += work_NCP.sum(dim=1)
-            size_NC = work_NCP.sum(dim=2)
-            difference_NC = torch.sub(part_s_NCP, part_t_NCP, out=work_NCP).sum(dim=2)
-            squares_N2C = rows_N2P @ work_NCP.square_().transpose(1, 2)
-            columns.append((size_NC, difference_NC, *squares_N2C.unbind(1)))
-        attention_NP = score_NP.softmax(dim=1)
-        pooled_NC = _sum_pixels(s_NCP, attention_NP)
-        ctx.save_for_backward(s_NCP, t_NCP, weights_NP, key_C, attention_NP)
-        return size_NP, *(torch.cat(x, dim=1) for x in zip(*columns, strict=True)), pooled_NC
+        columns = []
+        for s, t, key_1C1, work in channel_parts(s_NCP, t_NCP, key_s_C[None, :, None], work=1):
+            score_NP += _sum_channels(s, key_1C1[..., 0].expand(n, -1))
+            torch.abs(s, out=work)
+            size_NP += work.sum(dim=1)
+            size_NC = work.sum(dim=2)
+            difference_NC = torch.sub(s, t, out=work).sum(dim=2)
+            squares_N2C = rows_N2P @ work.square_().transpose(1, 2)
+            columns.append((size_NC, difference_NC, _sum_pixels(t, pool_t_NP), *squares_N2C.unbind(1)))
+        size_NC, difference_NC, pooled_t_NC, squares_NC, weighted_NC = (
+            torch.cat(parts, dim=1) for parts in zip(*columns, strict=True)
+        )
+        pool_s_NP = score_NP.softmax(dim=1)
+        pooled_s_NC = _sum_pixels(s_NCP, pool_s_NP)
+        ctx.save_for_backward(s_NCP, t_NCP, weights_NP, pool_s_NP, pool_t_NP, key_s_C)
+        return size_NP, size_NC, difference_NC, pooled_s_NC, pooled_t_NC, squares_NC, weighted_NC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        s_NCP, t_NCP, weights_NP, key_C, attention_NP = ctx.saved_tensors
-        by_size_NP, by_size_NC, by_difference_NC, by_squares_NC, by_weighted_NC, by_pooled_NC = gradients
-        by_attention_NP = _sum_channels(s_NCP, by_pooled_NC)
-        mean_N1 = (attention_NP * by_attention_NP).sum(dim=1, keepdim=True)
-        by_score_NP = attention_NP * (by_attention_NP - mean_N1)
+        s_NCP, t_NCP, weights_NP, pool_s_NP, pool_t_NP, key_s_C = ctx.saved_tensors
+        by_size_NP, by_size_NC, by_difference_NC, by_pooled_s_NC, by_pooled_t_NC, *by_squares = gradients
+        by_squares_NC, by_weighted_NC = by_squares
+        by_score_s_NP = _by_score(s_NCP, pool_s_NP, by_pooled_s_NC)
+        by_score_t_NP = _by_score(t_NCP, pool_t_NP, by_pooled_t_NC)
         # What does not depend on the map has rank 3.
-        rows_N3P = torch.stack([torch.ones_like(by_score_NP), attention_NP, by_score_NP], dim=1)
-        columns_NC3 = torch.stack([by_difference_NC, by_pooled_NC, key_C.expand_as(by_pooled_NC)], dim=2)
+        rows_N3P = torch.stack([torch.ones_like(pool_s_NP), pool_s_NP, by_score_s_NP], dim=1)
+        columns_NC3 = torch.stack([by_difference_NC, by_pooled_s_NC, key_s_C.expand_as(by_pooled_s_NC)], dim=2)
         slopes = [x[..., None] for x in (2 * by_squares_NC, 2 * by_weighted_NC, by_size_NC)]
-        gradient_NCP, by_key = torch.empty_like(s_NCP), []
+        gradient_NCP, by_keys = torch.empty_like(s_NCP), []
         for s, t, here, columns, squares, weighted, size, factor, sign in channel_parts(
             s_NCP, t_NCP, gradient_NCP, columns_NC3, *slopes, work=2
         ):
-            by_key.append(_sum_pixels(s, by_score_NP).sum(dim=0))
+            by_keys.append([_sum_pixels(*x).sum(dim=0) for x in ((s, by_score_s_NP), (t, by_score_t_NP))])
             torch.sub(s, t, out=here).mul_(torch.mul(weighted, weights_NP[:, None], out=factor).add_(squares))
             here.addcmul_(torch.sgn(s, out=sign), torch.add(size, by_size_NP[:, None], out=factor))
             here.baddbmm_(columns, rows_N3P)
-        return gradient_NCP, None, None, torch.cat(by_key)
+        return gradient_NCP, None, None, None, *(torch.cat(parts) for parts in zip(*by_keys, strict=True))
 
 
-def _pool(x_NCP: Tensor, key_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ_p attention_p x_p (N, C), and the attention softmax_p(Σ_c key_c x_cp) (N, P)."""
-    attention_NP = _sum_channels(x_NCP, key_C.expand(len(x_NCP), -1)).softmax(dim=1)
-    return _sum_pixels(x_NCP, attention_NP), attention_NP
+def _by_score(x_NCP: Tensor, pool_NP: Tensor, by_pooled_NC: Tensor) -> Tensor:
+    """Gradient (N, P) by the scores of which ``pool_NP`` is the softmax, of x pooled by it."""
+    by_pool_NP = _sum_channels(x_NCP, by_pooled_NC)
+    return pool_NP * (by_pool_NP - (pool_NP * by_pool_NP).sum(dim=1, keepdim=True))
 
 
 def _sum_pixels(x_NCP: Tensor, weights_NP: Tensor) -> Tensor:
