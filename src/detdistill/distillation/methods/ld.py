@@ -13,8 +13,8 @@ ATSS's threshold, and v the anchor's IoU. Positive are the anchors of the studen
 Shape legend: N images, P anchors of a level, Q classes, B bins, K objects.
 Reduction: "sum" over two images and the levels for main LD and VLR LD, "mean" over each level's positive
 anchors, summed over levels, for main KD. The published code sums over the batch, which is 2 images of a
-process; taken to a batch of 16 such sums were half of the loss, and the student was worse than alone
-(docs/results.md), so 2/N keeps the published weights what they were.
+process; over a batch of 16 such a sum would be half of the whole loss. 2/N keeps the published weights what
+they were.
 
 Paper and code: the code's divisors 4 and 16, its mean over bins, and its missing division by the number of
 positive anchors are followed; its KD of classes in the VLR is multiplied by 0 there and left out here. With
