@@ -16,6 +16,7 @@ from detdistill.experiments.studies import (
     plan_methods,
     plan_sweep,
     read_study,
+    study_text,
 )
 from detdistill.training.run_folder import RunFolder
 
@@ -118,7 +119,7 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -
     assert main([*command, "--table"]) == 0
     assert "done" not in capsys.readouterr().out
     assert not result.exists()
-    assert main(command) == 0
+    assert main(["compare", str(out / "study.yaml"), "--no-report"]) == 0
     assert capsys.readouterr().out.count("done") == 1
 
 
@@ -176,9 +177,30 @@ def test_a_study_file_names_arms_as_methods_lists_or_nothing(recipe, tmp_path) -
     assert study.seeds == (3,)
     assert resolved(study, "fgd").methods[0].weight == 0.1
     assert resolved(study, "long").training.max_steps == 9
+    assert study.out == tmp_path  # a comparison's own file goes on where it lies
     file.write_text("recipe: x.yaml\nwhat: 1\narms: {a: null}\n")
     with pytest.raises(UserError, match="keys recipe, arms"):
         read_study(file)
+    file.write_text("recipe: x.yaml\narms: {a: null}\nseeds: one\n")
+    with pytest.raises(UserError, match="seeds are a list"):
+        read_study(file)
+    file.write_text("recipe: x.yaml\narms: [ima]\n")
+    with pytest.raises(UserError, match="NAME: METHOD"):
+        read_study(file)
+
+
+@pytest.mark.parametrize("plan", ["methods", "sweep", "ablation"])
+def test_what_was_compared_is_a_study_that_can_be_read(recipe, tmp_path, plan) -> None:
+    study = {
+        "methods": lambda: plan_methods(
+            recipe, ["none", "ima", "pkd"], ("training.max_steps=9",), (1, 4), tmp_path
+        ),
+        "sweep": lambda: plan_sweep(recipe, "distill.weight", ["0.5", "2"], (), (0,), tmp_path),
+        "ablation": lambda: plan_ablation(recipe, (), (0, 1, 2), tmp_path),
+    }[plan]()
+    file = tmp_path / "study.yaml"
+    file.write_text(study_text(study))
+    assert read_study(file) == study
 
 
 def test_mistakes_in_words(recipe, tmp_path) -> None:

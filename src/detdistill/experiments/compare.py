@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 from detdistill.config import Recipe, UserError, load_recipe, nearest
 from detdistill.evaluation.paired import Paired, paired
-from detdistill.experiments.studies import Study
+from detdistill.experiments.studies import STUDY_FILE, Study, study_text
 from detdistill.models.weights import STUDENT_FILE
 from detdistill.training.run_folder import RunFolder, differences, write_atomically
 
@@ -152,6 +152,8 @@ def run_study(
     study = Study(study.recipe, study.arms, study.seeds, study.out, tuple(unequal))
     failed: set[tuple[str, int]] = set()
     if train:
+        study.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(study.out / STUDY_FILE, study_text(study))
         failed = _train_missing(study, jobs, devices, say)
     comparison = read_comparison(study, metric, failed)
     if any(arm.metrics for arm in comparison.arms):

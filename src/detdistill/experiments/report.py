@@ -19,6 +19,7 @@ from detdistill.experiments.compare import Arm
 from detdistill.experiments.report_data import Subject, json_of, read_subject, result_of, rows_of
 from detdistill.experiments.report_models import model_sections
 from detdistill.experiments.report_runs import class_section, curve_section
+from detdistill.experiments.studies import STUDY_FILE
 from detdistill.report.charts import Chart, interval_chart, signed
 from detdistill.report.page import Cell, Code, Page, Section, Table, write_page
 
@@ -288,6 +289,10 @@ def _commands_section(subject: Subject, folder: Path) -> Section:
             again = run.with_name(f"{run.name}-again")
             lines.append(shlex.join(["detdistill", "train", recipe, *told, "--out", str(again)]))
     codes = [Code("Every run, into a folder beside it", "\n".join(lines), folded=len(lines) > FOLDED_FROM)]
+    if (folder / STUDY_FILE).is_file():
+        whole = ["detdistill", "compare", str(folder / STUDY_FILE), "--out", f"{folder}-again"]
+        whole += ["--allow-unequal"] if study.unequal else []
+        codes.insert(0, Code("All of it", shlex.join(whole)))
     command = ["detdistill", "report", str(folder)]
     if len(comparison.arms) == 2 and not any(study.arms.values()):
         command += ["--alone", str(subject.shown["alone"])] if "alone" in subject.shown else []

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from detdistill.config import UserError, load_recipe
 from detdistill.recipe_file import read_yaml
 
 ALONE = "alone"
+STUDY_FILE = "study.yaml"
+"""In a comparison's folder: what was compared, as a study that can be read again."""
 
 # Table 5 of the paper: plain imitation, then one part of IMA after another. Raw maps have the teacher's own
 # scale, on which α = 1 is what `mimic` has; standardised ones have the paper's 10.
@@ -101,25 +105,42 @@ def plan_ablation(recipe: Path, overrides: Sequence[str], seeds: Sequence[int], 
 
 
 def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Study:
-    """A study file: ``recipe``, ``seeds`` and ``arms``; ``teacher`` is laid over the recipe.
+    """A study file: ``recipe``, ``arms``, ``seeds`` (a list, or how many); ``teacher`` is laid over the recipe.
 
     An arm is an entry of ``methods``, null for the student alone, or a list of overrides. Paths are relative to
-    the working folder.
+    the working folder. Its runs are in ``runs/studies/STEM`` unless given; a ``study.yaml`` that a comparison
+    has written goes on in its own folder.
 
     Raises:
         UserError: the file cannot be read, or says something else.
     """
     tree = read_yaml(path)
     known = {"recipe", "teacher", "seeds", "arms"}
-    if not isinstance(tree, dict) or not {"recipe", "arms"} <= tree.keys() <= known or not tree["arms"]:
+    if not isinstance(tree, dict) or not {"recipe", "arms"} <= tree.keys() <= known:
         raise UserError(f"{path}: a study has the keys recipe, arms and perhaps teacher, seeds")
+    if not isinstance(tree["arms"], dict) or not tree["arms"]:
+        raise UserError(f"{path}: arms are written NAME: METHOD, one to a line")
+    seeds = tree.get("seeds", 3)
+    seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{path}: seeds are a list as [0, 1, 2], or how many")
     teacher = [f"teacher={tree['teacher']}"] if tree.get("teacher") else []
     arms = {
         str(name): (*overrides, *(teacher if arm is not None else []), *_arm_overrides(arm))
         for name, arm in tree["arms"].items()
     }
-    seeds = tuple(int(seed) for seed in tree.get("seeds", (0, 1, 2)))
-    return Study(Path(tree["recipe"]), arms, seeds, out or Path("runs/studies") / path.stem)
+    folder = path.parent if path.name == STUDY_FILE else Path("runs/studies") / path.stem
+    return Study(Path(tree["recipe"]), arms, tuple(seeds), out or folder)
+
+
+def study_text(study: Study) -> str:
+    """A study as the file that :func:`read_study` reads."""
+    tree = {
+        "recipe": study.recipe.as_posix(),
+        "seeds": list(study.seeds),
+        "arms": {name: list(overrides) for name, overrides in study.arms.items()},
+    }
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def is_study(path: Path) -> bool:
