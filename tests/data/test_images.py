@@ -11,16 +11,16 @@ from detdistill.config import UserError
 from detdistill.data.images import image_sizes, read_image
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp"])
-def test_modes_and_formats(tmp_path, mode, suffix):
+MODES = ("L", "RGB", "RGBA", "P", "1", "LA")
+FORMATS = [(s, m) for s in ("png", "bmp", "tiff", "webp") for m in MODES if (s, m) != ("bmp", "LA")]
+
+
+@pytest.mark.parametrize(("suffix", "mode"), FORMATS)
+def test_modes_and_formats(tmp_path, suffix, mode):
     rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
     image = rgb.convert(mode)
     file = tmp_path / f"x.{suffix}"
-    try:
-        image.save(file, lossless=True) if suffix == "webp" else image.save(file)
-    except OSError:
-        pytest.skip(f"{suffix} has no mode {mode}")
+    image.save(file, lossless=True) if suffix == "webp" else image.save(file)
     pixels = read_image(file)
     assert pixels.shape == (3, 6, 9)
     assert pixels.dtype == torch.uint8

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from detdistill.config import DataConfig, UserError, nearest
 from detdistill.data.cleaning import report_duplicates, report_empty, select_classes
-from detdistill.data.images import READERS, image_sizes, is_image
+from detdistill.data.images import READERS, image_sizes, is_image, labels_beside
 from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
 from detdistill.data.voc import find_voc
 
@@ -149,18 +149,11 @@ def find_label_folders(root: Path) -> dict[str, Path]:
     for split, names in _SPLITS.items():
         folders = [folder for name in names for folder in (root / "images" / name, root / name / "images")]
         folder = next(
-            (folder for folder in folders if folder.is_dir() and _holds_images(_labels_of(folder))), None
+            (folder for folder in folders if folder.is_dir() and _holds_images(labels_beside(folder))), None
         )
         if folder is not None:
             found[split] = folder
     return found
-
-
-def _labels_of(images: Path) -> Path:
-    """The folder of label maps beside one of images: ``images`` in its path replaced by ``labels``."""
-    parts = list(images.parts)
-    at = len(parts) - 1 - parts[::-1].index("images")
-    return Path(*parts[:at], "labels", *parts[at + 1 :])
 
 
 def _holds_images(folder: Path) -> bool:
@@ -208,7 +201,7 @@ def _given_folder(root: Path, given: str, split: str) -> Path:
 
 def _pairs(images: Path) -> tuple[list[Pair], list[Path]]:
     """Each image with its label map or where that should be; and the maps of no image."""
-    labels = _labels_of(images)
+    labels = labels_beside(images)
     maps = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*") if is_image(path)}
     pairs = []
     for path in sorted(images.rglob("*")):

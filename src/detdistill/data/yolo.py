@@ -22,7 +22,7 @@ from detdistill.data.cleaning import (
     select_classes,
     settle_masks,
 )
-from detdistill.data.images import READERS, image_sizes, is_image
+from detdistill.data.images import READERS, image_sizes, is_image, labels_beside
 from detdistill.data.records import Finding, Record, Split
 
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
@@ -71,13 +71,8 @@ def read_yolo(
 
 
 def label_path(image: Path) -> Path:
-    """The label file of an image: ``images`` in its path replaced by ``labels``, ending in ``.txt``."""
-    parts = list(image.parts)
-    for i in reversed(range(len(parts) - 1)):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+    """The label file of an image."""
+    return labels_beside(image.parent) / f"{image.stem}.txt"
 
 
 def _image_paths(source: Path) -> list[Path]:
@@ -156,8 +151,7 @@ def _parse_row(
 def _report_orphans(folders: Iterable[Path], images: Iterable[Path], findings: list[Finding]) -> None:
     expected = {label_path(image) for image in images}
     for folder in folders:
-        labels = label_path(folder / "x").parent
-        for file in sorted(labels.rglob("*.txt")):
+        for file in sorted(labels_beside(folder).rglob("*.txt")):
             if file not in expected and file.name not in ("classes.txt", "train.txt", "val.txt", "test.txt"):
                 message, fix = "there is no image of this label file", "restore the image or delete the file"
                 findings.append(Finding("warning", "label without image", file, message, fix))
@@ -203,7 +197,7 @@ def find_yolo(root: Path) -> YoloLayout | None:
 
 def _has_labels(images: Path) -> bool:
     # Not any folder of that name: those of segmentation sets hold pictures.
-    return next(label_path(images / "x").parent.rglob("*.txt"), None) is not None
+    return next(labels_beside(images).rglob("*.txt"), None) is not None
 
 
 def _yaml_files(root: Path) -> list[Path]:
