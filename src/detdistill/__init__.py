@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from detdistill.experiments.evaluate import evaluate
     from detdistill.experiments.export import export
     from detdistill.experiments.predict import predict
+    from detdistill.experiments.quantize import quantize
     from detdistill.experiments.rank_teachers import rank_teachers
     from detdistill.experiments.report import write_report
     from detdistill.experiments.train import distill, train
@@ -53,6 +54,7 @@ __all__ = [
     "load_model",
     "load_recipe",
     "predict",
+    "quantize",
     "rank_teachers",
     "train",
     "wrap",
@@ -80,6 +82,7 @@ _HOMES = {
     "load_model": "models.checkpoints",
     "load_recipe": "config",
     "predict": "experiments.predict",
+    "quantize": "experiments.quantize",
     "rank_teachers": "experiments.rank_teachers",
     "train": "experiments.train",
     "wrap": "models.wrapped",

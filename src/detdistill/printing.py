@@ -178,9 +178,8 @@ def print_efficiency(costs: Mapping[str, Efficiency], runs: int, warmup: int) ->
     first = next(iter(costs.values()))
     rows: list[tuple[str, ...]] = []
     for name, cost in costs.items():
-        memory = "–" if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:.0f}"
         rows.append((
-            name, f"{cost.parameters / 1e6:.2f}", f"{cost.macs / 1e9:.2f}", memory,
+            name, _in(1e6, cost.parameters, 2), _in(1e9, cost.macs, 2), _in(2**20, cost.peak_memory_bytes, 0),
             f"{1000 * cost.latency[50]:.1f}", f"{1000 * cost.latency[90]:.1f}", f"{cost.images_per_second:.1f}",
         ))  # fmt: skip
         if cost is not first:
@@ -198,6 +197,10 @@ def print_efficiency(costs: Mapping[str, Efficiency], runs: int, warmup: int) ->
         f"{height} × {width} pixels, {first.device}; {runs} timed runs in turns after {warmup}; "
         f"images/s and memory with batches of {first.batch_size}"
     )
+
+
+def _in(unit: float, value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value / unit:.{digits}f}"
 
 
 def _mean(by_level: Mapping[int, float] | None) -> str:

@@ -10,7 +10,6 @@ from PIL import Image
 from detdistill.config import UserError
 from detdistill.data.images import image_sizes, read_image
 
-
 MODES = ("L", "RGB", "RGBA", "P", "1", "LA")
 FORMATS = [(s, m) for s in ("png", "bmp", "tiff", "webp") for m in MODES if (s, m) != ("bmp", "LA")]
 

@@ -123,6 +123,31 @@ def export(
     say(f"against PyTorch: {done.agreement}")
 
 
+@app.command()
+def quantize(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX file of `detdistill export`.")],
+    images: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IMAGES",
+            help="Like those that it will see: up to 128 of them set the ranges of activations.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; FILE with .int8.onnx unless given.")
+    ] = None,
+) -> None:
+    """Write an exported file again in 8 bits: smaller, and quicker on devices that have them."""
+    from detdistill.experiments.quantize import quantize as quantize_file
+    from detdistill.printing import say
+
+    done = quantize_file(file, images, out)
+    say(f"{done.path}: {done.bytes / 1e6:.2f} MB, before {done.bytes_before / 1e6:.2f} MB")
+    say(f"ranges of activations from {done.calibrated} images")
+    say(f"against {file.name}: {done.likeness}")
+    say("what it costs in AP or mIoU: detdistill evaluate, of both files")
+
+
 @app.command("import-mmdet")
 def import_mmdet(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A .pth file of MMDetection 2.x or 3.x.")],

@@ -23,6 +23,22 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("._")
 
 
+def find_images(source: Path) -> list[Path]:
+    """The image itself, or all images of a folder and its subfolders, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise UserError(f"{source}: no such image or folder")
+    found = sorted(path for path in source.rglob("*") if is_image(path) and path.is_file())
+    if not found:
+        raise UserError(f"{source}: no images in this folder; give a folder of JPEG, PNG or other images")
+    return found
+
+
 def labels_beside(images: Path) -> Path:
     """The folder of labels beside one of images: the last ``images`` in its path replaced by ``labels``.
 

@@ -23,10 +23,12 @@ class Efficiency:
     """Cost of detecting, preprocessing and suppression included.
 
     Attributes:
-        parameters: learnable numbers.
+        parameters: learnable numbers; None of an exported file, whose graph keeps them to itself.
         macs: multiply-accumulate operations on one image, of the convolutions, matrix products and attention:
-            what papers on detection call FLOPs. Elementwise work, normalisation and NMS are not counted.
-        checkpoint_bytes: all parameters and buffers, as a safetensors file holds them (without its header).
+            what papers on detection call FLOPs. Elementwise work, normalisation and NMS are not counted. None
+            of an exported file.
+        checkpoint_bytes: all parameters and buffers, as a safetensors file holds them (without its header);
+            None of an exported file.
         latency: seconds for one image, by percentile (50, 90, 99) of the timed runs.
         images_per_second: in batches of ``batch_size``, from the median.
         peak_memory_bytes: weights, and what detecting a batch needs beside them. CUDA: of tensors; Linux CPU:
@@ -36,9 +38,9 @@ class Efficiency:
         device: where it was measured, on a CPU with the number of threads.
     """
 
-    parameters: int
-    macs: int
-    checkpoint_bytes: int
+    parameters: int | None
+    macs: int | None
+    checkpoint_bytes: int | None
     latency: dict[int, float]
     images_per_second: float
     peak_memory_bytes: int | None
@@ -47,9 +49,9 @@ class Efficiency:
     device: str
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> int | None:
         """A multiplication and an addition for each of ``macs``."""
-        return 2 * self.macs
+        return None if self.macs is None else 2 * self.macs
 
 
 def efficiency(
@@ -95,9 +97,9 @@ def efficiency(
                 whole[name].append(several)
     return {
         name: Efficiency(
-            parameters=sum(p.numel() for p in model.parameters()),
-            macs=macs[name],
-            checkpoint_bytes=sum(value.nbytes for value in model.state_dict().values()),
+            parameters=sum(p.numel() for p in model.parameters()) or None,
+            macs=macs[name] or None,
+            checkpoint_bytes=sum(value.nbytes for value in model.state_dict().values()) or None,
             latency={p: float(np.percentile(latency[name], p)) for p in PERCENTILES},
             images_per_second=batch_size / float(np.median(whole[name])),
             peak_memory_bytes=peaks[name],

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from detdistill.config import UserError
 from detdistill.data.digits import write_digits
-from detdistill.data.images import is_image, read_image
+from detdistill.data.images import find_images, read_image
 from detdistill.experiments.evaluate import as_model
 from detdistill.models.base import Detections, Model, Preprocess
 from detdistill.models.exported import (
@@ -291,7 +291,7 @@ def compare(
     """
     with torch.inference_mode(), _at_size(model, exported.facts.size):
         if isinstance(exported, ExportedSegmenter):
-            return _compare_pixels(model, exported, images)
+            return compare_pixels(model, exported, images)
         return _compare_detections(model, exported, images)
 
 
@@ -322,8 +322,14 @@ def _overlap(first: Tensor, second: Tensor) -> float:
     return int((first & second).sum()) / union if union else 1.0
 
 
-def _compare_pixels(model: Model, exported: ExportedSegmenter, images: Sequence[Tensor]) -> PixelAgreement:
-    """At the size of the input: how maps are enlarged afterwards is not the file's matter."""
+def compare_pixels(model: Model, exported: ExportedSegmenter, images: Sequence[Tensor]) -> PixelAgreement:
+    """At the size of the input: how maps are enlarged afterwards is not the file's matter.
+
+    Args:
+        model: a segmenter that gives its input the same size.
+        exported: the file.
+        images: (3, H, W) each, of any size.
+    """
     equal = pixels = 0
     classes: set[int] = set()
     for image in images:
@@ -366,11 +372,7 @@ def _equal(first: Detections, second: Detections) -> tuple[list[tuple[int, int]]
 
 def _check_images(folder: str | Path | None, size: tuple[int, int]) -> list[Tensor]:
     if folder is not None:
-        root = Path(folder)
-        paths = [root] if root.is_file() else sorted(path for path in root.rglob("*") if is_image(path))
-        if not paths:
-            raise UserError(f"{root}: no images here to check the file on; give a folder of images to --check")
-        return [read_image(path) for path in paths[:CHECK_IMAGES]]
+        return [read_image(path) for path in find_images(Path(folder))[:CHECK_IMAGES]]
     generator = torch.Generator().manual_seed(0)
     noise = [
         torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=generator)
@@ -378,5 +380,5 @@ def _check_images(folder: str | Path | None, size: tuple[int, int]) -> list[Tens
     ]
     with tempfile.TemporaryDirectory() as name:
         write_digits(Path(name), 1, 5, max(64, min(size)))
-        drawn = [read_image(path) for path in sorted(Path(name).rglob("*")) if is_image(path)]
+        drawn = [read_image(path) for path in find_images(Path(name))]
     return noise + drawn

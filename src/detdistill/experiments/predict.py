@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from detdistill.config import UserError
-from detdistill.data.images import is_image, read_image
+from detdistill.data.images import find_images, read_image
 from detdistill.data.masks import encode_masks
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models.base import Detections, Model
@@ -113,18 +113,13 @@ def predict(
 
 def _find_images(images: Path, out: Path | None) -> tuple[Path, list[Path]]:
     """The folder that the pictures' names are relative to, and the image files."""
-    if images.is_dir():
-        root = images
-        inside = [path for path in sorted(images.rglob("*")) if path.is_file() and is_image(path)]
+    root = images if images.is_dir() else images.parent
+    paths = find_images(images)
+    if out is not None and root == images and out.resolve() != images.resolve():
         # What an earlier call wrote is not to be read by this one, unless it is what was asked for.
-        earlier = out.resolve() if out is not None and out.resolve() != images.resolve() else None
-        paths = [path for path in inside if earlier is None or earlier not in path.resolve().parents]
+        paths = [path for path in paths if out.resolve() not in path.resolve().parents]
         if not paths:
-            raise UserError(f"{images}: no images in this folder; give a folder of JPEG, PNG or other images")
-    elif images.is_file():
-        root, paths = images.parent, [images]
-    else:
-        raise UserError(f"{images}: no such image or folder")
+            raise UserError(f"{images}: no images here but those in {out}; give a folder of images")
     for path in paths if out is not None else ():
         assert out is not None
         target = _picture(out, path, root)

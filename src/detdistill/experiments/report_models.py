@@ -350,11 +350,13 @@ def _kept_costs(file: Path) -> dict[str, Any]:
 
 
 def _cost_row(cost: dict[str, Any]) -> list[float]:
+    """NaN where an exported file, which keeps it to itself, was measured."""
     latency = {int(percentile): float(seconds) for percentile, seconds in cost["latency"].items()}
-    return [
-        cost["parameters"] / 1e6, cost["macs"] / 1e9, cost["checkpoint_bytes"] / 1e6, 1000 * latency[50],
-        1000 * latency[90], cost["images_per_second"],
-    ]  # fmt: skip
+    counts = (
+        math.nan if cost[name] is None else cost[name] / unit
+        for name, unit in (("parameters", 1e6), ("macs", 1e9), ("checkpoint_bytes", 1e6))
+    )
+    return [*counts, 1000 * latency[50], 1000 * latency[90], cost["images_per_second"]]
 
 
 def _times(big: float, small: float) -> str:
