@@ -128,7 +128,8 @@ def print_comparison(comparison: Comparison) -> None:
     """Arms by seeds, what each is worth against the baseline, and the verdict."""
     show(comparison.columns(), comparison.rows())
     say(comparison.verdict)
-    say(f"runs, table.md and comparison.json: {comparison.study.out}")
+    if any(arm.metrics for arm in comparison.arms):
+        say(f"runs, table.md and comparison.json: {comparison.study.out}")
 
 
 def print_analysis(analysis: Analysis) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
-from detdistill.experiments.compare import read_comparison, run_study, unequal_budgets
+from detdistill.experiments.compare import launch, read_comparison, run_study, unequal_budgets
 from detdistill.experiments.studies import (
     ALONE,
     Study,
@@ -121,6 +121,51 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -
     assert not result.exists()
     assert main(["compare", str(out / "study.yaml"), "--no-report"]) == 0
     assert capsys.readouterr().out.count("done") == 1
+
+    # what is there must not be passed off as runs with other settings
+    assert main([*command, "training.optimizer.lr=0.5"]) == 2
+    told = capsys.readouterr().err
+    assert "alone/0 (training.optimizer.lr)" in told and "another --out" in told
+    assert main([*command, "training.optimizer.lr=0.5", "--table"]) == 0
+    assert "warning: " in capsys.readouterr().err
+
+
+def test_a_table_trains_no_teacher(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", str(recipe), "none", "mimic", "--teacher", str(recipe), "--table", "--out", str(out)]) == 0
+    assert "nothing to compare yet" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_a_run_is_put_on_devices_by_what_is_visible(monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch(None)[1:] == launch("auto")[1:] == ({}, [])
+    assert launch("cpu")[2] == ["training.device=cpu"]
+    assert launch("cuda:1")[1:] == ({"CUDA_VISIBLE_DEVICES": "1"}, [])
+    python, environment, _ = launch("cuda:0,2")
+    assert python[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    assert environment == {"CUDA_VISIBLE_DEVICES": "0,2"}
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    assert launch("cuda:1")[1] == {"CUDA_VISIBLE_DEVICES": "GPU-7"}
+    with pytest.raises(UserError, match="names 2 only"):
+        launch("cuda:2")
+    for wrong in ("cuda", "cuda:", "cuda:x", "gpu0", "mps:0"):
+        with pytest.raises(UserError, match="cuda:0,1"):
+            launch(wrong)
+
+
+@pytest.mark.slow
+def test_two_processes_for_each_run(recipe, tmp_path, monkeypatch) -> None:
+    """As ``--device cuda:0,1`` starts them, on processors."""
+    from detdistill.experiments import compare
+
+    python, _, _ = launch("cuda:0,1")
+    monkeypatch.setattr(compare, "launch", lambda _: (python, {}, []))
+    study = Study(recipe, {"ima": ()}, (0,), tmp_path / "out")
+    comparison = run_study(study, devices=["cuda:0,1"], say=lambda _: None)
+    assert comparison.arms[0].metrics[0]["AP"] is not None
+    assert json.loads((study.run_folder("ima", 0) / "environment.json").read_text())["processes"] == 2
 
 
 def test_a_failed_run_is_told_and_the_rest_goes_on(recipe, tmp_path, capsys) -> None:

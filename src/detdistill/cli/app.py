@@ -29,7 +29,10 @@ Weights = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Devices = Annotated[
-    list[str] | None, typer.Option("--device", help="Spread the runs: --device cuda:0 --device cuda:1.")
+    list[str] | None,
+    typer.Option(
+        "--device", help="Spread the runs: --device cuda:0 --device cuda:1; cuda:0,1 is a run on both."
+    ),
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0, 1, …; a verdict needs at least 2.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]

@@ -56,7 +56,7 @@ def compare(
     """Train arms that differ in the method alone, over seeds, and say what the difference is worth."""
     from detdistill.config import UserError
     from detdistill.experiments import studies
-    from detdistill.experiments.compare import trained_teacher
+    from detdistill.experiments.compare import teacher_weights
 
     overrides = [word for word in words or [] if "=" in word]
     names = [*(methods or []), *(word for word in words or [] if "=" not in word)]
@@ -67,7 +67,7 @@ def compare(
     else:
         out = out or Path("runs/compare") / recipe.stem
         if teacher is not None:
-            overrides.append(f"teacher={trained_teacher(teacher, out)}")
+            overrides.append(f"teacher={teacher_weights(teacher, out, train=not table)}")
         study = studies.plan_methods(recipe, names or ["none", "ima"], overrides, range(seeds), out)
     _run_study(study, metric, jobs, device, allow_unequal, table, report)
 
@@ -147,7 +147,7 @@ def _run_study(
     if report and not table:
         from detdistill.experiments.report import try_report
 
-        try_report(study.out, say, device=devices[0] if devices else "auto")
+        try_report(study.out, say, device=devices[0].partition(",")[0] if devices else "auto")
     if any(arm.failed for arm in comparison.arms):
         raise typer.Exit(USER_ERROR)
 

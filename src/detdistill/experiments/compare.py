@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -132,14 +133,16 @@ def run_study(
     Args:
         study: from one of the ``plan_`` functions or :func:`read_study`.
         jobs: runs at a time; with devices, as many as there are devices.
-        devices: as ``cuda:0``; each takes one run at a time. None: the recipe's own.
+        devices: as ``cuda:0``, or ``cuda:0,1`` for runs on two GPUs each; each takes one run at a time.
+            None: the recipe's own.
         metric: of the runs' results, by which the arms are compared; the runs' main one unless given.
         allow_unequal: let the arms' budgets differ; the table then says so.
         train: False compares what is there.
         say: takes a line for each run that ends.
 
     Raises:
-        UserError: an arm cannot be read, or the budgets differ; nothing has been run then.
+        UserError: an arm cannot be read, the budgets differ, or the folder holds runs with other settings;
+            nothing has been run then.
         SystemExit: with code 75 when it was stopped by SIGTERM; every run has saved.
     """
     recipes = {name: load_recipe(study.recipe, overrides) for name, overrides in study.arms.items()}
@@ -149,12 +152,20 @@ def run_study(
             f"the arms' budgets differ in {', '.join(unequal)}: a gain would mean nothing; give all arms the "
             "same, or --allow-unequal"
         )
-    study = Study(study.recipe, study.arms, study.seeds, study.out, tuple(unequal))
+    study = replace(study, unequal=tuple(unequal))
+    for device in devices:
+        launch(device)
+    strange = strange_runs(study, recipes)
+    if strange:
+        message = f"{study.out} holds runs with other settings than the arms have now: {'; '.join(strange[:3])}"
+        if train:
+            raise UserError(f"{message}; choose another --out, or delete them")
+        warnings.warn(message, stacklevel=2)
     failed: set[tuple[str, int]] = set()
     if train:
         study.out.mkdir(parents=True, exist_ok=True)
         write_atomically(study.out / STUDY_FILE, study_text(study))
-        failed = _train_missing(study, jobs, devices, say)
+        failed = _train_missing(study, recipes, jobs, devices, say)
     comparison = read_comparison(study, metric, failed)
     if any(arm.metrics for arm in comparison.arms):
         _write(comparison)
@@ -173,14 +184,61 @@ def unequal_budgets(recipes: Mapping[str, Recipe]) -> list[str]:
     return sorted(found)
 
 
+def strange_runs(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
+    """Ended runs in a study's folder with other settings than their arm has now, and what differs, a line each.
+
+    Those that have not ended are refused by :meth:`RunFolder.open` when they go on.
+    """
+    strange = []
+    for arm, recipe in recipes.items():
+        for seed in study.seeds:
+            folder = RunFolder(study.run_folder(arm, seed))
+            if folder.result_file.is_file() and folder.recipe_file.is_file():
+                found = [key for key in differences(folder.recipe(), recipe) if key != "training.seed"]
+                if found:
+                    strange.append(f"{arm}/{seed} ({', '.join(found[:5])})")
+    return strange
+
+
+def launch(device: str | None) -> tuple[list[str], dict[str, str], list[str]]:
+    """How a run is put on a device: what starts Python, the environment, and settings.
+
+    GPUs are chosen by ``CUDA_VISIBLE_DEVICES``, which is not part of a recipe; of those that are visible now. A
+    run on several is started by torchrun.
+
+    Raises:
+        UserError: it is none.
+    """
+    python = [sys.executable, "-m"]
+    if device in (None, "auto"):
+        return python, {}, []
+    if device == "cpu":
+        return python, {}, ["training.device=cpu"]
+    kind, _, numbers = device.partition(":")
+    wanted = numbers.split(",")
+    if kind != "cuda" or not all(number.isdecimal() for number in wanted):
+        raise UserError(f"--device {device}: give cuda:0, cuda:0,1 (several for each run), or cpu")
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if visible and max(map(int, wanted)) >= len(visible):
+        raise UserError(f"--device {device}: CUDA_VISIBLE_DEVICES names {len(visible)} only")
+    names = [visible[int(number)] if visible else number for number in wanted]
+    if len(wanted) > 1:
+        python += ["torch.distributed.run", "--standalone", f"--nproc-per-node={len(wanted)}", "-m"]
+    return python, {"CUDA_VISIBLE_DEVICES": ",".join(names)}, []
+
+
 def _train_missing(
-    study: Study, jobs: int, devices: Sequence[str], say: Callable[[str], None]
+    study: Study,
+    recipes: Mapping[str, Recipe],
+    jobs: int,
+    devices: Sequence[str],
+    say: Callable[[str], None],
 ) -> set[tuple[str, int]]:
     missing = [
         (arm, seed)
         for seed in study.seeds
         for arm in study.arms
-        if RunFolder(study.run_folder(arm, seed)).result() is None
+        if RunFolder(study.run_folder(arm, seed)).ended(recipes[arm]) is None
     ]
     jobs = len(devices) or max(1, jobs)
     free: queue.Queue[str | None] = queue.Queue()
@@ -199,9 +257,13 @@ def _train_missing(
             code = _train(study, arm, seed, folder, device, jobs, children)
             if code == PREEMPTED:
                 stopped.set()
-            elif code != 0:
+            if code == 0:
+                outcome = "done"
+            elif stopped.is_set():
+                outcome = "stopped, saved"
+            else:
                 failed.add((arm, seed))
-            outcome = {0: "done", PREEMPTED: "stopped, saved"}.get(code, f"failed: see {folder / 'log.txt'}")
+                outcome = f"failed: see {folder / 'log.txt'}"
             say(f"{arm}, seed {seed}: {outcome}")
         finally:
             free.put(device)
@@ -233,13 +295,17 @@ def _train(
     jobs: int,
     children: set[subprocess.Popen[bytes]],
 ) -> int:
-    changes = [*study.arms[arm], f"training.seed={seed}", f"name={study.out.name}-{arm}-{seed}"]
-    if device is not None:
-        changes.append(f"training.device={device}")
-    command = [sys.executable, "-m", "detdistill", "train", str(study.recipe), *changes, "--out", str(folder)]
+    python, environment, settings = launch(device)
+    changes = [
+        *study.arms[arm],
+        f"training.seed={seed}",
+        f"name={study.out.name}-{arm}-{seed}",
+        *settings,
+    ]
+    command = [*python, "detdistill", "train", str(study.recipe), *changes, "--out", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, **environment}
     with (folder / "log.txt").open("ab") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         children.add(child)
@@ -369,13 +435,14 @@ def _by_seed(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[int, dic
     }
 
 
-def trained_teacher(teacher: Path, out: Path) -> Path:
-    """A teacher for every arm: a run or file as it is; a recipe is trained first, once, in OUT/teacher."""
+def teacher_weights(teacher: Path, out: Path, *, train: bool = True) -> Path:
+    """A teacher for every arm: a run or file as it is; a recipe's is in OUT/teacher, trained first, once."""
     if teacher.suffix not in (".yaml", ".yml"):
         return teacher
-    from detdistill.experiments.train import train
+    if train:
+        from detdistill.experiments.train import train as train_recipe
 
-    train(teacher, out=out / "teacher")
+        train_recipe(teacher, out=out / "teacher")
     return out / "teacher" / STUDENT_FILE
 
 

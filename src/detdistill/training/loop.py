@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
@@ -84,17 +84,11 @@ def train(
     """
     folder = RunFolder(run)
     folder.open(recipe, resume=resume)
-    done = folder.result()
-    if done is not None and not _has_more_time(done, recipe):
+    done = folder.ended(recipe)
+    if done is not None:
         return TrainResult(done["status"], done["metrics"], run, folder.student_file)
     with _preemption_flag() as preempted:
         return _Trainer(recipe, folder, student, teacher).run(preempted)
-
-
-def _has_more_time(done: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether a run that ended for want of time is now given more."""
-    limit = recipe.training.max_time
-    return done["status"] == "out of time" and (limit is None or limit > done["metrics"]["minutes"])
 
 
 class _Trainer:

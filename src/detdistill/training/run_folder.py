@@ -58,7 +58,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: choose another run folder")
         if not resume:
-            for file in (self.metrics_file, self.checkpoint_file, self.result_file):
+            old = (self.metrics_file, self.checkpoint_file, self.result_file, self.student_file, self.best_file)
+            for file in old:
                 file.unlink(missing_ok=True)
         elif self.recipe_file.exists() and (
             self.checkpoint_file.exists() or self.result_file.exists() or self.metrics_file.exists()
@@ -122,6 +123,14 @@ class RunFolder:
         found.setdefault("main", "AP")  # of runs before there were others
         return found
 
+    def ended(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The result, unless the run ended for want of time and the recipe now gives it more."""
+        done = self.result()
+        if done is None or done["status"] != "out of time":
+            return done
+        limit = recipe.training.max_time
+        return None if limit is None or limit > done["metrics"]["minutes"] else done
+
     def write_result(self, status: str, metrics: Row, per_class: Row, main: str = "AP") -> None:
         """Undefined numbers are written as null; ``main`` is the metric by which runs are compared."""
         tables = {
@@ -146,6 +155,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: metadata.version(name) for name in packages},
@@ -156,7 +166,14 @@ def differences(old: Recipe, new: Recipe, free: Sequence[str] = FREE) -> list[st
     """The settings (``training.epochs``) in which two recipes differ, ``free`` ones of the training aside."""
     a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
     untold = {f"training.{key}" for key in free} | {"name"}
-    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in untold)
+    return sorted(key for key in a.keys() | b.keys() if key not in untold and not _same(a.get(key), b.get(key)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal, or two ways to write the path of one file."""
+    if a == b or not (isinstance(a, str) and isinstance(b, str)):
+        return bool(a == b)
+    return Path(a).exists() and Path(b).exists() and Path(a).samefile(b)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
