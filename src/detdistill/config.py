@@ -356,8 +356,15 @@ def parse_recipe(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe with every default spelled out, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """The recipe with every default spelled out, as YAML; but what a weights file decides stays unsaid."""
+    tree = recipe.model_dump(mode="json")
+    for section in ("student", "teacher"):
+        model = getattr(recipe, section)
+        if model is not None and model.weights is not None:
+            tree[section] = {
+                key: value for key, value in tree[section].items() if key in model.model_fields_set
+            }
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

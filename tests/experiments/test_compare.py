@@ -125,14 +125,18 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -
     # what is there must not be passed off as runs with other settings
     assert main([*command, "training.optimizer.lr=0.5"]) == 2
     told = capsys.readouterr().err
-    assert "alone/0 (training.optimizer.lr)" in told and "another --out" in told
+    assert "alone/0 (training.optimizer.lr)" in told
+    assert "another --out" in told
     assert main([*command, "training.optimizer.lr=0.5", "--table"]) == 0
     assert "warning: " in capsys.readouterr().err
 
 
 def test_a_table_trains_no_teacher(recipe, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    assert main(["compare", str(recipe), "none", "mimic", "--teacher", str(recipe), "--table", "--out", str(out)]) == 0
+    assert (
+        main(["compare", str(recipe), "none", "mimic", "--teacher", str(recipe), "--table", "--out", str(out)])
+        == 0
+    )
     assert "nothing to compare yet" in capsys.readouterr().out
     assert not out.exists()
 

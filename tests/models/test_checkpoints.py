@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torchvision.models import detection
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import ModelConfig, UserError, dump_recipe, parse_recipe
 from detdistill.models import (
     build_model,
     load_model,
@@ -128,9 +129,19 @@ class TestTeacher:
         assert teacher.classes == CLASSES
         assert same(teacher, load_model(run_folder))
 
-    def test_a_section_with_every_default_spelled_out_means_the_same(self, run_folder: Path) -> None:
-        dumped = ModelConfig.model_validate(ModelConfig(weights=str(run_folder)).model_dump(mode="json"))
-        assert same(load_teacher(dumped, CLASSES), load_model(run_folder))
+    def test_a_section_as_a_run_keeps_it_means_the_same(self, run_folder: Path) -> None:
+        tree = {"data": "digits", "student": {}, "teacher": str(run_folder), "methods": ["ima"]}
+        kept = parse_recipe(yaml.safe_load(dump_recipe(parse_recipe(tree)))).teacher
+        assert kept is not None
+        assert same(load_teacher(kept, CLASSES), load_model(run_folder))
+
+    def test_what_is_said_counts_though_it_be_the_default(self, run_folder: Path) -> None:
+        save_model(build_model(config(score_threshold=0.3), CLASSES), run_folder / "student.safetensors")
+        weights = str(run_folder)
+        assert load_teacher(ModelConfig(weights=weights), CLASSES).score_threshold == 0.3
+        assert load_teacher(ModelConfig(weights=weights, score_threshold=0.05), CLASSES).score_threshold == 0.05
+        with pytest.raises(UserError, match="trained with channels: 16, the recipe says 256"):
+            load_teacher(ModelConfig(weights=weights, channels=256), CLASSES)
 
     def test_a_contradiction_is_told(self, run_folder: Path) -> None:
         with pytest.raises(UserError, match="trained with backbone: resnet18, the recipe says resnet34"):

@@ -102,8 +102,8 @@ def build_model(config: ModelConfig, classes: Sequence[str]) -> Model:
 
     ``backbone_weights`` are loaded first, ``weights`` over them. The backbone must load whole; where the head
     does not, it stays as initialised and a warning holds the report. A file saved by detdistill knows its
-    architecture: what the section leaves at its default is then taken from the file, and class rows are chosen
-    by name. Files of torchvision's detectors are recognised by their names.
+    architecture: what the section does not say is then taken from the file, and class rows are chosen by name.
+    Files of torchvision's detectors are recognised by their names.
 
     Args:
         config: the section.
@@ -225,18 +225,18 @@ def _normalisation(
 
 
 def _with_spec(config: ModelConfig, spec: dict[str, Any], path: Path) -> ModelConfig:
-    """The section, completed from the file's spec wherever it is at its default."""
+    """The section, completed from the file's spec wherever it says nothing."""
     stored = ModelConfig.model_validate(spec["model"])
-    merged = {}
-    for name, info in ModelConfig.model_fields.items():
-        given, of_file = getattr(config, name), getattr(stored, name)
-        is_default = given == info.get_default()
-        if name in ARCHITECTURE and not is_default and given != of_file:
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    for name in ARCHITECTURE:
+        if given.get(name) is None:  # "the family's own" is no other architecture
+            given.pop(name, None)
+        elif given[name] != getattr(stored, name):
             raise UserError(
-                f"{path}: was trained with {name}: {of_file}, the recipe says {given}; leave {name} out"
+                f"{path}: was trained with {name}: {getattr(stored, name)}, the recipe says {given[name]}; "
+                f"leave {name} out"
             )
-        merged[name] = of_file if is_default else given
-    return ModelConfig.model_validate({**merged, "weights": config.weights, "backbone_weights": None})
+    return stored.model_copy(update={**given, "weights": config.weights, "backbone_weights": None})
 
 
 def _load_published(model: Model, config: ModelConfig, require: Sequence[str]) -> LoadReport:
