@@ -9,7 +9,7 @@ def mix_seed(*numbers: int) -> int:
     """A 63-bit seed that is unrelated for neighbouring numbers; the same on every machine and Python.
 
     Args:
-        numbers: not negative: seed, epoch, step, process, …
+        numbers: not negative: seed, epoch, step, process, … Zeros at the end add nothing.
     """
     high, low = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
     return int(high) << 31 | int(low) >> 1

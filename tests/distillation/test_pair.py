@@ -192,6 +192,24 @@ def test_auto_weight_trains_alike_from_any_scale():
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-5)
 
 
+def test_the_micro_batches_of_a_step_draw_apart_and_auto_looks_at_the_first():
+    pair = Pair(
+        detector(), detector(channels=24, seed=1), [{"ima": {"mask_ratio": 0.5, "weight": "auto"}}]
+    ).train()
+    masked, measured = [], []
+    pair.methods["ima"].register_forward_pre_hook(
+        lambda _, args: masked.append(args[0].generator.initial_seed())
+    )
+    pair.auto["ima"].update = lambda *_: measured.append(pair.step)
+    for step in (0, 1, 0):
+        pair.at_step(step, 100)
+        pair(*batch())
+        pair(*batch())
+    assert len(set(masked[:4])) == 4
+    assert masked[4:] == masked[:2]  # a resumed step draws what it drew
+    assert measured == [0, 0]
+
+
 def test_auto_weight_is_measured_now_and_then_and_saved():
     from detdistill.distillation.weighting import AUTO_EVERY
 

@@ -67,7 +67,7 @@ class Pair(nn.Module):
         self.auto = nn.ModuleDict()
         self.matching: Matching | None = None
         self.classes: ClassMatch | None = None
-        self.step, self.total_steps = 0, None
+        self.step, self.total_steps, self.micro_batch = 0, None, 0
         self.seed = seed
         if not student.can_learn:
             raise UserError("the student has no losses: give wrap(..., losses=...)")
@@ -89,6 +89,7 @@ class Pair(nn.Module):
 
     step: int
     total_steps: int | None
+    micro_batch: int
 
     @property
     def teacher(self) -> Model | None:
@@ -97,9 +98,10 @@ class Pair(nn.Module):
     def at_step(self, step: int, total_steps: int) -> None:
         """Say where in the run the next forward is: sets the methods' weights and seeds their randomness.
 
-        A loop that never calls this gets full weights and a new seed at each training forward.
+        Further forwards before the next call are the step's other micro-batches: they draw anew. A loop that
+        never calls this gets full weights, and each training forward is a step.
         """
-        self.step, self.total_steps = step, total_steps
+        self.step, self.total_steps, self.micro_batch = step, total_steps, 0
 
     def current_weights(self) -> dict[str, float]:
         """Each method's scheduled weight at this step; during a warm-up already above 0 at the first.
@@ -167,6 +169,8 @@ class Pair(nn.Module):
             losses[name] = weight * factor * terms[name]
         if self.training and self.total_steps is None:
             self.step += 1
+        elif self.training:
+            self.micro_batch += 1
         return losses
 
     def _add(self, item: MethodLike) -> None:
@@ -219,7 +223,8 @@ class Pair(nn.Module):
     def _measure(self, losses: Mapping[str, Tensor], terms: Mapping[str, Tensor], pyramid: Pyramid) -> None:
         """Now and then, let the weights that look after themselves see both gradients."""
         names = [name for name in terms if name in self.auto]
-        if not names or self.step % AUTO_EVERY or not (self.training and torch.is_grad_enabled()):
+        due = self.step % AUTO_EVERY == 0 and self.micro_batch == 0
+        if not names or not due or not (self.training and torch.is_grad_enabled()):
             return
         task = gradient_norm(torch.stack(list(losses.values())).sum(), pyramid)
         for name in names:
@@ -234,9 +239,10 @@ class Pair(nn.Module):
         return self.teacher.preprocess(images, list(targets), zoom)
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
         generator = torch.Generator(device)
-        return generator.manual_seed(mix_seed(self.seed, rank, self.step))
+        return generator.manual_seed(mix_seed(self.seed, rank, self.step, self.micro_batch))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pair:
         """What ``.to`` and its kin call: the teacher follows."""
