@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from detdistill import config
 from detdistill.config import Recipe, UserError, dump_recipe, load_recipe, parse_recipe
+from detdistill.recipe_file import sections_in
 
 MINIMAL = "data: digits\nstudent: {backbone: resnet18}\n"
 PAIR = "data: /data/pcb\nstudent: {backbone: resnet18}\nteacher: runs/teacher\nmethods: [ima]\n"
@@ -71,6 +71,16 @@ def test_numbers_that_yaml_11_takes_for_text(tmp_path: Path, text: str) -> None:
 def test_numbers_are_dumped_so_that_any_yaml_reads_them(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, PAIR.replace("[ima]", "{ima: {eps: 1e-5}}")))
     assert yaml.safe_load(dump_recipe(recipe))["methods"][0]["options"]["eps"] == 1e-5
+
+
+def test_a_rate_that_suits_the_optimiser(tmp_path: Path) -> None:
+    recipe = write(tmp_path, MINIMAL)
+    assert load_recipe(recipe).training.optimizer.lr == 0.01
+    assert load_recipe(recipe, ["training.optimizer.name=adamw"]).training.optimizer.lr == 1e-4
+    given = ["training.optimizer.name=adamw", "training.optimizer.lr=0.003"]
+    assert load_recipe(recipe, given).training.optimizer.lr == 0.003
+    with pytest.raises(UserError, match="nesterov needs a momentum"):
+        load_recipe(recipe, ["training.optimizer={nesterov: true, momentum: 0}"])
 
 
 def test_size_of_one_number_is_square(tmp_path: Path) -> None:
@@ -266,7 +276,7 @@ def test_errors_of_trees_made_in_python() -> None:
 def sections(model: type[BaseModel]) -> set[str]:
     keys = set(model.model_fields)
     for field in model.model_fields.values():
-        for section in config._sections_in(field.annotation):
+        for section in sections_in(field.annotation):
             keys |= sections(section)
     return keys
 

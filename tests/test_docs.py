@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 import detdistill
 from detdistill import cli, config
 from detdistill.config import Recipe, load_recipe
+from detdistill.recipe_file import sections_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -203,7 +204,7 @@ def test_every_key_of_a_recipe_is_described(title: str) -> None:
 
 def test_every_section_of_the_schema_has_a_table() -> None:
     def below(section: type[BaseModel]) -> set[type[BaseModel]]:
-        inner = {s for f in section.model_fields.values() for s in config._sections_in(f.annotation)}
+        inner = {s for f in section.model_fields.values() for s in sections_in(f.annotation)}
         return {section}.union(*(below(one) for one in inner))
 
     assert below(Recipe) == set(SECTIONS.values())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from detdistill.experiments.check import check
     from detdistill.experiments.evaluate import evaluate
     from detdistill.experiments.export import export
-    from detdistill.experiments.predict import predict
+    from detdistill.experiments.predict import iter_predictions, predict
     from detdistill.experiments.quantize import quantize
     from detdistill.experiments.rank_teachers import rank_teachers
     from detdistill.experiments.report import write_report
@@ -51,6 +51,7 @@ __all__ = [
     "distill",
     "evaluate",
     "export",
+    "iter_predictions",
     "load_model",
     "load_recipe",
     "predict",
@@ -79,6 +80,7 @@ _HOMES = {
     "distill": "experiments.train",
     "evaluate": "experiments.evaluate",
     "export": "experiments.export",
+    "iter_predictions": "experiments.predict",
     "load_model": "models.checkpoints",
     "load_recipe": "config",
     "predict": "experiments.predict",

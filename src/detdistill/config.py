@@ -6,8 +6,7 @@ Nothing here imports torch, so that a wrong recipe is refused at once.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +23,14 @@ from pydantic import (
     model_validator,
 )
 
-from detdistill.recipe_file import UserError, expand_method, expand_short_forms, read_recipe_file
+from detdistill.recipe_file import (
+    UserError,
+    describe,
+    expand_method,
+    expand_short_forms,
+    nearest,
+    read_recipe_file,
+)
 
 __all__ = [
     "AugmentConfig",
@@ -199,7 +205,7 @@ class ModelConfig(_Section):
 
 class OptimizerConfig(_Section):
     name: Literal["sgd", "adamw"] = Field("sgd", description="which optimiser")
-    lr: float = Field(0.01, gt=0, description="learning rate after the warm-up")
+    lr: float = Field(0.01, gt=0, description="learning rate after the warm-up; AdamW's default is 1e-4")
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = Field(False, description="SGD only")
     weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
@@ -209,6 +215,19 @@ class OptimizerConfig(_Section):
     backbone_lr_factor: float = Field(
         1.0, ge=0, description="learning rate of the backbone over that of the rest"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_optimiser(cls, section: Any) -> Any:
+        if isinstance(section, dict) and section.get("name") == "adamw" and "lr" not in section:
+            return {**section, "lr": 1e-4}
+        return section
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerConfig:
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0: give momentum, or leave nesterov out")
+        return self
 
 
 class ScheduleConfig(_Section):
@@ -255,7 +274,9 @@ class TrainingConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, order, augmentation and methods")
     evaluate_every: float = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
     checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints; also at each epoch's end")
-    patience: int | None = Field(None, gt=0, description="stop after so many evaluations without a better one")
+    patience: int | None = Field(
+        None, gt=0, description="stop after so many evaluations without a better one, and export the best"
+    )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator where there is one")
 
     @model_validator(mode="after")
@@ -348,7 +369,7 @@ def parse_recipe(
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        found = [_describe(item, lines or {}, source) for item in error.errors()]
+        found = [describe(item, Recipe, lines or {}, source) for item in error.errors()]
         if len(found) == 1:
             raise UserError(found[0]) from None
         head = f"Found {len(found)} error{'s' * (len(found) > 1)} in {source}"
@@ -365,42 +386,3 @@ def dump_recipe(recipe: Recipe) -> str:
                 key: value for key, value in tree[section].items() if key in model.model_fields_set
             }
     return yaml.safe_dump(tree, sort_keys=False)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'x'?`` where one of the known words is near, else what is known."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _describe(error: Any, lines: Mapping[tuple[str, ...], str], source: str) -> str:
-    at = tuple(str(part) for part in error["loc"])
-    where = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), source)
-    key = ".".join(at) or "recipe"
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key!r}; {nearest(at[-1], _known_keys(at[:-1]))}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("value_error", "missing") else f" (got {_short(error['input'])})"
-    return f"{where}: {key}: {message[0].lower()}{message[1:]}{given}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def _known_keys(at: Sequence[str]) -> Iterable[str]:
-    section: type[BaseModel] = Recipe
-    for part in at:
-        if part.isdigit() or part not in section.model_fields:
-            continue
-        for candidate in _sections_in(section.model_fields[part].annotation):
-            section = candidate
-    return section.model_fields
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [found for part in getattr(annotation, "__args__", ()) for found in _sections_in(part)]

@@ -5,6 +5,7 @@ What the tree may say is the business of :mod:`detdistill.config`.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 Tree = dict[str, Any]
 Lines = dict[tuple[str, ...], str]
@@ -220,3 +222,42 @@ def _position(items: Sequence[Any], key: str) -> int | None:
         return int(key)
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     return names.index(key) if key in names else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'?`` where one of the known words is near, else what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def describe(error: Any, schema: type[BaseModel], lines: Mapping[tuple[str, ...], str], source: str) -> str:
+    """What pydantic found wrong, with where it stands and what was probably meant."""
+    at = tuple(str(part) for part in error["loc"])
+    where = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), source)
+    key = ".".join(at) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key!r}; {nearest(at[-1], _known_keys(at[:-1], schema))}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] in ("value_error", "missing") else f" (got {_short(error['input'])})"
+    return f"{where}: {key}: {message[0].lower()}{message[1:]}{given}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def _known_keys(at: Sequence[str], section: type[BaseModel]) -> Iterable[str]:
+    for part in at:
+        if part.isdigit() or part not in section.model_fields:
+            continue
+        for candidate in sections_in(section.model_fields[part].annotation):
+            section = candidate
+    return section.model_fields
+
+
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in sections_in(part)]

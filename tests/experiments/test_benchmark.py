@@ -37,6 +37,22 @@ def test_teacher_and_student_of_a_recipe(tmp_path, capsys):
     assert costs["pair student"]["macs"] < costs["pair teacher"]["macs"]
 
 
+def test_a_recipes_models_are_what_it_makes_of_their_files(tmp_path):
+    """A student that starts from a file has its architecture; a teacher has the size that the recipe gives."""
+    torch.manual_seed(0)
+    config = ModelConfig(family="fcos", backbone="resnet18", channels=32, strides=(8, 16), size=64)
+    start, file = build_model(config, ("a", "b")), str(tmp_path / "start.safetensors")
+    save_model(start, file)
+    recipe = tmp_path / "pair.yaml"
+    recipe.write_text(
+        f"data: {{format: digits, classes: [a, b]}}\nstudent: {{weights: {file}}}\n"
+        f"teacher: {{weights: {file}, size: 128}}\nmethods: [ima]\n"
+    )
+    costs = benchmark([recipe], runs=1, warmup=0, device="cpu")
+    assert costs["pair student"].parameters == sum(p.numel() for p in start.parameters())
+    assert costs["pair student"].size == (128, 128)
+
+
 def test_nothing_and_the_same_twice(tmp_path):
     with pytest.raises(UserError, match="at least one"):
         benchmark([])

@@ -8,7 +8,7 @@ import pytest
 
 from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
-from detdistill.experiments.compare import launch, read_comparison, run_study, unequal_budgets
+from detdistill.experiments.compare import read_comparison, run_study, unequal_budgets
 from detdistill.experiments.studies import (
     ALONE,
     Study,
@@ -18,6 +18,7 @@ from detdistill.experiments.studies import (
     read_study,
     study_text,
 )
+from detdistill.experiments.study_runs import launch
 from detdistill.training.run_folder import RunFolder
 
 RECIPE = """
@@ -162,10 +163,10 @@ def test_a_run_is_put_on_devices_by_what_is_visible(monkeypatch) -> None:
 @pytest.mark.slow
 def test_two_processes_for_each_run(recipe, tmp_path, monkeypatch) -> None:
     """As ``--device cuda:0,1`` starts them, on processors."""
-    from detdistill.experiments import compare
+    from detdistill.experiments import study_runs
 
     python, _, _ = launch("cuda:0,1")
-    monkeypatch.setattr(compare, "launch", lambda _: (python, {}, []))
+    monkeypatch.setattr(study_runs, "launch", lambda _: (python, {}, []))
     study = Study(recipe, {"ima": ()}, (0,), tmp_path / "out")
     comparison = run_study(study, devices=["cuda:0,1"], say=lambda _: None)
     assert comparison.arms[0].metrics[0]["AP"] is not None

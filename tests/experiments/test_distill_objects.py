@@ -52,6 +52,14 @@ def distill(teacher, student, out, **options):
     return detdistill.distill(teacher, student, DATA, "ima", training=BUDGET, out=out, **options)
 
 
+def test_a_student_that_gives_no_detections_is_refused_before_training(tmp_path):
+    torch.manual_seed(1)
+    mute = detdistill.wrap(YoloLike(4, num_classes=10), LEVELS, PLAIN, DIGITS, losses=yolo_losses)
+    with pytest.raises(UserError, match=r"gives no detections.*decode="):
+        distill(teacher(), mute, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_run_of_objects_leaves_what_any_run_leaves(tmp_path):
     ours, theirs = teacher(), student()
     names = list(theirs.model.state_dict())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from detdistill.config import UserError, parse_recipe
-from detdistill.experiments.predict import predict
+from detdistill.experiments.predict import iter_predictions, predict
 from detdistill.models import Detector, build_model, pspnet, save_model
 
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32], "score_threshold": 0.0}
@@ -67,6 +67,15 @@ def test_a_folder_is_written_as_pictures_and_rows(model: Detector, folder: Path,
         assert x + width <= 70.02
         assert y + height <= 50.02
         assert row["category"] == CLASSES[row["category_id"] - 1]
+
+
+def test_batches_change_nothing(model: Detector, folder: Path) -> None:
+    alone = predict(model, folder, threshold=0.5, device="cpu")
+    batched = iter_predictions(model, folder, threshold=0.5, batch_size=2, device="cpu")
+    for one, other in zip(alone, batched, strict=True):
+        assert (one.path, one.names) == (other.path, other.names)
+        torch.testing.assert_close(one.boxes_K4, other.boxes_K4)
+        torch.testing.assert_close(one.scores_K, other.scores_K)
 
 
 def test_a_teacher_is_drawn_on_the_right(model: Detector, folder: Path, tmp_path: Path) -> None:

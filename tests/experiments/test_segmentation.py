@@ -157,6 +157,13 @@ def test_data_of_the_other_task_is_refused_before_training(data: Path, teacher: 
         detdistill.evaluate(teacher, parse_recipe({**tree(data), "data": digits}), workers=0)
 
 
+def test_the_doctor_refuses_what_training_would(data: Path) -> None:
+    from detdistill.experiments.check import check
+
+    result = check(parse_recipe(tree(data, {"augment": {"crop": 0.5}})))
+    assert any("crop goes by boxes" in problem for problem in result.problems)
+
+
 def test_teachers_are_ranked_by_their_miou(data: Path, teacher: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
     save_model(build_model(parse_recipe(tree(data)).student, CLASSES), alone)

@@ -152,6 +152,13 @@ def test_training_without_targets_says_so(build: Callable[..., Detector]) -> Non
         small(build).train()([image(64, 64)])
 
 
+@pytest.mark.parametrize("shape", [(2, 2000), (2000, 1), (1, 1)])
+def test_thin_images_stay_images(shape: tuple[int, int]) -> None:
+    batch = Preprocess(size=(96, 128))([torch.rand(3, *shape), torch.rand(3, 50, 80)])
+    assert min(batch.sizes[0]) >= 1
+    assert torch.isfinite(batch.images_N3HW).all()
+
+
 def test_classes_are_numbers_unless_named() -> None:
     assert fcos("resnet18", 3, channels=16).classes == ("0", "1", "2")
     assert fcos("resnet18", classes=("a", "b"), channels=16).classes == ("a", "b")

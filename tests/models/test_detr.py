@@ -12,12 +12,13 @@ import torch
 import transformers
 from torchvision.ops import box_iou
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import ModelConfig, OptimizerConfig, UserError
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.models import DETR, build_model, d_fine, load_model, load_teacher, rtdetr_v2, save_model
 from detdistill.models.base import Batch, Detector, Preprocess, QueryRaw
 from detdistill.models.detr_families import _initialise
+from detdistill.training.step import build_optimizer
 
 CLASSES = ("a", "b", "c")
 BUILD = {"rtdetr_v2": rtdetr_v2, "d_fine": d_fine}
@@ -232,6 +233,12 @@ def test_a_small_input_has_a_query_for_each_cell(family: str) -> None:
     assert len(model.eval()([torch.rand(3, 32, 32)])[0]["scores"]) == 4 * 4 + 2 * 2 + 1
     model.preprocessor = Preprocess(size=(192, 192), keep_ratio=False)
     assert len(model.eval()([torch.rand(3, 32, 32)])[0]["scores"]) == 300
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_sgd_is_doubted(optimizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    build_optimizer(Pair(tiny("rtdetr_v2")), OptimizerConfig(name=optimizer))
+    assert ("hardly learns by SGD" in caplog.text) == (optimizer == "sgd")
 
 
 def test_options_of_detections() -> None:

@@ -104,7 +104,6 @@ def test_what_a_run_leaves(make_recipe, teacher_file, tmp_path):
     recipe = make_recipe(teacher=str(teacher_file), methods=["ima"], training={"evaluate_every": 1})
     result = train(recipe, tmp_path)
     assert result.status == "finished"
-    assert 0 <= result.metrics["AP"] <= 1
     for name in (
         "recipe.yaml", "environment.json", "metrics.csv", "metrics.jsonl", "curves.png", "samples.png",
         "checkpoints/last.pt", "student.safetensors", "result.json",
@@ -166,6 +165,32 @@ def test_a_run_can_stop_early_or_run_out_of_time(make_recipe, tmp_path):
     assert train(make_recipe(training={"max_time": 60}), tmp_path / "late").status == "finished"
     train(make_recipe(), tmp_path / "unlimited")
     assert_same_student(tmp_path / "late", tmp_path / "unlimited")
+
+
+def test_a_run_that_stops_early_leaves_its_best(make_recipe, tmp_path, monkeypatch):
+    """The numbers of its student file are those of the best evaluation, not of the last."""
+    from detdistill.training import loop
+
+    measured = iter([0.2, 0.1, 0.05, 0.2])  # after two without a better one, the best again
+    seen = []
+
+    def evaluated(model, *args, **options):
+        evaluation = loop_evaluate(model, *args, **options)
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        numbers = {"AP": next(measured)}
+        monkeypatch.setattr(type(evaluation), "numbers", lambda _: numbers)
+        return evaluation
+
+    loop_evaluate = loop.evaluate_model
+    monkeypatch.setattr(loop, "evaluate_model", evaluated)
+    result = train(
+        make_recipe(training={"evaluate_every": 1, "patience": 2, "max_steps": 60}), tmp_path / "run"
+    )
+    assert (result.status, result.metrics["AP"]) == ("stopped early", 0.2)
+    assert len(seen) == 4
+    exported = load_file(tmp_path / "run" / "student.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in seen[0].items())
+    assert not all(torch.equal(exported[name], value) for name, value in seen[2].items())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(make_recipe):

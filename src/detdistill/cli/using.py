@@ -68,29 +68,31 @@ def predict(
     images: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER")],
     out: Annotated[Path, typer.Option(help="Folder for pictures and predictions.json.")] = Path("runs/predict"),
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     teacher: Annotated[
         Path | None, typer.Option(help="Draw what this model finds beside it, on the right.")
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Detect objects in images, or segment them: pictures and predictions.json."""
-    from detdistill.experiments.predict import predict as predict_images
+    from detdistill.experiments.predict import iter_predictions
     from detdistill.printing import progress_bar, say
 
+    images_seen, found, pixels = 0, Counter[str](), Counter[str]()
     with progress_bar("detecting") as progress:
-        predictions = predict_images(
-            weights, images, out=out, threshold=threshold, teacher=teacher, device=device, progress=progress
-        )
-    if any(prediction.semantic_HW is not None for prediction in predictions):
-        pixels = Counter[str]()
-        for prediction in predictions:
+        for prediction in iter_predictions(
+            weights, images, out=out, threshold=threshold, batch_size=batch_size, teacher=teacher,
+            device=device, progress=progress,
+        ):  # fmt: skip
+            images_seen += 1
+            found.update(prediction.names)
             pixels.update(prediction.shares)
-        listed = ", ".join(f"{share / len(predictions):.0%} {name}" for name, share in pixels.most_common(10))
-        say(f"{len(predictions)} images: {listed}")
+    if pixels:
+        listed = ", ".join(f"{share / images_seen:.0%} {name}" for name, share in pixels.most_common(10))
+        say(f"{images_seen} images: {listed}")
     else:
-        found = Counter(name for prediction in predictions for name in prediction.names)
         listed = ", ".join(f"{count} {name}" for name, count in found.most_common(10))
-        say(f"{len(predictions)} images, {found.total()} objects" + (f": {listed}" if listed else ""))
+        say(f"{images_seen} images, {found.total()} objects" + (f": {listed}" if listed else ""))
     say(f"pictures and predictions.json: {out}")
 
 

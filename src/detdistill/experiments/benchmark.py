@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detdistill.config import UserError, load_recipe
+from detdistill.config import ModelConfig, UserError, load_recipe
 from detdistill.evaluation.efficiency import Efficiency, efficiency
 from detdistill.experiments.evaluate import as_model, choose_device
-from detdistill.models import build_model
+from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
 
 
@@ -24,8 +24,9 @@ def benchmark(
     """Parameters, FLOPs, latency, throughput and memory of several detectors, measured in turns.
 
     Args:
-        models: detectors, run folders, weights files, or recipes. Of a recipe the student is built (its weights
-            do not matter here), and the teacher where there is one, named ``RECIPE teacher``.
+        models: detectors, run folders, weights files, or recipes. Of a recipe these are its student and, where
+            there is one, its teacher, ``RECIPE student`` and ``RECIPE teacher``, at the sizes it gives them;
+            nothing is downloaded for them.
         size: (height, width) of the image; not given: the largest input size of the models, else 800 × 1088.
         runs, warmup, batch_size: as in :func:`~detdistill.evaluation.efficiency.efficiency`.
         device: ``auto``, ``cpu``, ``cuda:1``, …
@@ -58,9 +59,17 @@ def _detectors(model: Model | str | Path) -> dict[str, Model]:
     recipe = load_recipe(path)
     classes = recipe.data.classes or tuple(map(str, range(80)))
     models = {}
-    if recipe.teacher is not None and recipe.teacher.weights not in (None, "torchvision"):
-        models[f"{path.stem} teacher"] = as_model(str(recipe.teacher.weights))
-        classes = recipe.data.classes or models[f"{path.stem} teacher"].classes
-    student = recipe.student.model_copy(update={"weights": None, "backbone_weights": None})
-    models[f"{path.stem} student"] = build_model(student, classes)
+    if recipe.teacher is not None:
+        models[f"{path.stem} teacher"] = teacher = _built(recipe.teacher, classes)
+        classes = recipe.data.classes or teacher.classes
+    models[f"{path.stem} student"] = _built(recipe.student, classes)
     return models
+
+
+def _built(section: ModelConfig, classes: Sequence[str]) -> Model:
+    """The model of a section: a weights file says what it is, what would be downloaded does not matter here."""
+    changes = {"backbone_weights": None}
+    if section.weights == "torchvision":
+        changes["weights"] = None
+    section = section.model_copy(update=changes)
+    return build_model(section, classes) if section.weights is None else load_teacher(section, classes)

@@ -11,11 +11,13 @@ from pathlib import Path
 from detdistill.config import Recipe, UserError, load_recipe
 from detdistill.data.inspect import Inspection, inspect_data
 from detdistill.data.records import Split
+from detdistill.data.transforms import build_augment
 from detdistill.distillation.matching import ClassMatch, Matching, describe_input
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets
+from detdistill.training.step import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,14 @@ def _check_models(result: Check, train: Split) -> None:
             except UserError as error:
                 result.problems.append(f"pair: {error}")
         result.notes += notes
+    with _messages() as notes:
+        try:
+            build_augment(recipe.training.augment, label_maps=train.has_label_maps)
+        except UserError as error:
+            result.problems.append(str(error))
+        if student is not None:
+            build_optimizer(Pair(student), recipe.training.optimizer)
+    result.notes += notes
     result.models += [
         _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
     ]

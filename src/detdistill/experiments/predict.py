@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from detdistill.config import UserError
 from detdistill.data.images import find_images, read_image
@@ -19,6 +21,7 @@ from detdistill.data.masks import encode_masks
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models.base import Detections, Model
 from detdistill.report.gallery import CELL, draw_detections
+from detdistill.training.run_folder import write_atomically
 
 PREDICTIONS_FILE = "predictions.json"
 
@@ -66,11 +69,34 @@ def predict(
     *,
     out: str | Path | None = None,
     threshold: float = 0.3,
+    batch_size: int = 1,
     teacher: Model | str | Path | None = None,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
+    """As :func:`iter_predictions`, all at once: of many large images masks and label maps may not fit."""
+    return list(
+        iter_predictions(
+            model, images, out=out, threshold=threshold, batch_size=batch_size, teacher=teacher, device=device,
+            progress=progress,
+        )
+    )  # fmt: skip
+
+
+def iter_predictions(
+    model: Model | str | Path,
+    images: str | Path,
+    *,
+    out: str | Path | None = None,
+    threshold: float = 0.3,
+    batch_size: int = 1,
+    teacher: Model | str | Path | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Prediction]:
     """Detect objects in an image, or in all images of a folder and its subfolders; a segmenter segments them.
+
+    One batch is in memory at a time. What is written is whole when the last prediction has been taken.
 
     Args:
         model: a detector or segmenter, a run folder, or a file that detdistill saved.
@@ -82,6 +108,7 @@ def predict(
             what share of it each class has, and beside its picture is ``NAME.labels.png``, with a class index
             in each pixel.
         threshold: detections of a lower score are left out.
+        batch_size: images that a model sees at once.
         teacher: draw what this model finds beside what the model finds.
         device: ``auto`` (an accelerator where there is one), ``cpu``, ``cuda:1``, …
         progress: called after each image with (images done, images in all).
@@ -92,23 +119,29 @@ def predict(
     root, paths = _find_images(Path(images), Path(out) if out is not None else None)
     chosen = choose_device(device)
     models = [as_model(each).to(chosen).eval() for each in (model, teacher) if each is not None]
-    predictions = []
-    for path, image in _read(paths):
+    rows: list[dict[str, Any]] = []
+    readable = _read(paths)
+    done = 0
+    while batch := list(itertools.islice(readable, batch_size)):
+        on_device = [image.to(chosen) for _, image in batch]
         with torch.inference_mode():
-            found = [_detect(each, image.to(chosen), threshold) for each in models]
-        student = found[0]
-        arrays = (student["boxes"], student["labels"], student["scores"], models[0].classes)
-        prediction = Prediction(path, *arrays, student.get("masks"), student.get("semantic"))
-        predictions.append(prediction)
-        if out is not None:
-            picture = _picture(Path(out), path, root)
-            _save_picture(image, found, models, threshold, picture)
-            _save_label_map(prediction, picture)
-        if progress is not None:
-            progress(len(predictions), len(paths))
+            found = [_detect(each, on_device, threshold) for each in models]
+        for (path, image), *each in zip(batch, *found, strict=True):
+            student = each[0]
+            arrays = (student["boxes"], student["labels"], student["scores"], models[0].classes)
+            prediction = Prediction(path, *arrays, student.get("masks"), student.get("semantic"))
+            if out is not None:
+                picture = _picture(Path(out), path, root)
+                _save_picture(image, each, models, threshold, picture)
+                _save_label_map(prediction, picture)
+                rows += _rows(prediction, root)
+            done += 1
+            if progress is not None:
+                progress(done, len(paths))
+            yield prediction
     if out is not None:
-        _write_json(predictions, root, Path(out))
-    return predictions
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(out) / PREDICTIONS_FILE, json.dumps(rows, indent=1) + "\n")
 
 
 def _find_images(images: Path, out: Path | None) -> tuple[Path, list[Path]]:
@@ -148,8 +181,11 @@ def _read(paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
         yield path, image
 
 
-def _detect(model: Model, image_3HW: Tensor, threshold: float) -> Detections:
-    detections = model([image_3HW])[0]
+def _detect(model: Model, images: list[Tensor], threshold: float) -> list[Detections]:
+    return [_kept(detections, threshold) for detections in model(images)]
+
+
+def _kept(detections: Detections, threshold: float) -> Detections:
     if "semantic" in detections:
         no_boxes = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
         return {**no_boxes, "scores": torch.zeros(0), "semantic": detections["semantic"].cpu()}
@@ -181,29 +217,26 @@ def _save_label_map(prediction: Prediction, picture: Path) -> None:
         labels.save(picture.with_name(f"{picture.stem}.labels.png"))
 
 
-def _write_json(predictions: list[Prediction], root: Path, out: Path) -> None:
-    rows: list[dict[str, Any]] = []
-    for prediction in predictions:
-        stem = prediction.path.stem
-        name = prediction.path.relative_to(root).as_posix()
-        values = (prediction.boxes_K4.tolist(), prediction.labels_K.tolist(), prediction.scores_K.tolist())
-        masks_KHW = prediction.masks_KHW
-        masks = [] if masks_KHW is None else encode_masks(masks_KHW.numpy())
-        image_id = int(stem) if stem.isdecimal() else stem
-        if prediction.semantic_HW is not None:
-            shares = {name: round(share, 5) for name, share in prediction.shares.items()}
-            rows.append({"image_id": image_id, "file_name": name, "shares": shares})
-        for i, ((x1, y1, x2, y2), label, score) in enumerate(zip(*values, strict=True)):
-            rows.append(
-                {
-                    "image_id": image_id,
-                    "file_name": name,
-                    "category_id": label + 1,
-                    "category": prediction.classes[label],
-                    "bbox": [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)],
-                    "score": round(score, 5),
-                    **({"segmentation": masks[i]} if masks else {}),
-                }
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / PREDICTIONS_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def _rows(prediction: Prediction, root: Path) -> list[dict[str, Any]]:
+    stem = prediction.path.stem
+    image = {
+        "image_id": int(stem) if stem.isdecimal() else stem,
+        "file_name": prediction.path.relative_to(root).as_posix(),
+    }
+    if prediction.semantic_HW is not None:
+        return [{**image, "shares": {name: round(share, 5) for name, share in prediction.shares.items()}}]
+    masks_KHW = prediction.masks_KHW
+    masks = [] if masks_KHW is None else encode_masks(masks_KHW.numpy())
+    boxes_K4 = box_convert(prediction.boxes_K4, "xyxy", "xywh").tolist()
+    values = (boxes_K4, prediction.labels_K.tolist(), prediction.scores_K.tolist())
+    return [
+        {
+            **image,
+            "category_id": label + 1,
+            "category": prediction.classes[label],
+            "bbox": [round(value, 2) for value in box],
+            "score": round(score, 5),
+            **({"segmentation": masks[i]} if masks else {}),
+        }
+        for i, (box, label, score) in enumerate(zip(*values, strict=True))
+    ]

@@ -186,6 +186,7 @@ class Model(nn.Module, ABC):
         spec: how to build this model again (what a student file records), or None.
         opaque: whether its raw predictions have a form of their own, which no method can compare.
         can_learn: whether it has losses.
+        can_answer: whether it has a decode.
     """
 
     task: ClassVar[Task]
@@ -198,6 +199,7 @@ class Model(nn.Module, ABC):
     spec: dict[str, Any] | None = None
     opaque: ClassVar[bool] = False
     can_learn: bool = True
+    can_answer: bool = True
 
     def preprocess(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, zoom: float = 1.0

@@ -111,12 +111,9 @@ class Preprocess:
             if self.size is not None and not self.keep_ratio:
                 image = F.interpolate(image[None], self.stretched(zoom), mode="bilinear", antialias=True)[0]
             elif (scale := self.scale(height, width) * zoom) != 1.0:
-                # recompute_scale_factor: the size is floor(side · scale), and the sampling grid uses the
-                # ratio of the two sizes, as in torchvision's GeneralizedRCNNTransform.
-                image = F.interpolate(
-                    image[None], scale_factor=scale, mode="bilinear", recompute_scale_factor=True,
-                    align_corners=False,
-                )[0]  # fmt: skip
+                # floor(side · scale), as torchvision's GeneralizedRCNNTransform; thin images keep a pixel
+                size = max(1, int(height * scale)), max(1, int(width * scale))
+                image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
             resized.append(image)
             if targets is not None:
                 scaled_targets.append(_scaled(targets[i], (height, width), image, with_masks))

@@ -158,7 +158,7 @@ class Wrapped(_Tapped, Detector):
     ) -> None:
         super().__init__(model, taps, preprocess, classes)
         self.kind = kind
-        self.can_learn = losses is not None
+        self.can_learn, self.can_answer = losses is not None, decode is not None
         self._losses, self._decode = losses, decode
 
     def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,10 +27,12 @@ from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.checkpoints import save_model
+from detdistill.models.weights import read_state_dict
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
 from detdistill.training.display import Display
 from detdistill.training.models import models_of
+from detdistill.training.preemption import PREEMPTED, preemption_flag
 from detdistill.training.run_folder import Row, RunFolder
 from detdistill.training.sampler import StepSampler, steps_per_epoch
 from detdistill.training.schedules import learning_rate_factor
@@ -42,7 +40,6 @@ from detdistill.training.step import StepOutcome, build_optimizer, optimisation_
 
 LOG_EVERY = 20  # steps; the only regular moment at which the host waits for the device
 DROWNING, DROWNING_SHARE = 10, 0.9  # of a gradient over clip_norm and of the loss: then a warning is due
-PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ def train(
     done = folder.ended(recipe)
     if done is not None:
         return TrainResult(done["status"], done["metrics"], run, folder.student_file)
-    with _preemption_flag() as preempted:
+    with preemption_flag() as preempted:
         return _Trainer(recipe, folder, student, teacher).run(preempted)
 
 
@@ -155,9 +152,10 @@ class _Trainer:
                 if self.step % LOG_EVERY == 0:
                     self._flush()
                 if self._due(self.config.evaluate_every) and self.step < self.total_steps:
-                    evaluation = self._evaluate()
+                    self._evaluate()
                     if self.config.patience and self.evaluations_since_best >= self.config.patience:
-                        return self._finish("stopped early", evaluation)
+                        self._save()
+                        return self._finish("stopped early", self._back_to_best())
                 stop, late = self._agree(preempted(), started)
                 if stop or self.step % self.config.checkpoint_every == 0 or self._due(1):
                     self._save()
@@ -167,7 +165,9 @@ class _Trainer:
                 if late:
                     status = "out of time"
                     break
-            return self._finish(status, self._evaluate())
+            evaluation = self._evaluate()
+            self._save()
+            return self._finish(status, evaluation)
         finally:
             self.display.stop()
 
@@ -276,13 +276,7 @@ class _Trainer:
             # BatchNorm statistics move in each process on its own; those of the first are saved.
             for buffer in exported.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        evaluation = evaluate_model(
-            exported,
-            self.val_split,
-            batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
-            workers=self.config.workers,
-            precision="bf16" if self.config.precision == "bf16" else "fp32",
-        )
+        evaluation = self._evaluation(exported)
         numbers = evaluation.numbers()
         row: Row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **numbers}
         self._log(row)
@@ -299,8 +293,23 @@ class _Trainer:
         self.log_started = time.perf_counter()
         return evaluation
 
+    def _evaluation(self, model: Model) -> Evaluation:
+        return evaluate_model(
+            model,
+            self.val_split,
+            batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
+            workers=self.config.workers,
+            precision="bf16" if self.config.precision == "bf16" else "fp32",
+        )
+
+    def _back_to_best(self) -> Evaluation:
+        """What ended because nothing better came is the best that came."""
+        self.accelerator.wait_for_everyone()
+        exported = self._exported()
+        exported.exported.load_state_dict(read_state_dict(self.folder.best_file))
+        return self._evaluation(exported)
+
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
-        self._save()
         metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
@@ -373,22 +382,3 @@ class _Trainer:
             self.train_split, self.config.augment, self.config.seed, with_masks=self.pair.student.needs_masks
         )
         return iter(make_loader(dataset, sampler, self.config.workers))
-
-
-@contextmanager
-def _preemption_flag() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGUSR1 has come; the handlers that were there come back afterwards."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

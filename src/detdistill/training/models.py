@@ -31,4 +31,6 @@ def models_of(
         )
     if teacher is None and recipe.teacher is not None:
         teacher = load_teacher(recipe.teacher, classes)
+    if not student.can_answer:
+        raise UserError("the student gives no detections, and cannot be evaluated: give wrap(..., decode=...)")
     return student, teacher

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 from detdistill.config import OptimizerConfig, TrainingConfig
 from detdistill.distillation.pair import Pair
 from detdistill.models.base import Target
+from detdistill.models.detr import DETR
 from detdistill.seeding import mix_seed
+
+logger = logging.getLogger(__name__)
 
 MicroBatch = tuple[list[Tensor], list[Target]]
 
@@ -86,6 +90,10 @@ def build_optimizer(pair: Pair, config: OptimizerConfig) -> torch.optim.Optimize
 
     Each parameter group keeps its ``base_lr``, which the schedule multiplies.
     """
+    if isinstance(pair.student, DETR) and config.name == "sgd":
+        logger.warning(
+            "%s hardly learns by SGD: give training.optimizer={name: adamw}", type(pair.student).__name__
+        )
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for parameter, in_backbone, decayed in _parameters(pair):
         groups.setdefault((in_backbone, decayed), []).append(parameter)
