@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,3 +193,45 @@ def test_equal_networks_have_nothing_to_learn(name: str) -> None:
 def test_wrong_options_are_told(option: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"cirkd: .* must be at least 1"):
         cirkd_pair(**option)
+
+
+TWO_PROCESSES = """
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from detdistill.distillation.pair import Pair
+from detdistill.models import pspnet
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+torch.manual_seed(0)
+student, teacher = (pspnet("mobilenetv3_small_050", classes=["a", "b"], channels=c) for c in (8, 16))
+pair = Pair(student, teacher, ["cirkd"])
+queues = [n for n in pair.state_dict() if "queue" in n]
+assert len(queues) == 2 and set(queues) < set(pair._ddp_params_and_buffers_to_ignore)
+before = {n: pair.state_dict()[n].clone() for n in queues}
+both = DistributedDataParallel(pair.train())
+torch.manual_seed(rank)  # each has other images
+for step in range(2):
+    pair.at_step(step, 4)
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    targets = [{"semantic": torch.randint(0, 2, (64, 64))} for _ in range(2)]
+    sum(both(images, targets).values()).backward()
+torch.save([(before[n], pair.state_dict()[n]) for n in queues], f"{sys.argv[1]}/{rank}.pt")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_memories_are_filled_alike_in_all_processes_and_do_not_travel(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, str(tmp_path / "worker.py"), str(tmp_path)], check=True, timeout=300)
+    for (before, first), (_, second) in zip(
+        *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True
+    ):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, before)

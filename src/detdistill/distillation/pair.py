@@ -86,6 +86,14 @@ class Pair(nn.Module):
         for item in [methods] if isinstance(methods, str | Mapping | MethodConfig | Method) else methods:
             self._add(item)
         self._tell_of_missing_classes()
+        # At each forward DistributedDataParallel sends all buffers of the first process to the others; what all
+        # write alike, as CIRKD's gigabyte of memories, need not travel.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{place}.{name}"
+            for place, module in self.named_modules()
+            if getattr(module, "alike_in_all_processes", False)
+            for name, _ in module.named_buffers(recurse=False)
+        ]
 
     step: int
     total_steps: int | None

@@ -143,7 +143,7 @@ def export(
         check: a folder of images to compare on (the first 16); drawn digits and noise if not given.
 
     Raises:
-        UserError: a detector with masks or from elsewhere, no or a wrong size, a file that cannot be written,
+        UserError: a wrapped model, no or a wrong size, a file that cannot be written,
             packages that are not installed, or the file's detections are not PyTorch's; no file is left then.
     """
     path = _target(model, out)

@@ -1,4 +1,4 @@
-"""Detectors: the five steps, three families over any timm backbone, and their files."""
+"""Detectors: the five steps, families over any timm backbone, adapters for others' models, and files."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ class _Trainer:
         self._flush()
         exported = self._exported()
         if self.accelerator.num_processes > 1:
-            # BatchNorm statistics move in each process on its own; those of the first are saved.
+            # BatchNorm statistics have moved apart since the last forward began with those of the first.
             for buffer in exported.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         evaluation = self._evaluation(exported)
