@@ -269,8 +269,11 @@ def test_evaluate_prints_and_writes_the_twelve_numbers(weights: Path, recipe: Pa
 
 def test_evaluate_with_the_voc_metric(weights: Path, recipe: Path, capsys: Any) -> None:
     arguments = ["evaluate", str(weights), "--data", str(recipe), "--workers", "0", "--metric", "voc"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--limit", "2", "--results", "out/found.json"]) == 0
     assert "mAP50" in capsys.readouterr().out
+    rows = json.loads(Path("out/found.json").read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(rows[0])
+    assert len({row["image_id"] for row in rows}) == 2
 
 
 def test_predict_writes_pictures_and_a_file(weights: Path, recipe: Path, capsys: Any) -> None:

@@ -212,7 +212,7 @@ def _levels(levels: Mapping[int, int]) -> str:
     return "  ".join(f"{channels}@{stride}" for stride, channels in levels.items())
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """JSON for other programs; NaN, which JSON lacks, becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,13 @@ import torch
 
 from detdistill.config import UserError
 from detdistill.data.masks import encode_masks
-from detdistill.evaluation.coco import COCO_NUMBERS, coco_ap, coco_ap_from_files
+from detdistill.evaluation.coco import (
+    COCO_NUMBERS,
+    coco_ap,
+    coco_ap_from_files,
+    coco_results,
+    coco_truth,
+)
 
 BACKENDS = ["hotcoco", "pycocotools"]
 REFERENCE = {  # of the README of the evaluator data; the last six of segm are the AR
@@ -75,6 +81,31 @@ def test_random_sets_equal_pycocotools(seed, backend, random_split, random_detec
     detections = random_detections(split, seed)
     ours = coco_ap(split, detections, backend=backend)
     np.testing.assert_allclose(list(ours.as_dict().values()), summarized(split, detections), atol=1e-9)
+
+
+def test_a_results_file_says_what_was_measured(random_split, random_detections, tmp_path: Path):
+    """With the source's own ids of images and categories."""
+    split = random_split(3)
+    split = replace(
+        split,
+        category_ids=tuple(10 * q + 7 for q in range(len(split.classes))),
+        records=[replace(record, image_id=5 * i + 2) for i, record in enumerate(split.records)],
+    )
+    detections = random_detections(split, 3)
+    truth = coco_truth(split)
+    for image, record in zip(truth["images"], split.records, strict=True):
+        image["id"] = record.image_id
+    for category, given in zip(truth["categories"], split.category_ids, strict=True):
+        category["id"] = given
+    for row in truth["annotations"]:
+        row["image_id"] = split.records[row["image_id"]].image_id
+        row["category_id"] = split.category_ids[row["category_id"] - 1]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    as_tensors = [{name: torch.as_tensor(value) for name, value in one.items()} for one in detections]
+    (tmp_path / "found.json").write_text(json.dumps(coco_results(split, as_tensors)))
+    of_file = coco_ap_from_files(tmp_path / "truth.json", tmp_path / "found.json")
+    assert 0 < of_file.AP < 1
+    assert math.isclose(of_file.AP, coco_ap(split, detections).AP)
 
 
 def test_backends_agree_by_class(random_split, random_detections):

@@ -130,7 +130,7 @@ def test_the_verbs(data: Path, teacher: Path, tmp_path: Path, capsys: pytest.Cap
     assert len(list((tmp_path / "seen").glob("*.labels.png"))) == 5
     assert main(["benchmark", weights, "--runs", "1", "--warmup", "0", "--size", "64", "64"]) == 0
     capsys.readouterr()
-    for refused in ([*evaluate, "--metric", "voc"], ["analyze", weights]):
+    for refused in ([*evaluate, "--metric", "voc"], [*evaluate, "--results", "x.json"], ["analyze", weights]):
         assert main(refused) == 2
         message = capsys.readouterr().err.strip()
         assert message.count("\n") == 0, message

@@ -33,26 +33,33 @@ def evaluate(
     data: Annotated[str, typer.Option(metavar="FOLDER_OR_RECIPE", help="The dataset, or a recipe with one.")],
     split: Annotated[str, typer.Option(help="Which part of the dataset.")] = "val",
     metric: Annotated[Metric, typer.Option(help="COCO's 12 numbers, or VOC's AP at IoU 0.5.")] = Metric.coco,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Write the detections here, as COCO's results files have them.")
+    ] = None,
 ) -> None:
     """Measure a detector or segmenter on a dataset."""
+    from detdistill.evaluation.coco import coco_results
+    from detdistill.evaluation.detector import DetectionEvaluation
+    from detdistill.experiments.evaluate import as_detector, as_model
     from detdistill.experiments.evaluate import evaluate as evaluate_model
     from detdistill.printing import print_evaluation, progress_bar, write_json
 
+    asked = [name for name, given in (("--metric voc", metric is Metric.voc), ("--results", results)) if given]
+    model = as_detector(weights, asked[0]) if asked else as_model(weights)
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_model(
-            weights, data, split=split, batch_size=batch_size, workers=workers, device=device, progress=progress
-        )
+            model, data, split=split, limit=limit, batch_size=batch_size, workers=workers, device=device,
+            progress=progress,
+        )  # fmt: skip
     if metric is Metric.voc:
-        from detdistill.config import UserError
-        from detdistill.evaluation.detector import DetectionEvaluation
         from detdistill.evaluation.voc import voc_ap
 
-        if not isinstance(evaluation, DetectionEvaluation):
-            raise UserError("--metric voc is AP of boxes, and this is a segmenter: leave it out")
+        assert isinstance(evaluation, DetectionEvaluation)
         voc = voc_ap(evaluation.split, evaluation.detections)
         numbers, per_class = {"mAP50": voc.mAP}, voc.per_class
     else:
@@ -60,6 +67,9 @@ def evaluate(
     print_evaluation(evaluation, numbers, per_class)
     if json_file is not None:
         write_json(json_file, {**numbers, "per_class": per_class})
+    if results is not None:
+        assert isinstance(evaluation, DetectionEvaluation)
+        write_json(results, coco_results(evaluation.split, evaluation.detections, evaluation.masks))
 
 
 @app.command()

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.ops import box_convert
 
 from detdistill.config import UserError
 from detdistill.data.masks import encode_masks
@@ -136,6 +138,33 @@ def coco_truth(split: Split) -> dict[str, Any]:
         "categories": [{"id": q + 1, "name": name} for q, name in enumerate(split.classes)],
         "annotations": annotations,
     }
+
+
+def coco_results(
+    split: Split,
+    detections: Sequence[Mapping[str, Tensor]],
+    masks: Sequence[Sequence[dict[str, Any]]] | None = None,
+) -> list[dict[str, Any]]:
+    """Detections as a COCO results file has them, with the image and category ids of the split's own source.
+
+    Args:
+        split: what they were made of.
+        detections: one for each record, as an evaluation has them.
+        masks: their run lengths, likewise; they become each row's ``segmentation``.
+    """
+    rows = []
+    for i, (record, found) in enumerate(zip(split.records, detections, strict=True)):
+        boxes_K4 = box_convert(found["boxes"].double(), "xyxy", "xywh").tolist()
+        values = zip(boxes_K4, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+        for k, (box, label, score) in enumerate(values):
+            row = {
+                "image_id": record.image_id,
+                "category_id": split.category_ids[label],
+                "bbox": box,
+                "score": score,
+            }
+            rows.append(row if masks is None else {**row, "segmentation": masks[i][k]})
+    return rows
 
 
 def coco_rows(detections: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from detdistill.config import UserError
 from detdistill.data.records import Split
-from detdistill.evaluation.coco import CocoResult, coco_ap
+from detdistill.evaluation.coco import CocoResult, coco_ap, coco_results
 from detdistill.evaluation.detector import evaluate_detector
 from detdistill.evaluation.difference import ImageDifference, counts, difference
 from detdistill.evaluation.errors import (
@@ -225,22 +225,7 @@ def detections_of(
         device=choose_device(device), progress=progress,
     )  # fmt: skip
     found = [{name: value.numpy() for name, value in one.items()} for one in evaluation.detections]
-    rows = [
-        {
-            "image_id": record.image_id,
-            "category_id": split.category_ids[label],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
-        for record, one in zip(split.records, found, strict=True)
-        for (x1, y1, x2, y2), label, score in zip(
-            one["boxes"].astype(np.float64).tolist(),
-            one["labels"].tolist(),
-            one["scores"].tolist(),
-            strict=True,
-        )
-    ]
-    text = json.dumps(rows)
+    text = json.dumps(coco_results(split, evaluation.detections))
     (run / STAMP).unlink(missing_ok=True)  # from here on, until it is written anew, nothing is kept
     write_atomically(run / DETECTIONS, text)
     stamp["detections"] = hashlib.sha256(text.encode()).hexdigest()
