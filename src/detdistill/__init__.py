@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from detdistill.distillation.signals import Method, Setting, Signals
     from detdistill.experiments.analyze import analyze
     from detdistill.experiments.check import check
+    from detdistill.experiments.compare import compare
     from detdistill.experiments.evaluate import evaluate
     from detdistill.experiments.export import export
     from detdistill.experiments.predict import iter_predictions, predict
@@ -48,6 +49,7 @@ __all__ = [
     "analyze",
     "build_model",
     "check",
+    "compare",
     "distill",
     "evaluate",
     "export",
@@ -77,6 +79,7 @@ _HOMES = {
     "analyze": "experiments.analyze",
     "build_model": "models",
     "check": "experiments.check",
+    "compare": "experiments.compare",
     "distill": "experiments.train",
     "evaluate": "experiments.evaluate",
     "export": "experiments.export",

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import detdistill
 from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
 from detdistill.experiments.compare import read_comparison, run_study, unequal_budgets
@@ -140,6 +141,19 @@ def test_a_table_trains_no_teacher(recipe, tmp_path, capsys) -> None:
     )
     assert "nothing to compare yet" in capsys.readouterr().out
     assert not out.exists()
+
+
+def test_from_python_it_is_the_same(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", str(recipe), "mimic", "training.epochs=3", "--table", "--out", str(out)]) == 0
+    study = Study(recipe, {"mimic": ("training.epochs=3", 'methods=["mimic"]')}, (0, 1, 2), out)
+    comparison = detdistill.compare(recipe, ["mimic"], overrides=["training.epochs=3"], out=out, train=False)
+    assert comparison.study == study
+    assert comparison.verdict in capsys.readouterr().out
+    (tmp_path / "study.yaml").write_text(study_text(study))
+    assert detdistill.compare(tmp_path / "study.yaml", train=False).study.arms == study.arms
+    with pytest.raises(UserError, match="names its own arms"):
+        detdistill.compare(tmp_path / "study.yaml", ["ima"], train=False)
 
 
 def test_a_run_is_put_on_devices_by_what_is_visible(monkeypatch) -> None:

@@ -23,6 +23,7 @@ from detdistill.cli.app import (
 )
 
 if TYPE_CHECKING:
+    from detdistill.experiments.compare import Comparison
     from detdistill.experiments.studies import Study
 
 
@@ -54,22 +55,25 @@ def compare(
     report: WriteReport = True,
 ) -> None:
     """Train arms that differ in the method alone, over seeds, and say what the difference is worth."""
-    from detdistill.config import UserError
-    from detdistill.experiments import studies
-    from detdistill.experiments.compare import teacher_weights
+    from detdistill.experiments.compare import compare as compare_methods
+    from detdistill.printing import say
 
-    overrides = [word for word in words or [] if "=" in word]
-    names = [*(methods or []), *(word for word in words or [] if "=" not in word)]
-    if studies.is_study(recipe):
-        if names or teacher is not None:
-            raise UserError(f"{recipe} is a study and names its own arms and teacher: leave them out")
-        study = studies.read_study(recipe, overrides, out)
-    else:
-        out = out or Path("runs/compare") / recipe.stem
-        if teacher is not None:
-            overrides.append(f"teacher={teacher_weights(teacher, out, train=not table)}")
-        study = studies.plan_methods(recipe, names or ["none", "ima"], overrides, range(seeds), out)
-    _run_study(study, metric, jobs, device, allow_unequal, table, report)
+    words = words or []
+    comparison = compare_methods(
+        recipe,
+        [*(methods or []), *(word for word in words if "=" not in word)],
+        seeds=seeds,
+        overrides=[word for word in words if "=" in word],
+        teacher=teacher,
+        out=out,
+        jobs=jobs,
+        devices=device or (),
+        metric=metric,
+        allow_unequal=allow_unequal,
+        train=not table,
+        say=say,
+    )
+    _tell(comparison, report and not table, device)
 
 
 @app.command()
@@ -98,7 +102,7 @@ def sweep(
     study = studies.plan_sweep(
         recipe, key, [v for v in values.split(",") if v], overrides or (), range(seeds), folder
     )
-    _run_study(study, None, jobs, device, allow_unequal, table, report)
+    _run_study(study, jobs, device, allow_unequal, table, report)
 
 
 @app.command()
@@ -119,35 +123,28 @@ def ablate(
 
     folder = out or Path("runs/ablate") / recipe.stem
     study = studies.plan_ablation(recipe, overrides or (), range(seeds), folder)
-    _run_study(study, None, jobs, device, False, table, report)
+    _run_study(study, jobs, device, False, table, report)
 
 
 def _run_study(
-    study: Study,
-    metric: str | None,
-    jobs: int,
-    devices: Sequence[str] | None,
-    allow_unequal: bool,
-    table: bool,
-    report: bool,
+    study: Study, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool, report: bool
 ) -> None:
     from detdistill.experiments.compare import run_study
-    from detdistill.printing import print_comparison, say
+    from detdistill.printing import say
 
     comparison = run_study(
-        study,
-        jobs=jobs,
-        devices=devices or (),
-        metric=metric,
-        allow_unequal=allow_unequal,
-        train=not table,
-        say=say,
+        study, jobs=jobs, devices=devices or (), allow_unequal=allow_unequal, train=not table, say=say
     )
-    print_comparison(comparison)
-    if report and not table:
-        from detdistill.experiments.report import try_report
+    _tell(comparison, report and not table, devices)
 
-        try_report(study.out, say, device=devices[0].partition(",")[0] if devices else "auto")
+
+def _tell(comparison: Comparison, report: bool, devices: Sequence[str] | None) -> None:
+    from detdistill.experiments.report import try_report
+    from detdistill.printing import print_comparison, say
+
+    print_comparison(comparison)
+    if report:
+        try_report(comparison.study.out, say, device=devices[0].partition(",")[0] if devices else "auto")
     if any(arm.failed for arm in comparison.arms):
         raise typer.Exit(USER_ERROR)
 

@@ -17,7 +17,15 @@ from types import MappingProxyType
 
 from detdistill.config import Recipe, UserError, load_recipe, nearest
 from detdistill.evaluation.paired import Paired, paired
-from detdistill.experiments.studies import STUDY_FILE, Study, study_text
+from detdistill.experiments.studies import (
+    ALONE,
+    STUDY_FILE,
+    Study,
+    is_study,
+    plan_methods,
+    read_study,
+    study_text,
+)
 from detdistill.experiments.study_runs import launch, train_missing
 from detdistill.models.weights import STUDENT_FILE
 from detdistill.training.run_folder import RunFolder, differences, write_atomically
@@ -108,6 +116,50 @@ class Comparison:
     def markdown(self) -> str:
         lines = [self.columns(), ("---",) * len(self.columns()), *self.rows()]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def compare(
+    recipe: Path | str,
+    methods: Sequence[str] = (),
+    *,
+    seeds: int = 3,
+    overrides: Sequence[str] = (),
+    teacher: Path | str | None = None,
+    out: Path | str | None = None,
+    jobs: int = 1,
+    devices: Sequence[str] = (),
+    metric: str | None = None,
+    allow_unequal: bool = False,
+    train: bool = True,
+    say: Callable[[str], None] = print,
+) -> Comparison:
+    """Train arms that differ in the method alone, over seeds, under one budget.
+
+    Args:
+        recipe: the file of a recipe with a teacher, or of a study, which names its own arms, seeds and teacher.
+        methods: an arm each; ``none`` is the student alone; that and ``ima`` unless given.
+        seeds: how many.
+        overrides: of the recipe, as ``training.epochs=12``, for all arms.
+        teacher: instead of the recipe's: a run, a weights file, or a recipe to train first, once.
+        out: folder of the runs, ``runs/compare/RECIPE`` unless given; what is there goes on.
+        jobs, devices, metric, allow_unequal, train, say: as :func:`run_study` has them.
+
+    Raises:
+        UserError: as :func:`run_study`; or methods or a teacher for a study.
+    """
+    recipe, folder = Path(recipe), None if out is None else Path(out)
+    if is_study(recipe):
+        if methods or teacher is not None:
+            raise UserError(f"{recipe} is a study and names its own arms and teacher: leave them out")
+        study = read_study(recipe, overrides, folder)
+    else:
+        folder = folder or Path("runs/compare") / recipe.stem
+        if teacher is not None:
+            overrides = [*overrides, f"teacher={teacher_weights(Path(teacher), folder, train=train)}"]
+        study = plan_methods(recipe, methods or (ALONE, "ima"), overrides, range(seeds), folder)
+    return run_study(
+        study, jobs=jobs, devices=devices, metric=metric, allow_unequal=allow_unequal, train=train, say=say
+    )
 
 
 def run_study(
