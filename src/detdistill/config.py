@@ -95,7 +95,10 @@ class AugmentConfig(_Section):
 
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
     vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
-    photometric: bool = Field(False, description="brightness, contrast, saturation, hue")
+    photometric: bool = Field(
+        False,
+        description="brightness, contrast, saturation, hue, sometimes another order of channels",
+    )
     crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps boxes (IoU crop)")
     zoom_out: float = Field(0.0, ge=0, le=1, description="probability of pasting on a larger canvas")
     scale: tuple[float, float] | None = Field(

@@ -99,7 +99,7 @@ def test_unequal_budgets_are_refused_before_anything_runs(recipe, tmp_path, chan
 
 
 @pytest.mark.slow
-def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -> None:
+def test_comparison_runs_once_resumes_and_reads_back(recipe, teacher, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     command = ["compare", str(recipe), "--methods", "none", "ima", "--seeds", "2", "--out", str(out)]
     assert main(command) == 0
@@ -131,6 +131,14 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, tmp_path, capsys) -
     assert "another --out" in told
     assert main([*command, "training.optimizer.lr=0.5", "--table"]) == 0
     assert "warning: " in capsys.readouterr().err
+    (weights,) = teacher.glob("*student.safetensors")
+    content = weights.read_bytes()
+    try:
+        weights.write_bytes(content + b" ")
+        assert main(command) == 2
+        assert f"ima/0 (the content of {weights})" in capsys.readouterr().err
+    finally:
+        weights.write_bytes(content)
 
 
 def test_a_table_trains_no_teacher(recipe, tmp_path, capsys) -> None:

@@ -34,7 +34,7 @@ from detdistill.evaluation.errors import (
 )
 from detdistill.experiments.compare import load_comparison
 from detdistill.experiments.evaluate import as_detector, choose_device, open_split
-from detdistill.models.weights import find_weights
+from detdistill.models.weights import file_hash, find_weights
 from detdistill.report.gallery import save_differences
 from detdistill.report.plots import plot_errors
 from detdistill.training.run_folder import RunFolder, write_atomically
@@ -216,7 +216,7 @@ def detections_of(
     Raises:
         UserError: no such weights, or no class in common.
     """
-    stamp = {"weights": _file_hash(find_weights(run)), "images": _images_hash(split)}
+    stamp = {"weights": file_hash(find_weights(run)), "images": _images_hash(split)}
     kept = _kept(run, split, stamp)
     if kept is not None:
         return kept
@@ -287,14 +287,6 @@ def _require_same(split: Split, other: Split, run: Path, alone: Path) -> None:
         raise UserError(f"{run} and {alone} have other classes: give runs of one dataset")
     if [record.path.resolve() for record in split.records] != [r.path.resolve() for r in other.records]:
         raise UserError(f"{run} and {alone} have other validation images: give runs of one dataset")
-
-
-def _file_hash(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            state.update(part)
-    return state.hexdigest()
 
 
 def _images_hash(split: Split) -> str:

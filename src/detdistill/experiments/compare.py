@@ -238,7 +238,7 @@ def strange_runs(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
         for seed in study.seeds:
             folder = RunFolder(study.run_folder(arm, seed))
             if folder.result_file.is_file() and folder.recipe_file.is_file():
-                found = [key for key in differences(folder.recipe(), recipe) if key != "training.seed"]
+                found = [key for key in folder.differences(recipe) if key != "training.seed"]
                 if found:
                     strange.append(f"{arm}/{seed} ({', '.join(found[:5])})")
     return strange

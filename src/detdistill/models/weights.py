@@ -5,6 +5,7 @@ No pickle is ever executed: files that are not safetensors are read with ``weigh
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -244,6 +245,15 @@ def find_weights(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file or run folder")
     return path
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            state.update(part)
+    return state.hexdigest()
 
 
 def read_spec(path: Path) -> dict[str, Any] | None:

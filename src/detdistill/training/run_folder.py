@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
+from detdistill.models.weights import file_hash, find_weights
 
 Row = dict[str, float | int]
 
@@ -48,6 +49,7 @@ class RunFolder:
     result_file = property(lambda self: self.path / "result.json")
     student_file = property(lambda self: self.path / "student.safetensors")
     best_file = property(lambda self: self.path / "best.safetensors")
+    teacher_file = property(lambda self: self.path / "teacher.sha256")
 
     def open(self, recipe: Recipe, *, resume: bool) -> None:
         """Make the folder, or check that it holds the same recipe.
@@ -64,7 +66,7 @@ class RunFolder:
         elif self.recipe_file.exists() and (
             self.checkpoint_file.exists() or self.result_file.exists() or self.metrics_file.exists()
         ):
-            differing = differences(self.recipe(), recipe)
+            differing = self.differences(recipe)
             if differing:
                 raise UserError(
                     f"{self.path} holds a run of another recipe ({', '.join(differing[:5])} differ): choose "
@@ -72,10 +74,21 @@ class RunFolder:
                 )
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, dump_recipe(recipe))
+        if (teacher := _teacher_weights(recipe)) is not None:
+            write_atomically(self.teacher_file, file_hash(teacher))
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2))
 
     def recipe(self) -> Recipe:
         return load_recipe(self.recipe_file)
+
+    def differences(self, recipe: Recipe) -> list[str]:
+        """The settings in which the run differs from a recipe; and its teacher's file, if that has changed."""
+        found = differences(self.recipe(), recipe)
+        teacher = _teacher_weights(recipe)
+        known = self.teacher_file.read_text(encoding="utf-8") if self.teacher_file.exists() else None
+        if teacher is not None and known not in (None, file_hash(teacher)):
+            found.append(f"the content of {teacher}")
+        return found
 
     def log(self, row: Row) -> None:
         """Append a row; undefined numbers (an AP of sizes that do not occur) are left out."""
@@ -160,6 +173,16 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def _teacher_weights(recipe: Recipe) -> Path | None:
+    """The teacher's file, if it is there: without it a run cannot start, but its results can be read."""
+    if recipe.teacher is None or recipe.teacher.weights in (None, "torchvision"):
+        return None
+    try:
+        return find_weights(recipe.teacher.weights)
+    except UserError:
+        return None
 
 
 def differences(old: Recipe, new: Recipe, free: Sequence[str] = FREE) -> list[str]:
