@@ -159,8 +159,8 @@ def test_the_public_name() -> None:
 # --- order and words -------------------------------------------------------------------------------------
 
 
-def score(name, ap, cost, gap=None):
-    return TeacherScore(name, "fcos", ap, gap, {8: 0.5}, None, cost, 10, 2.0)
+def score(name, ap, cost, gap=None, trained=None):
+    return TeacherScore(name, "fcos", ap, gap, {8: 0.5}, trained, cost, 10, 2.0)
 
 
 def ranked(*scores):
@@ -184,6 +184,15 @@ def test_a_clear_lead_and_an_ap_that_cannot_be_told() -> None:
 def test_a_student_that_is_as_good_alone() -> None:
     assert "better than the student alone" in ranked(score("a", 0.40, 3.0, gap=-0.01)).recommendation
     assert "better than the student alone" not in ranked(score("a", 0.40, 3.0, gap=0.1)).recommendation
+
+
+def test_features_that_say_otherwise_are_told() -> None:
+    best, other = (score("a", 0.49, 1.0, trained={8: 0.1, 16: 0.14}), score("b", 0.45, 1.0, trained={8: 0.16}))
+    told = ranked(best, other).recommendation
+    assert "recommended: a" in told
+    assert "but the features of b are nearer to the trained student's (CKA 0.160, not 0.120)" in told
+    assert "but the" not in ranked(best, score("b", 0.45, 1.0, trained={8: 0.12})).recommendation
+    assert "but the" not in ranked(score("a", 0.49, 1.0), score("b", 0.45, 1.0)).recommendation
 
 
 def test_what_cannot_be_told_is_null_in_json_and_a_dash_in_print(tmp_path, capsys) -> None:

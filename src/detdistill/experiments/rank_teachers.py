@@ -94,12 +94,18 @@ class TeacherRanking:
             return "none of the candidates can teach this student"
         best = self.scores[0]
         lines = [f"recommended: {best.teacher} ({self._reason()})"]
+        nearest = max(self.scores, key=lambda score: mean_cka(score.cka_trained))
+        ckas = mean_cka(nearest.cka_trained), mean_cka(best.cka_trained)
+        if ckas[0] > ckas[1]:
+            lines.append(
+                f"but the features of {nearest.teacher} are nearer to the trained student's (CKA "
+                f"{ckas[0]:.3f}, not {ckas[1]:.3f}), which told more than {self.metric} where it was tried: compare the two"
+            )
         if best.gap is not None and best.gap <= 0:
             lines.append("no candidate is better than the student alone: a gain is less likely, not impossible")
         lines.append(
             f"by {self.metric} on {self.measured_images} of {self.val_images} validation images, and by the "
-            f"cost of a step within {100 * TIE:.0f} {self.metric} of the best; CKA and size are not weighed "
-            f"(docs/choosing-a-teacher.md)"
+            f"cost of a step within {100 * TIE:.0f} {self.metric} of the best (docs/choosing-a-teacher.md)"
         )
         return "\n".join(lines)
 
@@ -111,6 +117,11 @@ class TeacherRanking:
         if equals:
             return f"as good as {', '.join(equals)}, at the least cost"
         return f"{100 * (_comparable(best) - max(map(_comparable, others))):.1f} {self.metric} ahead"
+
+
+def mean_cka(by_stride: Mapping[int, float] | None) -> float:
+    """Mean over the levels; NaN where there is none."""
+    return statistics.mean(by_stride.values()) if by_stride else math.nan
 
 
 def rank_teachers(
