@@ -99,7 +99,8 @@ class TeacherRanking:
         if ckas[0] > ckas[1]:
             lines.append(
                 f"but the features of {nearest.teacher} are nearer to the trained student's (CKA "
-                f"{ckas[0]:.3f}, not {ckas[1]:.3f}), which told more than {self.metric} where it was tried: compare the two"
+                f"{ckas[0]:.3f}, not {ckas[1]:.3f}), which told more than {self.metric} where it was tried: "
+                f"compare the two"
             )
         if best.gap is not None and best.gap <= 0:
             lines.append("no candidate is better than the student alone: a gain is less likely, not impossible")
