@@ -46,7 +46,7 @@ FAMILY_SETTINGS = {
     "faster_rcnn": Settings(steps=25, options=TWO_STAGE),
     "mask_rcnn": Settings(steps=50, options={**TWO_STAGE, "roi_samples": 32}),
     "cascade_rcnn": Settings(steps=30, options=TWO_STAGE),
-    "cascade_mask_rcnn": Settings(steps=60, options={**TWO_STAGE, "roi_samples": 32}),
+    "cascade_mask_rcnn": Settings(steps=50, options={**TWO_STAGE, "roi_samples": 16, "freeze_stages": 4}),
     "rtdetr_v2": Settings(steps=70, options=QUERIES),
     "d_fine": Settings(steps=70, options=QUERIES),
 }
