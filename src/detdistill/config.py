@@ -267,7 +267,9 @@ class TrainingConfig(_Section):
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="see below")
     augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig(), description="see below")
     clip_norm: float | None = Field(35.0, gt=0, description="largest norm of the whole gradient")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="bf16 and fp16 run under autocast")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16 and fp16 run under autocast; auto: bf16 where the device computes in it"
+    )
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of averaged weights; they are what is exported"
     )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from detdistill.config import UserError, dump_recipe
-from detdistill.training import loop
+from detdistill.training import loop, precision
 from detdistill.training.loop import train
 
 
@@ -276,6 +276,30 @@ def test_two_processes_resume_exactly(shareable, tmp_path):
 
 
 def test_runs_of_one_process_may_differ_in_precision(make_recipe, tmp_path):
-    for precision in ("bf16", "fp32"):
-        recipe = make_recipe(training={"max_steps": 1, "precision": precision})
-        assert train(recipe, tmp_path / precision).status == "finished"
+    for name in ("bf16", "fp32"):
+        recipe = make_recipe(training={"max_steps": 1, "precision": name})
+        assert train(recipe, tmp_path / name).status == "finished"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_is_bf16_where_the_device_computes_in_it(
+    make_recipe, tmp_path, monkeypatch, capsys, native
+):
+    for module in (loop, precision):
+        monkeypatch.setattr(module, "computes_bf16", lambda device: native)
+    used = []
+    original = loop.optimisation_step
+
+    def spy(accelerator, *args, **kwargs):
+        used.append(accelerator.mixed_precision)
+        return original(accelerator, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "optimisation_step", spy)
+    train(make_recipe(training={"max_steps": 1, "precision": "auto"}), tmp_path / "auto")
+    assert used == ["bf16" if native else "no"]
+    quiet = capsys.readouterr()
+    assert "emulates" not in quiet.out + quiet.err
+    train(make_recipe(training={"max_steps": 1, "precision": "bf16"}), tmp_path / "bf16")
+    assert used[1:] == ["bf16"]
+    told = capsys.readouterr()
+    assert ("emulates it" in " ".join((told.out + told.err).split())) == (not native)

@@ -41,7 +41,7 @@ TRAINING = {
     "optimizer": {"name": "sgd", "nesterov": True},
     "schedule": {"name": "cosine", "warmup": 100},
     "augment": {"flip": 0.0, "photometric": True},  # a mirrored digit is another sign
-    "precision": "bf16",
+    "precision": "auto",
     "workers": 0,
     "evaluate_every": 2,
 }

@@ -30,10 +30,10 @@ from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model, Target
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.weights import find_weights
+from detdistill.training.precision import DTYPES, resolve_precision
 from detdistill.training.step import build_optimizer, to_device
 
 TIE = 0.01  # of quality: what two seeds of one training may differ by
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +322,8 @@ def _step(
     config: TrainingConfig,
 ) -> None:
     device = images[0].device
-    with torch.autocast(device.type, PRECISIONS[config.precision], enabled=config.precision != "fp32"):
+    precision = resolve_precision(config.precision, device)
+    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
         loss = torch.stack(list(pair(images, targets).values())).sum()
     loss.backward()
     if config.clip_norm is not None:

@@ -32,6 +32,7 @@ from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
 from detdistill.training.display import Display
 from detdistill.training.models import models_of
+from detdistill.training.precision import computes_bf16, resolve_precision
 from detdistill.training.preemption import PREEMPTED, preemption_flag
 from detdistill.training.run_folder import Row, RunFolder
 from detdistill.training.sampler import StepSampler, steps_per_epoch
@@ -101,14 +102,23 @@ class _Trainer:
             # Accelerate keeps one state for the process and refuses another precision or device: a second run
             # in this process starts from a new one (but stays in the group of processes, if there is one).
             AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+        on_cpu = self.config.device == "cpu" or not torch.accelerator.is_available()
+        device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+        assert device is not None
+        self.precision = resolve_precision(self.config.precision, device)
         self.accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(self.config.precision, self.config.precision),
-            cpu=self.config.device == "cpu" or not torch.accelerator.is_available(),
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            cpu=on_cpu,
             log_with="tensorboard" if util.find_spec("tensorboard") else None,
             project_dir=folder.path,
         )
         self.accelerator.init_trackers("tensorboard")
         self.display = Display(self.accelerator.is_main_process)
+        if self.precision != "fp32" and on_cpu and not computes_bf16(device):
+            self.display.note(
+                f"warning: this processor has no instructions for {self.precision} and emulates it, some ten "
+                "times as slowly: give training.precision=auto"
+            )
         for kind, count in (self.train_split.warning_counts() + self.val_split.warning_counts()).items():
             self.display.note(f"dropped or mended: {count} × {kind} (see `detdistill check`)")
 
@@ -299,7 +309,7 @@ class _Trainer:
             self.val_split,
             batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
             workers=self.config.workers,
-            precision="bf16" if self.config.precision == "bf16" else "fp32",
+            precision="bf16" if self.precision == "bf16" else "fp32",
         )
 
     def _back_to_best(self) -> Evaluation:
