@@ -67,6 +67,12 @@ class DataConfig(_Section):
     val: str | None = Field(None, description="as `train`, for evaluation")
     images: str | None = Field(None, description="COCO: image folder, where it is not beside the json")
     classes: tuple[str, ...] | None = Field(None, description="keep these classes, in this order")
+    limit: int | None = Field(
+        None, gt=0, description="train on so many of the training images alone, evenly spread over the file"
+    )
+    unlabelled: str | None = Field(
+        None, description="images without labels, by which methods teach: a folder, a list, or a COCO json"
+    )
     train_size: int = Field(600, gt=0, description="digits only: images to generate for training")
     val_size: int = Field(200, gt=0, description="digits only: images to generate for evaluation")
     image_size: int = Field(128, ge=64, description="digits only: side in pixels")
@@ -263,6 +269,9 @@ class TrainingConfig(_Section):
     max_time: float | None = Field(None, gt=0, description="stop, and save, after so many minutes")
     batch_size: int = Field(16, gt=0, description="images of one optimiser step, over all processes")
     accumulate: int = Field(1, gt=0, description="forward passes that make one step")
+    unlabelled_batch: int | None = Field(
+        None, gt=0, description="images of `data.unlabelled` in a step beside those; none: as many as those"
+    )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="see below")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="see below")
     augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig(), description="see below")
@@ -286,10 +295,9 @@ class TrainingConfig(_Section):
 
     @model_validator(mode="after")
     def _steps_divide(self) -> TrainingConfig:
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size must be a multiple of accumulate; got {self.batch_size} and {self.accumulate}"
-            )
+        for name, size in (("batch_size", self.batch_size), ("unlabelled_batch", self.unlabelled_batch)):
+            if size is not None and size % self.accumulate:
+                raise ValueError(f"{name} must be a multiple of accumulate; got {size} and {self.accumulate}")
         return self
 
 
@@ -348,6 +356,8 @@ class Recipe(_Section):
             raise ValueError("a teacher without methods teaches nothing: add `methods: [ima]`")
         if self.teacher is not None and self.teacher.weights is None and self.teacher.python is None:
             raise ValueError("teacher.weights is missing: an untrained teacher teaches noise")
+        if self.training.unlabelled_batch is not None and self.data.unlabelled is None:
+            raise ValueError("training.unlabelled_batch has no images: add `data.unlabelled: FOLDER`")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"method {twice[0]!r} is listed twice: give each method once")

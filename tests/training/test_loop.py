@@ -10,10 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchvision.io import write_png
 
 from detdistill.config import UserError, dump_recipe
 from detdistill.training import loop, precision
 from detdistill.training.loop import train
+
+from .conftest import DATA
 
 
 def weights(run):
@@ -303,3 +306,59 @@ def test_auto_precision_is_bf16_where_the_device_computes_in_it(
     assert used[1:] == ["bf16"]
     told = capsys.readouterr()
     assert ("emulates it" in " ".join((told.out + told.err).split())) == (not native)
+
+
+@pytest.fixture
+def more_images(tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(11):
+        write_png(
+            torch.randint(0, 256, (3, 48, 64), generator=generator, dtype=torch.uint8), f"{folder}/{i}.png"
+        )
+    return folder
+
+
+def test_images_without_labels_resume_exactly_and_matter(
+    make_recipe, teacher_file, more_images, tmp_path, monkeypatch
+):
+    def recipe(**data):
+        return make_recipe(
+            training={"accumulate": 2, "unlabelled_batch": 4 if data else None},
+            teacher=str(teacher_file),
+            methods=["mimic", "fgd"],
+            data={**DATA, **data},
+        )
+
+    with_more = recipe(unlabelled=str(more_images))
+    train(with_more, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(SystemExit):
+            train(with_more, tmp_path / "parts")
+    train(with_more, tmp_path / "parts")
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+    train(recipe(), tmp_path / "without")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "without")
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_student_alone_does_not_see_images_without_labels(make_recipe, teacher_file, more_images, tmp_path):
+    train(make_recipe(), tmp_path / "plain")
+    data = {**DATA, "unlabelled": str(more_images)}
+    train(make_recipe(data=data), tmp_path / "alone")
+    off = make_recipe(data=data, teacher=str(teacher_file), methods=[{"mimic": {"weight": 0}}])
+    train(off, tmp_path / "off")
+    assert_same_student(tmp_path / "plain", tmp_path / "alone")
+    assert_same_student(tmp_path / "plain", tmp_path / "off")
+
+
+def test_images_without_labels_are_refused_before_training_where_no_method_can_use_them(
+    make_recipe, teacher_file, more_images, tmp_path
+):
+    data = {**DATA, "unlabelled": str(more_images)}
+    recipe = make_recipe(data=data, teacher=str(teacher_file), methods=["fgd"])
+    with pytest.raises(UserError, match=r"fgd: needs labels, and data\.unlabelled has none"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()

@@ -205,6 +205,8 @@ def methods(
         columns, rows = option_table(name)
         say((sys.modules[METHODS[name].__module__].__doc__ or "").strip() + "\n")
         show(columns, rows, text_columns=len(columns))
+        needs_labels = "labels" in METHODS[name].needs
+        say("It needs labels." if needs_labels else "Images without labels teach by it, too (data.unlabelled).")
         return
     files = {name: sys.modules[method.__module__] for name, method in METHODS.items()}
     show(

@@ -83,6 +83,21 @@ def read_coco(
     return split if classes is None else select_classes(split, classes)
 
 
+def image_files(annotations: Path, images: str | None, root: Path) -> list[Path]:
+    """The image files that an annotation file lists; what is annotated in them is left alone.
+
+    Args:
+        annotations: the JSON file.
+        images: ``data.images``, from ``root``; None looks beside the file.
+
+    Raises:
+        UserError: as :func:`read_coco`.
+    """
+    rows = [row for row in _load(annotations)["images"] if _is_image_row(row, annotations, [])]
+    folder = _named_folder(root, images) if images else _image_folder(annotations, "", rows)
+    return [folder / str(row["file_name"]).replace("\\", "/") for row in rows]
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())

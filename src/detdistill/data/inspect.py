@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from detdistill.data.images import READERS, read_image
 from detdistill.data.label_maps import read_numbers
 from detdistill.data.loading import open_data
 from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
+from detdistill.data.unlabelled import find_unlabelled
+
+Item = TypeVar("Item")
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 # How the last bytes of a whole file look; a download that was cut short lacks them.
@@ -63,12 +67,16 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Splits, what is wrong with them, and what they hold; ``decoded`` images were decoded."""
+    """Splits, what is wrong with them, and what they hold; ``decoded`` images were decoded.
+
+    ``unlabelled`` counts the images without labels.
+    """
 
     splits: dict[str, Split]
     findings: list[Finding]
     statistics: dict[str, Statistics]
     decoded: int
+    unlabelled: int = 0
 
     @property
     def errors(self) -> list[Finding]:
@@ -80,6 +88,8 @@ class Inspection:
         lines = []
         for name, stats in self.statistics.items():
             lines += stats.lines(name, self.splits[name].source)
+        if self.unlabelled:
+            lines.append(f"unlabelled: {self.unlabelled} images")
         by_kind: dict[tuple[str, str], list[Finding]] = defaultdict(list)
         for finding in self.findings:
             by_kind[finding.severity, finding.kind].append(finding)
@@ -119,7 +129,34 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
     decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
-    return Inspection(splits, findings, statistics, decoded)
+    unlabelled = find_unlabelled(config) if config.unlabelled is not None else []
+    if unlabelled:
+        chosen = _chosen(unlabelled, sample)
+        decoded += len(chosen)
+        findings += _unlabelled_findings(unlabelled, chosen, splits.get("val"))
+    return Inspection(splits, findings, statistics, decoded, len(unlabelled))
+
+
+def _unlabelled_findings(files: list[Path], chosen: list[Path], val: Split | None) -> list[Finding]:
+    """Images that cannot be decoded, and those on which the student would be measured."""
+    with ThreadPoolExecutor(READERS) as pool:
+        findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
+    measured = {record.path.resolve() for record in val.records} if val is not None else set()
+    seen = [file for file in files if file.resolve() in measured]
+    if val is not None and seen:
+        message = f"{len(seen)} images of data.unlabelled are in val, as {seen[0]}"
+        fix = "leave them out, or the student is measured on what it has seen"
+        findings.append(Finding("warning", "shared images", val.source, message, fix))
+    return findings
+
+
+def _undecodable(path: Path) -> Finding | None:
+    try:
+        read_image(path)
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ").split(";")[0]
+        return Finding("error", "undecodable image", path, problem, "restore the image or drop it")
+    return None
 
 
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
@@ -135,7 +172,7 @@ def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     return [finding for finding in results if finding is not None]
 
 
-def _chosen(records: list[Record], sample: int | None) -> list[Record]:
+def _chosen(records: list[Item], sample: int | None) -> list[Item]:
     if sample is None or sample >= len(records):
         return records
     places = np.random.default_rng(0).choice(len(records), sample, replace=False)

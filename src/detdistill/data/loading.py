@@ -64,6 +64,8 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         raise UserError(f"{config.root}: no train or val part was found; set data.train and data.val")
     if "train" in splits and "val" in splits:
         splits["val"] = _agree(splits["train"], splits["val"], chosen=config.classes is not None)
+    if "train" in splits and config.limit is not None:
+        splits["train"] = splits["train"].evenly(config.limit)
     return splits
 
 

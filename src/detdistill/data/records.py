@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +98,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def evenly(self, count: int) -> Split:
+        """The split with so many of its images, evenly spread over it; all where it has no more."""
+        total = len(self)
+        if count >= total:
+            return self
+        return replace(self, records=[self.records[i * total // count] for i in range(count)])
 
     @property
     def has_masks(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from detdistill.distillation.matching import (
 )
 from detdistill.distillation.methods import build_method
 from detdistill.distillation.responses import SharedClasses, require_readable
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.signals import Method, Need, Setting, Signals
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, gradient_norm
 from detdistill.models.base import Batch, Model, Pyramid, Raw, Target
 from detdistill.models.one_stage import OneStage
@@ -29,6 +30,21 @@ from detdistill.seeding import mix_seed
 logger = logging.getLogger(__name__)
 
 MethodLike = str | Mapping[str, Any] | MethodConfig | Method
+
+HEAD: frozenset[Need] = frozenset({"raw", "hidden"})
+"""What only the teacher's head can give."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Some images, and what the student has made of them."""
+
+    images: Sequence[Tensor]
+    targets: Sequence[Target] | None
+    zoom: float
+    batch: Batch
+    pyramid: Pyramid
+    raw: Raw | None
 
 
 class Pair(nn.Module):
@@ -129,8 +145,26 @@ class Pair(nn.Module):
             for name, weight in weights.items()
         }
 
+    def without_labels(self) -> list[str]:
+        """The methods by which images without labels can teach.
+
+        Raises:
+            UserError: there are methods, and all of them need labels.
+        """
+        able = [name for name in self.methods if "labels" not in self._method(name).needs]
+        if self.methods and not able:
+            raise UserError(
+                f"{', '.join(self.methods)}: needs labels, and data.unlabelled has none: use ima, mimic, pkd "
+                "or another method on features, or leave data.unlabelled out"
+            )
+        return able
+
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[Target], zoom: float = 1.0
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Target],
+        zoom: float = 1.0,
+        unlabelled: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Every loss term by name, weighted: sum them.
 
@@ -139,39 +173,27 @@ class Pair(nn.Module):
             targets: for each image ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,), or, of a segmenter,
                 ``semantic`` (H, W).
             zoom: factor on the input sizes of both models.
+            unlabelled: more images, as above, from which the methods alone teach, but for those that need
+                labels. Each term is then the mean over all images that it has seen.
         """
+        active = {name: weight for name, weight in self.current_weights().items() if weight > 0}
         batch = self.student.preprocess(images, targets, zoom)
         pyramid = self.student.pyramid(batch)
-        active = {name: weight for name, weight in self.current_weights().items() if weight > 0}
-        needs = {need for name in active for need in self._method(name).needs}
-        hidden = "hidden" in needs
-        raw = _predict(self.student, pyramid, batch, hidden)
+        raw = _predict(self.student, pyramid, batch, self._needs(active))
         losses = self.student.losses(raw, batch)
         if not active or self.teacher is None:
             return losses
 
         if self.teacher.training:
             self.teacher.eval()  # whoever called train() on it
-        with torch.no_grad():
-            teacher_batch = self._teacher_batch(batch, images, targets, zoom)
-            look = self.teacher.pyramid if needs else self.teacher.pyramid_alone
-            teacher_pyramid = look(teacher_batch)
-            teacher_raw = _predict(self.teacher, teacher_pyramid, teacher_batch, hidden) if needs else None
-        signals = Signals(
-            student=pyramid,
-            teacher=teacher_pyramid,
-            student_batch=batch,
-            teacher_batch=teacher_batch,
-            overlay=Overlay(batch, teacher_batch),
-            student_raw=raw,
-            teacher_raw=teacher_raw,
-            student_model=self.student,
-            teacher_model=self.teacher,
-            generator=self._generator(batch.images_N3HW.device),
-            progress=self._progress(),
-        )
-        terms = {name: self._method(name)(signals) for name in active}
+        generator = self._generator(batch.images_N3HW.device)
+        terms = self._compare(list(active), _Seen(images, targets, zoom, batch, pyramid, raw), generator)
         self._measure(losses, terms, pyramid)
+        free = [name for name in active if "labels" not in self._method(name).needs]
+        if unlabelled and free:
+            more = self._compare(free, self._look_at(unlabelled, zoom, self._needs(free)), generator)
+            share = len(unlabelled) / (len(images) + len(unlabelled))
+            terms |= {name: torch.lerp(terms[name], more[name], share) for name in free}
         for name, weight in active.items():
             factor = self._auto(name).factor if name in self.auto else 1.0
             losses[name] = weight * factor * terms[name]
@@ -180,6 +202,41 @@ class Pair(nn.Module):
         elif self.training:
             self.micro_batch += 1
         return losses
+
+    def _needs(self, names: Iterable[str]) -> set[Need]:
+        return {need for name in names for need in self._method(name).needs}
+
+    def _look_at(self, images: Sequence[Tensor], zoom: float, needs: set[Need]) -> _Seen:
+        """What the student makes of images without labels; its head runs only where it is asked for."""
+        batch = self.student.preprocess(images, None, zoom)
+        pyramid = self.student.pyramid(batch)
+        raw = _predict(self.student, pyramid, batch, needs) if needs else None
+        return _Seen(images, None, zoom, batch, pyramid, raw)
+
+    def _compare(self, names: list[str], seen: _Seen, generator: torch.Generator) -> dict[str, Tensor]:
+        """The unweighted terms of these methods, by name: the teacher looks at what the student has seen."""
+        assert self.teacher is not None
+        needs = self._needs(names)
+        from_head = bool(needs & HEAD)
+        with torch.no_grad():
+            teacher_batch = self._teacher_batch(seen)
+            look = self.teacher.pyramid if from_head else self.teacher.pyramid_alone
+            teacher_pyramid = look(teacher_batch)
+            raw = _predict(self.teacher, teacher_pyramid, teacher_batch, needs) if from_head else None
+        signals = Signals(
+            student=seen.pyramid,
+            teacher=teacher_pyramid,
+            student_batch=seen.batch,
+            teacher_batch=teacher_batch,
+            overlay=Overlay(seen.batch, teacher_batch),
+            student_raw=seen.raw,
+            teacher_raw=raw,
+            student_model=self.student,
+            teacher_model=self.teacher,
+            generator=generator,
+            progress=self._progress(),
+        )
+        return {name: self._method(name)(signals) for name in names}
 
     def _add(self, item: MethodLike) -> None:
         assert self.matching is not None
@@ -191,7 +248,7 @@ class Pair(nn.Module):
             setting = Setting(self.student, self.teacher, self.matching)
             method = build_method(config.name, setting, config.options)
         name, auto = config.name, config.weight == "auto"
-        if method.needs:
+        if method.needs & HEAD:
             require_readable(self.student, self.teacher, name)
         if name in self.methods:
             raise UserError(f"method {name!r} is given twice")
@@ -238,13 +295,11 @@ class Pair(nn.Module):
         for name in names:
             self._auto(name).update(task, gradient_norm(terms[name], pyramid))
 
-    def _teacher_batch(
-        self, batch: Batch, images: Sequence[Tensor], targets: Iterable[Target], zoom: float
-    ) -> Batch:
+    def _teacher_batch(self, seen: _Seen) -> Batch:
         assert self.teacher is not None
         if self.teacher.preprocessor == self.student.preprocessor:
-            return batch  # the same pixels: nothing to do twice
-        return self.teacher.preprocess(images, list(targets), zoom)
+            return seen.batch  # the same pixels: nothing to do twice
+        return self.teacher.preprocess(seen.images, seen.targets, seen.zoom)
 
     def _generator(self, device: torch.device) -> torch.Generator:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -260,8 +315,8 @@ class Pair(nn.Module):
         return self
 
 
-def _predict(model: Model, pyramid: Pyramid, batch: Batch, hidden: bool) -> Raw:
-    if not hidden:
+def _predict(model: Model, pyramid: Pyramid, batch: Batch, needs: set[Need]) -> Raw:
+    if "hidden" not in needs:
         return model.predict(pyramid, batch)
     assert isinstance(model, OneStage), "a method that needs tower maps checks this when it is built"
     return model.predict(pyramid, batch, hidden=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detdistill.distillation.matching import ClassMatch, Matching, Overlay, match_classes
 from detdistill.models.base import Batch, Model, Pyramid, Raw, Task
 
-Need = Literal["raw", "hidden"]
+Need = Literal["student_raw", "raw", "hidden", "labels"]
 
 EVERY_TASK: frozenset[Task] = frozenset({"detection", "segmentation"})
 """The tasks of a method that compares maps, whatever is learnt from them."""
@@ -46,9 +46,10 @@ class Signals:
     Attributes:
         student, teacher: feature maps by stride; the teacher's carry no gradient.
         student_batch, teacher_batch: the inputs, each padded and scaled as its model wants them. Their sizes
-            may differ: boxes of one are not in the pixels of the other.
+            may differ: boxes of one are not in the pixels of the other. Images without labels have no targets.
         overlay: lays a map of the student over one of the teacher.
-        student_raw, teacher_raw: head outputs; the teacher's is None unless a method needs "raw".
+        student_raw, teacher_raw: head outputs; the teacher's are None unless a method needs "raw", and the
+            student's of images without labels unless it needs "raw" or "student_raw".
         student_model, teacher_model: the models; the teacher is frozen, but gradient may pass through it.
         generator: a method's only source of randomness, seeded by (seed, process, step). The global generator
             is left alone, so a student sees the same draws with and without distillation.
@@ -60,7 +61,7 @@ class Signals:
     student_batch: Batch
     teacher_batch: Batch
     overlay: Overlay
-    student_raw: Raw
+    student_raw: Raw | None
     teacher_raw: Raw | None
     student_model: Model
     teacher_model: Model
@@ -75,8 +76,9 @@ class Method(nn.Module, ABC):
     are options in recipes), and by keyword any options of the binding; all are typed, and checked by the types.
 
     Attributes:
-        needs: "raw": the teacher's head outputs (else its head never runs); "hidden": both towers' maps in the
-            raw outputs, for one-stage pairs.
+        needs: "raw": both heads' outputs (else the teacher's head never runs); "student_raw": the student's
+            alone; "hidden": both towers' maps in the raw outputs, for one-stage pairs; "labels": the batches'
+            targets, so that images without labels (``data.unlabelled``) cannot teach by it.
         tasks: what it can be used for. A method that needs boxes, anchors or proposals is for detection alone;
             one that compares maps is for segmentation as well.
         presets: named sets of options. The one named after the student's family ("gfl"), else after its kind

@@ -59,11 +59,9 @@ def chosen_images(model: Model, split: Split, limit: int | None) -> Split:
     if split.has_label_maps != (model.task == "segmentation"):
         has = "label maps and no boxes" if split.has_label_maps else "no label maps"
         raise UserError(f"{split.source}: has {has}, and the model is for {model.task}: give it other data")
-    if limit is None or limit >= len(split):
-        return split
-    if limit < 1:
+    if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; evaluate at least 1 image")
-    return replace(split, records=[split.records[i * len(split) // limit] for i in range(limit)])
+    return split if limit is None else split.evenly(limit)
 
 
 def own_share(split: Split) -> Split:

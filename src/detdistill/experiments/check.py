@@ -117,7 +117,9 @@ def _check_models(result: Check, train: Split) -> None:
             try:
                 pair = Pair(student, teacher)  # what meets is told of methods that are refused, too
                 result.matching, result.classes = pair.matching, pair.classes
-                Pair(student, teacher, recipe.methods)
+                pair = Pair(student, teacher, recipe.methods)
+                if recipe.data.unlabelled is not None and (able := pair.without_labels()):
+                    result.notes.append(f"images without labels: {', '.join(able)} teaches from them")
             except UserError as error:
                 result.problems.append(f"pair: {error}")
         result.notes += notes

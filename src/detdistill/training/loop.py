@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,7 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from detdistill.config import Recipe, UserError
-from detdistill.data.loading import DetectionDataset, make_loader, usable_splits
+from detdistill.data.loading import DetectionDataset, usable_splits
+from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
@@ -30,14 +30,15 @@ from detdistill.models.checkpoints import save_model
 from detdistill.models.weights import read_state_dict
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
+from detdistill.training.batches import micro_batches
 from detdistill.training.display import Display
 from detdistill.training.models import models_of
 from detdistill.training.precision import computes_bf16, resolve_precision
 from detdistill.training.preemption import PREEMPTED, preemption_flag
 from detdistill.training.run_folder import Row, RunFolder
-from detdistill.training.sampler import StepSampler, steps_per_epoch
+from detdistill.training.sampler import steps_per_epoch
 from detdistill.training.schedules import learning_rate_factor
-from detdistill.training.step import StepOutcome, build_optimizer, optimisation_step
+from detdistill.training.step import MicroBatch, StepOutcome, build_optimizer, optimisation_step
 
 LOG_EVERY = 20  # steps; the only regular moment at which the host waits for the device
 DROWNING, DROWNING_SHARE = 10, 0.9  # of a gradient over clip_norm and of the loss: then a warning is due
@@ -135,6 +136,7 @@ class _Trainer:
         self.model, self.optimizer = self.accelerator.prepare(pair, optimizer)
         self.ema = ModelEmaV3(pair.student, self.config.ema, use_warmup=True) if self.config.ema else None
 
+        self.datasets = self._datasets()
         self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
         self.total_steps = max(1, round(self.config.epochs * self.steps_per_epoch))
         if self.config.max_steps is not None:
@@ -152,12 +154,13 @@ class _Trainer:
         status = "finished"
         started = time.perf_counter() - self.seconds
         self.log_started = time.perf_counter()
-        loader = self._loader()
+        loader = micro_batches(
+            *self.datasets, self.config, self.accelerator, start=self.step, stop=self.total_steps
+        )
         self.display.start(self.recipe.name, self.step, self.total_steps)
         try:
             while self.step < self.total_steps:
-                micro_batches = list(itertools.islice(loader, self.config.accumulate))
-                self._step(micro_batches)
+                self._step(list(itertools.islice(loader, self.config.accumulate)))
                 self.seconds = time.perf_counter() - started
                 if self.step % LOG_EVERY == 0:
                     self._flush()
@@ -181,7 +184,7 @@ class _Trainer:
         finally:
             self.display.stop()
 
-    def _step(self, micro_batches: list[Any]) -> None:
+    def _step(self, micro_batches: list[MicroBatch]) -> None:
         factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
@@ -373,22 +376,13 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         self.display.note(f"resumed at step {self.step}")
 
-    def _loader(self) -> Iterator[Any]:
-        """Micro-batches from this step to the last."""
-        try:
-            sampler = StepSampler(
-                len(self.train_split),
-                self.config.batch_size,
-                start=self.step,
-                stop=self.total_steps,
-                seed=self.config.seed,
-                rank=self.accelerator.process_index,
-                world=self.accelerator.num_processes,
-                accumulate=self.config.accumulate,
-            )
-        except ValueError as error:
-            raise UserError(f"training: {error}") from None
-        dataset = DetectionDataset(
-            self.train_split, self.config.augment, self.config.seed, with_masks=self.pair.student.needs_masks
-        )
-        return iter(make_loader(dataset, sampler, self.config.workers))
+    # --- what it sees ----------------------------------------------------------------------------------
+
+    def _datasets(self) -> tuple[DetectionDataset, UnlabelledImages | None]:
+        augment, seed = self.config.augment, self.config.seed
+        labelled = DetectionDataset(self.train_split, augment, seed, with_masks=self.pair.student.needs_masks)
+        if self.recipe.data.unlabelled is None or not self.pair.methods:
+            return labelled, None
+        able, files = self.pair.without_labels(), find_unlabelled(self.recipe.data)
+        self.display.note(f"{len(files)} images without labels, from which {', '.join(able)} teaches")
+        return labelled, UnlabelledImages(files, augment, seed, label_maps=self.train_split.has_label_maps)

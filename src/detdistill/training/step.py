@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,13 @@ from detdistill.seeding import mix_seed
 
 logger = logging.getLogger(__name__)
 
-MicroBatch = tuple[list[Tensor], list[Target]]
+
+class MicroBatch(NamedTuple):
+    """What one forward pass sees: labelled images, and perhaps some without labels."""
+
+    images: list[Tensor]
+    targets: list[Target]
+    unlabelled: list[Tensor]
 
 
 @dataclass(slots=True)
@@ -52,12 +59,13 @@ def optimisation_step(
     """
     zoom = draw_zoom(config, step)
     totals: dict[str, Tensor] = {}
-    for i, (images, targets) in enumerate(micro_batches):
+    for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(mix_seed(config.seed, step, i, accelerator.process_index))
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            images, targets = to_device(images, targets, accelerator.device)
-            losses = model(images, targets, zoom)
+            images, targets = to_device(micro_batch.images, micro_batch.targets, accelerator.device)
+            unlabelled, _ = to_device(micro_batch.unlabelled, [], accelerator.device)
+            losses = model(images, targets, zoom, unlabelled)
             accelerator.backward(torch.stack(list(losses.values())).sum() / len(micro_batches))
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
@@ -66,7 +74,7 @@ def optimisation_step(
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    indices = [target["index"] for _, targets in micro_batches for target in targets]
+    indices = [target["index"] for micro_batch in micro_batches for target in micro_batch.targets]
     return StepOutcome(step, totals, norm, indices)
 
 

@@ -154,6 +154,7 @@ class CIRKD(Method):
     """
 
     tasks = frozenset({"segmentation"})
+    needs = frozenset({"labels"})
 
     def __init__(
         self,

@@ -140,7 +140,7 @@ class CrossKD(Method):
         normalise: n is the number of matched anchors ("positives") or the sum of their "centerness".
     """
 
-    needs = frozenset({"raw", "hidden"})
+    needs = frozenset({"raw", "hidden", "labels"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "anchor": {},
         "anchor_free": {

@@ -80,6 +80,7 @@ class DeFeat(Method):
         adapt: where φ stands between the maps.
     """
 
+    needs = frozenset({"labels"})
     presets: ClassVar = {"neck": {"head_object_weight": 0.0, "head_background_weight": 0.0}}
 
     def __init__(self, setting: Setting, loss: DeFeatLoss, *, adapt: Adapt = "always") -> None:

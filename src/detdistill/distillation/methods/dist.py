@@ -102,7 +102,9 @@ class DIST(Method):
         regions = two_stage(setting)
         if self.segments:
             self.needs = frozenset({"raw"})
-        elif not regions:
+        elif regions:
+            self.needs = frozenset({"student_raw"})
+        else:
             require_alike_heads(setting, "dist")
             self.needs = frozenset({"raw"})
         self.classes = SharedClasses(setting, "dist", background=regions)

@@ -147,6 +147,7 @@ class FGD(Method):
             (docs/methods.md). False compares raw maps, as published.
     """
 
+    needs = frozenset({"labels"})
     presets: ClassVar = {
         "anchor": {
             "foreground_weight": 1e-3,

@@ -58,6 +58,8 @@ class FGFI(Method):
         psi: share of an object's best overlap that an anchor must exceed to be near (ψ). Higher: fewer cells.
     """
 
+    needs = frozenset({"labels"})
+
     def __init__(self, setting: Setting, loss: FGFILoss, *, adapt: Adapt = "always", psi: float = 0.5) -> None:
         super().__init__()
         if not 0 <= psi < 1:

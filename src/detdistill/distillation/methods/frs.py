@@ -94,6 +94,7 @@ class FRS(Method):
         self.loss = loss
 
     def forward(self, signals: Signals) -> Tensor:
+        assert signals.student_raw is not None
         assert signals.teacher_raw is not None
         teacher_cls = dense(signals.teacher_raw).cls
         student_cls = dense(signals.student_raw).cls if self.loss.cls_weight else {}

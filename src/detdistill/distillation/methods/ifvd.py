@@ -66,6 +66,7 @@ class IFVD(Method):
     """Sum of :class:`IFVDLoss` over the matched levels."""
 
     tasks = frozenset({"segmentation"})
+    needs = frozenset({"labels"})
     presets: ClassVar = {"segmentation": {"alpha": 200.0}, "cirkd": {"alpha": 20.0}}
 
     def __init__(self, setting: Setting, loss: IFVDLoss) -> None:

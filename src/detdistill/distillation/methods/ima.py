@@ -329,6 +329,8 @@ class IMA(Method):
                 f"ima: instance '{loss.instance}' is for {wanted[loss.instance]}, and this pair for {task}: "
                 f"give instance 'image'"
             )
+        if loss.instance != "image":
+            self.needs = frozenset({"labels"})
         self.align = LevelAligner(setting.matching, adapt)
         self.loss = loss
         self.classes = len(setting.student.classes)

@@ -155,7 +155,9 @@ class KD(Method):
         regions = two_stage(setting)
         if self.segments:
             self.needs = frozenset({"raw"})
-        elif not regions:
+        elif regions:
+            self.needs = frozenset({"student_raw"})
+        else:
             require_alike_heads(setting, "kd")
             self.needs = frozenset({"raw"})
         self.classes = SharedClasses(setting, "kd", background=regions)

@@ -109,7 +109,7 @@ class LD(Method):
         topk: anchors of a level whose IoU makes the threshold.
     """
 
-    needs = frozenset({"raw"})
+    needs = frozenset({"raw", "labels"})
     presets: ClassVar[dict[str, dict[str, Any]]] = {"anchor": {}, "anchor_free": {"region": "inside"}}
 
     def __init__(

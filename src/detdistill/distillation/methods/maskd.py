@@ -134,6 +134,7 @@ class MasKD(Method):
     """
 
     tasks = EVERY_TASK
+    needs = frozenset({"labels"})
     presets: ClassVar = {
         "anchor": {"alpha": 7.0},
         "anchor_free": {"alpha": 10.0},
@@ -177,7 +178,7 @@ class MasKD(Method):
         self.token_fraction, self.student_masks_from = token_fraction, student_masks_from
         self.learning, self.in_use = nn.ModuleDict(), nn.ModuleDict()
         if self.segments:
-            self.needs = frozenset({"raw"})
+            self.needs = frozenset({"raw", "labels"})
             widths = {LOGITS: len(student.classes)}
         else:
             self.align = LevelAligner(setting.matching, adapt)

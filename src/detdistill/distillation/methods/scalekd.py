@@ -139,6 +139,7 @@ class ScaleKD(Method):
             the length of training is unknown it always does.
     """
 
+    needs = frozenset({"labels"})
     _ONE_STAGE: ClassVar = {"feature_weight": 0.01, "cls_weight": 0.2, "box_weight": 0.05}
     presets: ClassVar = {
         "anchor": _ONE_STAGE,

@@ -1,0 +1,83 @@
+"""Images without labels, ``data.unlabelled``: what a teacher sees in them teaches, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from detdistill.config import AugmentConfig, DataConfig, UserError
+from detdistill.data.coco import image_files
+from detdistill.data.digits import digits_root
+from detdistill.data.images import find_images, read_image
+from detdistill.data.loading import Sample
+from detdistill.data.records import UNLABELLED
+from detdistill.data.transforms import augment_seeded, build_augment
+from detdistill.seeding import mix_seed
+
+
+def find_unlabelled(config: DataConfig) -> list[Path]:
+    """The images of ``data.unlabelled``, sorted and each once.
+
+    A folder is searched with its subfolders; a .txt file lists images, one to a line, from its own folder; of a
+    COCO .json the images are taken and the annotations, if there are any, left alone. What is given is a path
+    from ``data.root``, or any path.
+
+    Raises:
+        UserError: there is no such folder or file, it lists an image that is missing, or it holds none.
+    """
+    assert config.unlabelled is not None
+    root = digits_root(config) if config.format == "digits" else config.root
+    assert root is not None, "DataConfig refuses data without a root"
+    source = Path(config.unlabelled).expanduser()
+    source = root / source if (root / source).exists() else source
+    if not source.exists():
+        raise UserError(f"data.unlabelled: no such folder or file {config.unlabelled!r}, nor in {root}")
+    if source.suffix == ".json":
+        files = image_files(source, config.images, root)
+    elif source.suffix == ".txt":
+        lines = (line.strip() for line in source.read_text(encoding="utf-8").splitlines())
+        files = [source.parent / line for line in lines if line]
+    else:
+        files = find_images(source)
+    files = sorted(set(files))
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        what = f"lists {missing[0]}, which is missing ({len(missing)} are)" if missing else "lists no image"
+        raise UserError(f"data.unlabelled: {source} {what}; correct it")
+    return files
+
+
+class UnlabelledImages(Dataset[Sample]):
+    """Images as :class:`~detdistill.data.loading.DetectionDataset` gives them, with nothing in their targets.
+
+    Args:
+        files: the images.
+        augment: as for the labelled ones.
+        seed: of the augmentation.
+        label_maps: the augmentation is one for label maps.
+
+    Raises:
+        UserError: on indexing, an image cannot be decoded.
+    """
+
+    def __init__(self, files: list[Path], augment: AugmentConfig, seed: int, *, label_maps: bool) -> None:
+        self.files, self.seed, self.label_maps = files, seed, label_maps
+        self._augment = build_augment(augment, label_maps=label_maps)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        image = read_image(self.files[index])
+        image, _ = augment_seeded(self._augment, image, self._nothing(image), mix_seed(self.seed, epoch, index))
+        return image, {"index": torch.tensor(index)}
+
+    def _nothing(self, image: Tensor) -> dict[str, Tensor]:
+        """The target of an image in which nothing is known, as augmentation wants it."""
+        if self.label_maps:
+            return {"semantic": torch.full(image.shape[1:], UNLABELLED, dtype=torch.uint8)}
+        return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
