@@ -242,15 +242,30 @@ def launch(recipe, run, processes, before=""):
 
 
 @pytest.fixture
-def shareable(make_recipe, teacher_file):
+def more_images(tmp_path):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(11):
+        write_png(
+            torch.randint(0, 256, (3, 48, 64), generator=generator, dtype=torch.uint8), f"{folder}/{i}.png"
+        )
+    return folder
+
+
+@pytest.fixture
+def shareable(make_recipe, teacher_file, more_images):
     """A recipe whose two halves of a batch add up to the whole: normalisation frozen, no random mask."""
 
     def make(steps):
         return make_recipe(
             teacher=str(teacher_file),
             methods=[{"ima": {"mask_ratio": 0, "importance": "none"}}, {"mimic": {"weight": "auto"}}],
-            training={"optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}, "max_steps": steps},
-        )
+            training={
+                "optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}, "max_steps": steps, "unlabelled_batch": 4,
+            },
+            data={**DATA, "unlabelled": str(more_images)},
+        )  # fmt: skip
 
     return make
 
@@ -306,18 +321,6 @@ def test_auto_precision_is_bf16_where_the_device_computes_in_it(
     assert used[1:] == ["bf16"]
     told = capsys.readouterr()
     assert ("emulates it" in " ".join((told.out + told.err).split())) == (not native)
-
-
-@pytest.fixture
-def more_images(tmp_path):
-    folder = tmp_path / "more"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for i in range(11):
-        write_png(
-            torch.randint(0, 256, (3, 48, 64), generator=generator, dtype=torch.uint8), f"{folder}/{i}.png"
-        )
-    return folder
 
 
 def test_images_without_labels_resume_exactly_and_matter(
