@@ -6,7 +6,7 @@ A step of the cascade after the other (Algorithm 1): a random mask removes frequ
 the mean squared error to the teacher's map is taken (Eq. 4). An instance is an item of the batch: Eq. 1 writes
 maps as N×C×H×W with "N the number of instances".
 
-Where the equations leave a choice, :class:`IMALoss` has an option; docs/ima.md says what each does, and how
+Where the equations leave a choice, `IMALoss` has an option; docs/ima.md says what each does, and how
 the recommended preset was measured.
 
 Shape legend: N instances, C channels, H W rows and columns, G regions, P pooled side.
