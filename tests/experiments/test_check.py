@@ -142,3 +142,20 @@ def test_a_recipe_file_with_overrides(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"data": str(folder), "student": STUDENT}))
     assert check(path, ["student.channels=4"]).models[0].levels == {16: 4, 32: 4}
+
+
+def test_images_without_labels_are_counted_and_methods_that_cannot_use_them_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors", channels=16)
+    data = {"root": str(folder), "unlabelled": "train.json"}
+    result = check(recipe(folder, data=data, teacher=str(teacher), methods=["ima", "fgd"]))
+    assert result.ok
+    assert result.inspection is not None
+    assert "unlabelled: 1 images" in result.inspection.lines()
+    assert "images without labels: ima teaches from them" in result.notes
+    refused = check(recipe(folder, data=data, teacher=str(teacher), methods=["fgd"]))
+    assert not refused.ok
+    assert ["needs labels" in problem for problem in refused.problems] == [True]
+    lost = check(recipe(folder, data={**data, "unlabelled": "nowhere"}))
+    assert ["no such folder or file 'nowhere'" in problem for problem in lost.problems] == [True]
