@@ -11,7 +11,7 @@ Reduction: "sum/N" for each level; the levels are summed. The loss grows with th
 
 Paper and code agree; α (2e-5 one-stage, 5e-7 two-stage) and mask_ratio (0.65, 0.45; λ there) are theirs.
 φ is a 1×1 convolution where channels differ. Their runs clip gradients at a norm of 35, and some start from the
-teacher's neck and head ("inheriting"), which is not part of the method here.
+teacher's neck and head ("inheriting"): here `inherit: true` in the recipe, of no method.
 """
 
 from __future__ import annotations
