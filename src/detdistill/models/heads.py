@@ -219,17 +219,21 @@ def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Te
     return targets_PQ
 
 
-def normaliser(total: Tensor) -> Tensor:
+def normaliser(total: Tensor, least: float = 1.0) -> Tensor:
     """What a sum over the batch is divided by: the batch's total, such as its number of matches, at least 1.
 
     Under torch.distributed the total is averaged over the processes, so that after the mean of gradients N
     processes equal one process on the same images; every process must then call this.
+
+    Args:
+        total: of this process's part of the batch, in any type; float32 or float64 comes back.
+        least: that the whole batch's total counts.
     """
-    total = total.detach().float().clone()
+    total = total.detach().to(torch.promote_types(total.dtype, torch.float32), copy=True)
     if not (distributed.is_available() and distributed.is_initialized()):
-        return total.clamp(min=1)
+        return total.clamp(min=least)
     distributed.all_reduce(total)
-    return total.clamp(min=1) / distributed.get_world_size()
+    return total.clamp(min=least) / distributed.get_world_size()
 
 
 def select_candidates(scores_PQ: Tensor, threshold: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:

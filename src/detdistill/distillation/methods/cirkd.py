@@ -37,6 +37,7 @@ from detdistill.data.records import UNLABELLED
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.heads import normaliser
 
 
 class CIRKDLoss(nn.Module):
@@ -87,7 +88,7 @@ class CIRKDLoss(nn.Module):
         kl_K = self._divergence(student_KC @ contrasts_VC.T, teacher_KC.detach() @ contrasts_VC.T)
         if valid_K is None:
             return kl_K.mean()
-        return (kl_K * valid_K).sum() / valid_K.sum().clamp(min=1)
+        return (kl_K * valid_K).sum() / normaliser(valid_K.sum())
 
     def _of_an_image(
         self, student_CP: Tensor, teacher_CP: Tensor, student_NCP: Tensor, teacher_NCP: Tensor

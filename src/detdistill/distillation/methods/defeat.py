@@ -41,6 +41,7 @@ from detdistill.distillation.responses import (
 )
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
+from detdistill.models.heads import normaliser
 
 
 class DeFeatLoss(nn.Module):
@@ -145,4 +146,4 @@ def level_mask(batch: Batch, map_NCHW: Tensor, stride: int, strides: Sequence[in
 
 def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of the values under the mask, 0 where there are none."""
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0).sum() / normaliser(mask.sum())
