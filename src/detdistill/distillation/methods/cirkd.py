@@ -199,7 +199,7 @@ class CIRKD(Method):
     def forward(self, signals: Signals) -> Tensor:
         teacher = signals.teacher[self.level.teacher_stride]
         student = signals.overlay(signals.student[self.level.student_stride], teacher)
-        terms = [student.sum() * 0]
+        terms = []
         if self.loss.batch_weight:
             ours, theirs = (pooled(x, self.cells).flatten(2) for x in (student, teacher))
             terms.append(self.loss.batch_weight * self.loss(ours, theirs))
@@ -216,7 +216,7 @@ class CIRKD(Method):
                 if weight:
                     contrasts_VC = self._memory(name).draw(self.of_each[name], signals.generator)
                     terms.append(weight * self.loss.memory(s_KC, t_KC, contrasts_VC, valid_K))
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum() if terms else student.float().sum() * 0
 
     def _memory(self, name: str) -> Memory:
         memory = self.memories[name]
