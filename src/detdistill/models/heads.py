@@ -24,6 +24,7 @@ from detdistill.models.backbones import group_norm_of
 from detdistill.models.base import Batch, Candidates, DenseRaw, Detections, Pyramid
 
 UNMATCHED, IGNORED = -1, -2
+GIOU_EPS = 1e-7
 
 
 def tower(channels: int, depth: int, group_norm: bool, bias: bool = True) -> nn.Sequential:
@@ -208,6 +209,20 @@ def match_boxes(boxes_K4: Tensor, anchors_P4: Tensor, high: float, low: float, k
 def take_objects(matched_P: Tensor, boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
     """The matched objects' boxes (P, 4); an anchor without one gets some box of positive size."""
     return boxes_K4[matched_P.clamp(min=0)] if len(boxes_K4) else anchors_P4
+
+
+def giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - GIoU of boxes (..., 4) xyxy, one by one: torchvision's number and gradient.
+
+    torchvision picks the boxes that overlap, and for how many they are the host waits for the device.
+    """
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    overlap = torch.where((sides > 0).all(dim=-1), sides[..., 0] * sides[..., 1], 0)
+    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
+    union = areas[0] + areas[1] - overlap
+    around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = around[..., 0] * around[..., 1]
+    return 1 - (overlap / (union + GIOU_EPS) - (hull - union) / (hull + GIOU_EPS))
 
 
 def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from detdistill.config import UserError
@@ -310,11 +309,10 @@ class IMALoss(nn.Module):
     def _regions(self, labels_NHW: Tensor, size: torch.Size, classes: int | None) -> Tensor:
         """Class regions at the map's resolution as (N, G, H, W) of 0 and 1; small ones are empty."""
         labels = resize_labels(labels_NHW, size).long()
-        known = labels != UNLABELLED
+        labels = labels.where(labels != UNLABELLED, -1)
         if classes is None:
-            classes = int(labels.where(known, 0).max()) + 1
-        one_hot = F.one_hot(labels.where(known, classes), classes + 1)[..., :classes]
-        regions = one_hot.permute(0, 3, 1, 2).float()
+            classes = max(0, int(labels.max())) + 1
+        regions = (labels[:, None] == torch.arange(classes, device=labels.device)[:, None, None]).float()
         return regions * (regions.sum((-2, -1), keepdim=True) >= self.min_region)
 
 
