@@ -169,6 +169,14 @@ def test_a_pair_becomes_a_plain_student_by_overrides(tmp_path: Path) -> None:
     assert recipe.methods == ()
 
 
+def test_a_teacher_may_be_inherited_from_alone(tmp_path: Path) -> None:
+    assert not load_recipe(write(tmp_path, PAIR)).inherit
+    recipe = load_recipe(write(tmp_path, PAIR), ["inherit=true", "methods=[]"])
+    assert recipe.inherit
+    assert recipe.teacher is not None
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -205,6 +213,8 @@ def test_wrong_overrides(tmp_path: Path, override: str, said: str) -> None:
         (MINIMAL + "training: {seed: -1}\n", "training.seed"),
         (MINIMAL + "teacher: runs/t\n", "a teacher without methods teaches nothing"),
         (MINIMAL + "methods: [ima]\n", "need a teacher"),
+        (MINIMAL + "inherit: true\n", "inherit: true needs a teacher"),
+        (PAIR.replace("resnet18", "resnet18, weights: s") + "inherit: true\n", "leave one of the two out"),
         (MINIMAL + "teacher: {backbone: resnet50}\nmethods: ima\n", "teacher.weights is missing"),
         (PAIR.replace("[ima]", "[ima, ima]"), "listed twice"),
         (PAIR.replace("[ima]", "7"), ":4: methods.0: "),

@@ -63,6 +63,7 @@ class Recipe(Section):
     teacher: ModelConfig | None = Field(
         None, description="a run folder or weights file, or a section as the student's; none: plain training"
     )
+    inherit: bool = Field(False, description="the student starts from the teacher's neck and head")
     methods: tuple[MethodConfig, ...] = Field(
         (), description="`[ima]`, `[{ima: {weight: 1, alpha: 5}}]`, or sections as below"
     )
@@ -76,9 +77,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _methods_need_teacher(self) -> Recipe:
         names = [method.name for method in self.methods]
-        if names and self.teacher is None:
-            raise ValueError(f"methods {names} need a teacher: add `teacher: RUN_FOLDER_OR_WEIGHTS`")
-        if self.teacher is not None and not names:
+        if self.teacher is None and (names or self.inherit):
+            what = f"methods {names} need" if names else "inherit: true needs"
+            raise ValueError(f"{what} a teacher: add `teacher: RUN_FOLDER_OR_WEIGHTS`")
+        if self.inherit and self.student.weights is not None:
+            raise ValueError("inherit overwrites neck and head of student.weights: leave one of the two out")
+        if self.teacher is not None and not (names or self.inherit):
             raise ValueError("a teacher without methods teaches nothing: add `methods: [ima]`")
         if self.teacher is not None and self.teacher.weights is None and self.teacher.python is None:
             raise ValueError("teacher.weights is missing: an untrained teacher teaches noise")

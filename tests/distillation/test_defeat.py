@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from detdistill.distillation.pair import Pair
 from detdistill.models import build_model
 from detdistill.models.base import Batch
 
+from ..golden.test_defeat import head
 from .pairs import batch, detector, make_pair
 
 
@@ -80,6 +84,62 @@ def test_the_teacher_is_asked_about_the_students_regions():
     pair(*batch())
     raw, proposals = seen
     assert all(torch.equal(a, b) for a, b in zip(raw.proposals, proposals, strict=True))
+
+
+def head_alone(regions, **options):
+    weights = {"object_weight": 0.0, "background_weight": 0.0}
+    return make_pair([{"defeat": {**weights, "regions": regions}}], "faster_rcnn", **options).train()
+
+
+def losses_of(pair):
+    torch.manual_seed(7)
+    return {**pair(*batch()), "the next draw": torch.rand(())}
+
+
+def test_the_teacher_may_sample_the_regions():
+    """Both heads are asked about it, each in its own input; its labels tell objects from background."""
+    pair = head_alone("teacher")
+    pair.student.preprocessor = replace(pair.student.preprocessor, size=(32, 32))
+    pair.teacher.preprocessor = replace(pair.teacher.preprocessor, size=(64, 64))
+    asked = {}
+    for model in (pair.student, pair.teacher):
+        classify = model.classify
+
+        def classified(pyramid, regions, inputs, model=model, classify=classify):
+            logits = classify(pyramid, regions, inputs)[0]
+            asked[model] = regions, logits.detach().numpy().astype("float64")
+            return classify(pyramid, regions, inputs)
+
+        model.classify = classified
+    sample = pair.teacher.sample
+    labels = []
+
+    def sampled(*args):
+        found = sample(*args)
+        labels.append(torch.cat([one.labels_R for one in found]).numpy())
+        return found
+
+    pair.teacher.sample = sampled
+    losses = losses_of(pair)
+    (theirs, teacher_logits), (ours, student_logits) = asked[pair.teacher], asked[pair.student]
+    assert all(torch.equal(a / 2, b) for a, b in zip(theirs, ours, strict=True))
+    objects = labels[0] > 0
+    assert 0 < objects.sum() < len(objects)
+    np.testing.assert_allclose(
+        losses["defeat"].item(), head(student_logits, teacher_logits, objects), rtol=1e-5
+    )
+    losses["defeat"].backward()
+    assert pair.student.roi_head.cls.weight.grad.any()
+    assert pair.student.backbone.body.conv_stem.weight.grad.any()
+
+
+def test_both_samples_are_summed_and_the_student_draws_as_without():
+    found = {regions: losses_of(head_alone(regions)) for regions in ("student", "teacher", "both")}
+    student, teacher, both = (losses.pop("defeat") for losses in found.values())
+    assert not torch.equal(student, teacher)
+    torch.testing.assert_close(both, student + teacher)
+    for losses in found.values():
+        assert all(torch.equal(value, found["student"][name]) for name, value in losses.items())
 
 
 def test_other_classes_are_refused_until_the_head_is_left_out():

@@ -95,6 +95,18 @@ def test_classes_that_the_teacher_does_not_know_are_told(folder: Path, tmp_path:
     assert any("does not know bolt" in note for note in result.notes)
 
 
+def test_what_would_be_inherited_is_told(folder: Path, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors", backbone="resnet18")
+    result = check(recipe(folder, teacher=str(teacher), inherit=True))
+    assert result.ok
+    (told,) = (note for note in result.notes if note.startswith("inherited"))
+    model = build_model(recipe(folder).student, ["part"])
+    count = sum(not name.startswith("backbone.") for name in model.state_dict())
+    assert f" {count} of {count} tensors of neck and head" in told
+    plain = check(recipe(folder, teacher=str(teacher), methods=["ima"]))
+    assert not any(note.startswith("inherited") for note in plain.notes)
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
@@ -103,6 +115,7 @@ def test_classes_that_the_teacher_does_not_know_are_told(folder: Path, tmp_path:
         ({"teacher": "TEACHER", "methods": ["imo"]}, "pair: no method 'imo'; did you mean 'ima'?"),
         ({"teacher": "TEACHER", "methods": [{"ima": {"alhpa": 3}}]}, "pair: ima has no option 'alhpa'"),
         ({"data": "nowhere"}, "nowhere"),
+        ({"teacher": "TEACHER", "inherit": True, "student": {**STUDENT, "channels": 16}}, "16 and 16 channels"),
     ],
 )
 def test_what_would_stop_the_run(folder: Path, tmp_path: Path, sections: Any, said: str) -> None:

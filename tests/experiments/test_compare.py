@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import pytest
@@ -9,7 +10,13 @@ import pytest
 import detdistill
 from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
-from detdistill.experiments.compare import read_comparison, run_study, unequal_budgets
+from detdistill.experiments.compare import (
+    inheriting_arms,
+    load_comparison,
+    read_comparison,
+    run_study,
+    unequal_budgets,
+)
 from detdistill.experiments.studies import (
     ALONE,
     Study,
@@ -212,6 +219,29 @@ def test_allowed_inequality_is_written_in_the_table(recipe, tmp_path) -> None:
     comparison = run_study(study, allow_unequal=True, train=False)
     assert comparison.study.unequal == ("training.max_steps",)
     assert "nothing to compare yet" in comparison.verdict
+
+
+def test_arms_that_start_from_their_teacher_are_told(recipe, tmp_path) -> None:
+    file = tmp_path / "study.yaml"
+    arms = {"alone": None, "ima": "ima", "inheriting": ["inherit=true", "methods=[ima]"]}
+    file.write_text(json.dumps({"recipe": str(recipe), "seeds": 1, "arms": arms}))
+    study = read_study(file)
+    for arm in study.arms:
+        folder = RunFolder(study.run_folder(arm, 0))
+        folder.path.mkdir(parents=True)
+        folder.write_result("finished", {"AP": 0.5}, {})
+    told = "not the same start: inheriting began with the teacher's neck and head"
+    comparison = run_study(study, train=False)
+    assert comparison.verdict.endswith(f"\n{told}")
+    assert told in (tmp_path / "table.md").read_text()
+    assert load_comparison(tmp_path)[0].verdict == comparison.verdict
+    assert main(["report", str(tmp_path)]) == 0
+    assert told[1:] in html.unescape((tmp_path / "report.html").read_text())
+    # the student alone inherits from nobody, whatever the recipe says; and arms that all start alike are equal
+    study = plan_methods(recipe, ["none", "ima", "pkd"], ("inherit=true",), range(1), tmp_path)
+    recipes = {name: resolved(study, name) for name in study.arms}
+    assert inheriting_arms(recipes) == ["ima", "pkd"]
+    assert inheriting_arms({name: recipes[name] for name in ("ima", "pkd")}) == []
 
 
 def test_runs_are_compared_by_their_own_main_metric(tmp_path, recipe) -> None:

@@ -123,6 +123,19 @@ def test_a_wrapped_teacher_for_a_section(tmp_path):
     assert detdistill.load_model(result.student).pyramid_channels == {8: 8, 16: 8, 32: 8}
 
 
+def test_a_section_inherits_from_an_object(tmp_path):
+    still = {**BUDGET, "max_steps": 1, "ema": None, "optimizer": {"lr": 1e-30}}
+    section = {**student_section(), "channels": 16, "head_depth": 1}
+    ours, out = teacher(), tmp_path / "run"
+    result = detdistill.distill(ours, section, DATA, [], inherit=True, training=still, out=out)
+    saved = load_file(result.student)
+    for name, value in ours.state_dict().items():
+        if not name.startswith("backbone."):
+            torch.testing.assert_close(saved[name], value, rtol=0, atol=1e-20)
+    with pytest.raises(UserError, match="YoloLike does not say which part of it is the backbone"):
+        distill(ours, student(), tmp_path / "other", inherit=True)
+
+
 def test_what_is_refused(tmp_path):
     model = YoloLike()
     for use in (

@@ -12,12 +12,12 @@ from torchvision.models import detection
 from torchvision.models.detection._utils import Matcher, overwrite_eps
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
-from torchvision.ops import FrozenBatchNorm2d, box_iou
+from torchvision.ops import FrozenBatchNorm2d, box_iou, generalized_box_iou_loss
 
 from detdistill.config import UserError
 from detdistill.models import Preprocess, faster_rcnn, fcos, load_torchvision, mask_rcnn, retinanet
 from detdistill.models.base import Detector
-from detdistill.models.heads import match_boxes
+from detdistill.models.heads import giou_loss, match_boxes
 from detdistill.models.torchvision_weights import COCO_CATEGORIES, conventions_of, is_torchvision
 
 SIZE = (160, 224)
@@ -250,3 +250,21 @@ def test_rows_of_a_torchvision_file_are_understood() -> None:
     )
     with pytest.raises(UserError, match="5 class rows"):
         conventions_of(state(5), ["cat", "dog"])
+
+
+def test_giou_is_torchvisions_to_the_last_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner, sides = (torch.rand(2, 500, 2, generator=generator) * scale for scale in (20.0, 12.0))
+    sides[0, :50] = 0  # boxes without an area, too
+    a, b = torch.cat([corner, corner + sides], dim=2)
+    b[50:80] = a[50:80]
+    found = []
+    for loss in (giou_loss, generalized_box_iou_loss):
+        ours = a.clone().requires_grad_()
+        value = loss(ours, b)
+        value.sum().backward()
+        assert ours.grad is not None
+        found.append((value.detach(), ours.grad))
+    assert (found[0][0] > 1).any()  # some do not touch
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-7)

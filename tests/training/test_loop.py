@@ -95,6 +95,31 @@ def test_weight_zero_is_the_plain_run_bit_for_bit(make_recipe, teacher_file, tmp
         assert_same_student(tmp_path / "plain", tmp_path / "on")
 
 
+def test_an_inheriting_run_starts_from_the_teachers_neck_and_head_and_only_once(
+    make_recipe, teacher_file, tmp_path, monkeypatch, capsys
+):
+    pair = {"student": {"channels": 24}, "teacher": str(teacher_file), "inherit": True}
+    still = {"max_steps": 1, "optimizer": {"lr": 1e-30}, "ema": None, "seed": 1}
+    train(make_recipe(student={"channels": 24}, training=still), tmp_path / "alone")
+    train(make_recipe(**pair, training=still), tmp_path / "start")
+    start, alone = weights(tmp_path / "start"), weights(tmp_path / "alone")
+    for name, value in load_file(teacher_file).items():
+        given = alone if name.startswith("backbone.") else {name: value}
+        torch.testing.assert_close(start[name], given[name], rtol=0, atol=1e-20)
+    assert (start["head.cls.weight"] - alone["head.cls.weight"]).abs().max() > 1e-3
+
+    capsys.readouterr()
+    recipe = make_recipe(**pair)
+    train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(SystemExit):
+            train(recipe, tmp_path / "parts")
+    train(recipe, tmp_path / "parts")
+    assert_same_student(tmp_path / "whole", tmp_path / "parts")
+    assert capsys.readouterr().out.count("inherited from the teacher") == 2
+
+
 def test_a_method_that_drowns_the_task_is_told_once(make_recipe, teacher_file, tmp_path, capsys):
     for alpha, warnings in ((1e6, 1), (1.0, 0)):
         method = {"mimic": {"alpha": alpha}}

@@ -230,12 +230,12 @@ def on_levels(raw: DenseRaw, strides: Iterable[int]) -> DenseRaw:
 
 @dataclass(slots=True)
 class RegionResponses:
-    """Both second stages on the student's regions: shared classes alone, the background first.
+    """Both second stages on the same regions: shared classes alone, the background first.
 
     Attributes:
         student_logits_RQ, teacher_logits_RQ: (R, Q + 1).
         student_deltas_RQ4, teacher_deltas_RQ4: (R, 4·(Q + 1)).
-        labels: per image the regions' labels (0 is background), where the student samples them; else None.
+        labels: per image the regions' labels (0 is background), where they were sampled; else None.
     """
 
     student_logits_RQ: Tensor
@@ -253,13 +253,37 @@ def region_responses(signals: Signals, classes: SharedClasses) -> RegionResponse
     sizes = zip(signals.student_batch.sizes, signals.teacher_batch.sizes, strict=True)
     regions = [from_input_to_input(boxes, *pair) for boxes, pair in zip(raw.proposals, sizes, strict=True)]
     with torch.no_grad():
-        logits_RQ, deltas_RQ4 = teacher.classify(signals.teacher, regions, signals.teacher_batch)
+        theirs = teacher.classify(signals.teacher, regions, signals.teacher_batch)
+    return _shared(classes, (raw.roi_logits_RQ, raw.roi_deltas_RQ4), theirs, raw.roi_labels)
+
+
+def teacher_region_responses(signals: Signals, classes: SharedClasses) -> RegionResponses:
+    """Ask both about regions that the teacher samples from its own proposals, by the method's own draws."""
+    student, teacher = signals.student_model, signals.teacher_model
+    assert isinstance(student, FasterRCNN)
+    assert isinstance(teacher, FasterRCNN)
+    with own_draws(signals.generator):
+        samples = teacher.sample(signals.teacher, signals.teacher_batch)
+    sampled = [sample.proposals_R4 for sample in samples]
+    sizes = zip(signals.teacher_batch.sizes, signals.student_batch.sizes, strict=True)
+    regions = [from_input_to_input(boxes, *pair) for boxes, pair in zip(sampled, sizes, strict=True)]
+    with torch.no_grad():
+        theirs = teacher.classify(signals.teacher, sampled, signals.teacher_batch)
+    ours = student.classify(signals.student, regions, signals.student_batch)
+    return _shared(classes, ours, theirs, [sample.labels_R for sample in samples])
+
+
+def _shared(
+    classes: SharedClasses,
+    ours: tuple[Tensor, Tensor],
+    theirs: tuple[Tensor, Tensor],
+    labels: list[Tensor] | None,
+) -> RegionResponses:
+    """The shared classes' rows of two second stages' logits and deltas."""
+    ours_RQ, theirs_RQ = classes(ours[0], theirs[0])
     # Deltas are in shares of the region's own sides: they mean the same in either input.
-    ours_RQ4, theirs_RQ4 = classes(
-        raw.roi_deltas_RQ4.unflatten(1, (-1, 4)), deltas_RQ4.unflatten(1, (-1, 4)), dim=1
-    )
-    ours_RQ, theirs_RQ = classes(raw.roi_logits_RQ, logits_RQ)
-    return RegionResponses(ours_RQ, theirs_RQ, ours_RQ4.flatten(1), theirs_RQ4.flatten(1), raw.roi_labels)
+    ours_RQ4, theirs_RQ4 = classes(ours[1].unflatten(1, (-1, 4)), theirs[1].unflatten(1, (-1, 4)), dim=1)
+    return RegionResponses(ours_RQ, theirs_RQ, ours_RQ4.flatten(1), theirs_RQ4.flatten(1), labels)
 
 
 @contextmanager

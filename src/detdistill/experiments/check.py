@@ -12,6 +12,7 @@ from detdistill.config import Recipe, UserError, load_recipe
 from detdistill.data.inspect import Inspection, inspect_data
 from detdistill.data.records import Split
 from detdistill.data.transforms import build_augment
+from detdistill.distillation.inheriting import inherit
 from detdistill.distillation.matching import ClassMatch, Matching, describe_input
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
@@ -120,6 +121,8 @@ def _check_models(result: Check, train: Split) -> None:
                 pair = Pair(student, teacher, recipe.methods)
                 if recipe.data.unlabelled is not None and (able := pair.without_labels()):
                     result.notes.append(f"images without labels: {', '.join(able)} teaches from them")
+                if recipe.inherit:
+                    result.notes.append(inherit(student, teacher))
             except UserError as error:
                 result.problems.append(f"pair: {error}")
         result.notes += notes

@@ -88,6 +88,8 @@ class Comparison:
             )
         if self.study.unequal:
             lines.append(f"not a fair comparison: the arms differ in {', '.join(self.study.unequal)}")
+        if self.study.unequal_start:
+            lines.append(self.study.unequal_start)
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -196,7 +198,7 @@ def run_study(
             f"the arms' budgets differ in {', '.join(unequal)}: a gain would mean nothing; give all arms the "
             "same, or --allow-unequal"
         )
-    study = replace(study, unequal=tuple(unequal))
+    study = replace(study, unequal=tuple(unequal), inheriting=tuple(inheriting_arms(recipes)))
     for device in devices:
         launch(device)
     strange = strange_runs(study, recipes)
@@ -226,6 +228,14 @@ def unequal_budgets(recipes: Mapping[str, Recipe]) -> list[str]:
         if key.partition(".")[0] in ("data", "student", "training")
     }
     return sorted(found)
+
+
+def inheriting_arms(recipes: Mapping[str, Recipe]) -> list[str]:
+    """Arms that start from their teacher's neck and head; none where all start from the same one's."""
+    starts = [recipe.teacher if recipe.inherit else None for recipe in recipes.values()]
+    if all(start == starts[0] for start in starts):
+        return []
+    return [name for name, recipe in recipes.items() if recipe.inherit]
 
 
 def strange_runs(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
@@ -300,6 +310,7 @@ def write_comparison(comparison: Comparison) -> None:
         "baseline": study.baseline,
         "metric": comparison.metric,
         "unequal": list(study.unequal),
+        "inheriting": list(study.inheriting),
         "arms": [
             {
                 "name": arm.name,
@@ -347,6 +358,7 @@ def load_comparison(folder: Path) -> tuple[Comparison, Runs]:
             tuple(int(seed) for seed in content["seeds"]),
             folder,
             tuple(map(str, content["unequal"])),
+            tuple(map(str, content.get("inheriting", ()))),  # of comparisons before there was inheriting
         )
         failed = {name: tuple(int(seed) for seed in arm["failed"]) for name, arm in told.items()}
         arms = arms_of(numbers, metric, failed)

@@ -166,10 +166,12 @@ def _teacher_gap(subject: Subject, arm: Arm, base: Arm | None) -> tuple[str, ...
 
 
 def _warnings(subject: Subject) -> tuple[str, ...]:
-    unequal = subject.comparison.study.unequal
-    if not unequal:
-        return ()
-    return (f"The arms differ in {', '.join(unequal)}: a difference between them need not be the method's.",)
+    study, told = subject.comparison.study, []
+    if study.unequal:
+        told.append(f"The arms differ in {', '.join(study.unequal)}")
+    if study.unequal_start:
+        told.append(f"{study.unequal_start[0].upper()}{study.unequal_start[1:]}")
+    return tuple(f"{what}: a difference between the arms need not be the method's." for what in told)
 
 
 def _result_sections(subject: Subject) -> list[Section]:

@@ -38,6 +38,7 @@ class Study:
         seeds: of the runs.
         out: folder of the runs and the tables.
         unequal: settings of the budget that differ between the arms, where that was allowed.
+        inheriting: the arms that start from their teacher's neck and head, where not all arms start alike.
     """
 
     recipe: Path
@@ -45,10 +46,18 @@ class Study:
     seeds: tuple[int, ...]
     out: Path
     unequal: tuple[str, ...] = ()
+    inheriting: tuple[str, ...] = ()
 
     @property
     def baseline(self) -> str:
         return next(iter(self.arms))
+
+    @property
+    def unequal_start(self) -> str:
+        """What to say of the initialisation where it is not the same for all arms; else nothing."""
+        if not self.inheriting:
+            return ""
+        return f"not the same start: {', '.join(self.inheriting)} began with the teacher's neck and head"
 
     def run_folder(self, arm: str, seed: int) -> Path:
         return self.out / arm.replace("/", "÷") / str(seed)
@@ -154,7 +163,7 @@ def is_study(path: Path) -> bool:
 
 def _arm_overrides(arm: Any) -> tuple[str, ...]:
     if arm is None:
-        return ("teacher=null", "methods=[]")
+        return ("teacher=null", "methods=[]", "inherit=false")
     if isinstance(arm, list):
         return tuple(str(item) for item in arm)
     return (f"methods={json.dumps([arm])}",)

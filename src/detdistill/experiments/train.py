@@ -52,6 +52,7 @@ def distill(
     data: DataConfig | Mapping[str, Any] | str | Path,
     method: str | Mapping[str, Any] | MethodConfig | Sequence[str | Mapping[str, Any] | MethodConfig] = "ima",
     *,
+    inherit: bool = False,
     training: TrainingConfig | Mapping[str, Any] | None = None,
     out: str | Path = "runs/distill",
     resume: bool = True,
@@ -64,6 +65,7 @@ def distill(
             is trained in place; :func:`detdistill.wrap` makes one of any module.
         data: the dataset's folder, ``"digits"``, or a section.
         method: one method or several, as in a recipe's ``methods``.
+        inherit: the student starts from the teacher's neck and head.
         training: the budget; the default is the paper's 24 epochs of SGD.
         out: the run folder.
         resume: go on where an earlier call stopped; else start anew.
@@ -81,6 +83,7 @@ def distill(
             "teacher": _section(teacher, frozen=True),
             "student": _section(student, frozen=False),
             "methods": method,
+            "inherit": inherit,
             "training": training or {},
         },
         source="the arguments of distill",

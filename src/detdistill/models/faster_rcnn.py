@@ -164,6 +164,13 @@ class FasterRCNN(ExportableDetector):
         ]
         return self.mask_branch.logits(stage, pyramid, regions, labels_M, batch), torch.cat(wanted)
 
+    @torch.no_grad()
+    def sample(self, pyramid: Pyramid, batch: Batch) -> list[Sample]:
+        """What its (of a cascade: its first) head would learn from, also of a detector that does not train."""
+        assert batch.targets is not None, "regions are sampled for a batch with targets"
+        proposals = self._propose(self.rpn(pyramid), batch)
+        return [self._sample(self.roi_head, *pair) for pair in zip(proposals, batch.targets, strict=True)]
+
     def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
         """What the RPN answers for, level by level: (H·W·A, 4) xyxy in network input, rows first."""
         return level_anchors(self.anchor_generator, pyramid, batch, self.convention != "torchvision")

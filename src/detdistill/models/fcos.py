@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
@@ -32,6 +32,7 @@ from detdistill.models.heads import (
     DenseHead,
     check_convention,
     flatten_maps,
+    giou_loss,
     init_head,
     normaliser,
     one_hot_targets,
@@ -119,7 +120,7 @@ class FCOS(OneStage):
             positive, boxes = torch.stack(positive_NP), torch.stack(boxes_NP4)
             count = normaliser(positive.sum())
             focal = sigmoid_focal_loss(logits_NPQ, torch.stack(wanted_NPQ), reduction="sum")
-            giou_NP = generalized_box_iou_loss(CODER.decode(distances_NP4, cells_P4), boxes)
+            giou_NP = giou_loss(CODER.decode(distances_NP4, cells_P4), boxes)
             wanted_NP = torch.where(positive, centerness_of(CODER.encode(cells_P4, boxes)), 0)
             bce_NP = F.binary_cross_entropy_with_logits(centerness_NP, wanted_NP, reduction="none")
             return {

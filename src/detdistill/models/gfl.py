@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import generalized_box_iou_loss
 
 from detdistill.models.assignment import atss_assign, centres
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
@@ -31,6 +30,7 @@ from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
 from detdistill.models.heads import (
     DenseHead,
     flatten_maps,
+    giou_loss,
     init_head,
     mean_sides,
     normaliser,
@@ -110,7 +110,7 @@ class GFL(OneStage):
             weight_NP = torch.where(positive, logits_NPQ.detach().sigmoid().amax(dim=2), 0)
             count, weight = normaliser(torch.stack([positive.sum(), weight_NP.sum()]))
             qfl = quality_focal_loss(logits_NPQ, wanted * quality_NP[..., None])
-            giou_NP = generalized_box_iou_loss(boxes_NP4, objects)
+            giou_NP = giou_loss(boxes_NP4, objects)
             distances_NP4 = encode_boxes(objects, anchors_P4)
             dfl_NP4 = distribution_focal_loss(sides_NPE.unflatten(2, (4, -1)), distances_NP4)
             return {

@@ -24,6 +24,7 @@ from detdistill.models.backbones import group_norm_of
 from detdistill.models.base import Batch, Candidates, DenseRaw, Detections, Pyramid
 
 UNMATCHED, IGNORED = -1, -2
+GIOU_EPS = 1e-7
 
 
 def tower(channels: int, depth: int, group_norm: bool, bias: bool = True) -> nn.Sequential:
@@ -210,6 +211,20 @@ def take_objects(matched_P: Tensor, boxes_K4: Tensor, anchors_P4: Tensor) -> Ten
     return boxes_K4[matched_P.clamp(min=0)] if len(boxes_K4) else anchors_P4
 
 
+def giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - GIoU of boxes (..., 4) xyxy, one by one: torchvision's number and gradient.
+
+    torchvision picks the boxes that overlap, and for how many they are the host waits for the device.
+    """
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    overlap = torch.where((sides > 0).all(dim=-1), sides[..., 0] * sides[..., 1], 0)
+    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
+    union = areas[0] + areas[1] - overlap
+    around = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    hull = around[..., 0] * around[..., 1]
+    return 1 - (overlap / (union + GIOU_EPS) - (hull - union) / (hull + GIOU_EPS))
+
+
 def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Tensor:
     """(P, Q) float32: 1 at a matched anchor's class, else 0."""
     targets_PQ = torch.zeros(len(matched_P), num_classes, device=matched_P.device)
@@ -219,17 +234,21 @@ def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Te
     return targets_PQ
 
 
-def normaliser(total: Tensor) -> Tensor:
+def normaliser(total: Tensor, least: float = 1.0) -> Tensor:
     """What a sum over the batch is divided by: the batch's total, such as its number of matches, at least 1.
 
     Under torch.distributed the total is averaged over the processes, so that after the mean of gradients N
     processes equal one process on the same images; every process must then call this.
+
+    Args:
+        total: of this process's part of the batch, in any type; float32 or float64 comes back.
+        least: that the whole batch's total counts.
     """
-    total = total.detach().float().clone()
+    total = total.detach().to(torch.promote_types(total.dtype, torch.float32), copy=True)
     if not (distributed.is_available() and distributed.is_initialized()):
-        return total.clamp(min=1)
+        return total.clamp(min=least)
     distributed.all_reduce(total)
-    return total.clamp(min=1) / distributed.get_world_size()
+    return total.clamp(min=least) / distributed.get_world_size()
 
 
 def select_candidates(scores_PQ: Tensor, threshold: float, limit: int) -> tuple[Tensor, Tensor, Tensor]:

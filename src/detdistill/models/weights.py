@@ -64,13 +64,13 @@ class LoadReport:
         """
         if not self.matched:
             raise UserError(
-                f"{self.source}: no entry fits the model (the file has {_some(self.unexpected)}): "
+                f"{self.source}: no entry fits the model (the file has {some(self.unexpected)}): "
                 f"is it of another family, backbone or layout?"
             )
         faults = self.faults(require)
         if faults:
             raise UserError(
-                f"{self.source}: {len(faults)} entries do not fit the model: {_some(faults)}; "
+                f"{self.source}: {len(faults)} entries do not fit the model: {some(faults)}; "
                 f"give the family, backbone and sizes that the file was trained with"
             )
 
@@ -83,7 +83,7 @@ class LoadReport:
             ("classes without rows", len(self.absent_classes), self.absent_classes),
         ]
         lines = [
-            f"{name:<20} {count:>5}  {_some(names) if names else ''}".rstrip() for name, count, names in rows
+            f"{name:<20} {count:>5}  {some(names) if names else ''}".rstrip() for name, count, names in rows
         ]
         return "\n".join([f"weights from {self.source}", *lines])
 
@@ -94,7 +94,8 @@ def part_of(name: str) -> str:
     return "head" if first in ("rpn", "roi_head", "later_heads", "mask_branch") else first
 
 
-def _some(names: Sequence[str], limit: int = 4) -> str:
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first of the names, and how many more there are."""
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -133,7 +134,7 @@ def load_weights(
     report.check(require)
     if absent and "head" in require:
         raise UserError(
-            f"{source}: has no class {_some(absent)}; "
+            f"{source}: has no class {some(absent)}; "
             f"leave these classes out, or train a teacher that knows them"
         )
     model.load_state_dict({name: state[name] for name in report.matched}, strict=False)

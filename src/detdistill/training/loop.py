@@ -21,6 +21,7 @@ from torch import Tensor
 from detdistill.config import Recipe, UserError
 from detdistill.data.loading import DetectionDataset, usable_splits
 from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
+from detdistill.distillation.inheriting import inherit
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
@@ -125,10 +126,13 @@ class _Trainer:
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
+        if recipe.inherit and not folder.checkpoint_file.exists():  # a run that goes on has learnt since
+            assert teacher is not None
+            self.display.note(inherit(student, teacher))
         if self.config.sync_batchnorm and self.accelerator.num_processes > 1:
             # timm's own: torch's would drop the activation that is part of timm's BatchNormAct2d
             student = convert_sync_batchnorm(student)
-        pair = Pair(student, teacher, recipe.methods, seed=self.config.seed)
+        pair = Pair(student, teacher if recipe.methods else None, recipe.methods, seed=self.config.seed)
         if self.config.channels_last:
             pair = pair.to(memory_format=torch.channels_last)
         self.pair: Pair = pair

@@ -37,6 +37,7 @@ from detdistill.data.records import UNLABELLED
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.heads import normaliser
 
 
 class CIRKDLoss(nn.Module):
@@ -87,7 +88,7 @@ class CIRKDLoss(nn.Module):
         kl_K = self._divergence(student_KC @ contrasts_VC.T, teacher_KC.detach() @ contrasts_VC.T)
         if valid_K is None:
             return kl_K.mean()
-        return (kl_K * valid_K).sum() / valid_K.sum().clamp(min=1)
+        return (kl_K * valid_K).sum() / normaliser(valid_K.sum())
 
     def _of_an_image(
         self, student_CP: Tensor, teacher_CP: Tensor, student_NCP: Tensor, teacher_NCP: Tensor
@@ -198,7 +199,7 @@ class CIRKD(Method):
     def forward(self, signals: Signals) -> Tensor:
         teacher = signals.teacher[self.level.teacher_stride]
         student = signals.overlay(signals.student[self.level.student_stride], teacher)
-        terms = [student.sum() * 0]
+        terms = []
         if self.loss.batch_weight:
             ours, theirs = (pooled(x, self.cells).flatten(2) for x in (student, teacher))
             terms.append(self.loss.batch_weight * self.loss(ours, theirs))
@@ -215,7 +216,7 @@ class CIRKD(Method):
                 if weight:
                     contrasts_VC = self._memory(name).draw(self.of_each[name], signals.generator)
                     terms.append(weight * self.loss.memory(s_KC, t_KC, contrasts_VC, valid_K))
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum() if terms else student.float().sum() * 0
 
     def _memory(self, name: str) -> Memory:
         memory = self.memories[name]

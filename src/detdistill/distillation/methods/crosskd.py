@@ -101,7 +101,7 @@ class CrossKDLoss(nn.Module):
         weight_NP = teacher_NPQ.amax(dim=2) * valid
         if student_box.ndim == 4:
             kl_NP4 = tempered_kl(student_box, teacher_box, self.temperature)
-            box = (kl_NP4 * weight_NP[..., None]).sum() / (4 * weight_NP.sum().clamp(min=EPS))
+            box = (kl_NP4 * weight_NP[..., None]).sum() / (4 * normaliser(weight_NP.sum(), least=EPS))
         else:
             box = (box_distance(student_box, teacher_box, self.box_loss) * weight_NP).sum() / count
         return self.cls_weight * cls + self.box_weight * box

@@ -7,8 +7,10 @@ the class scores of the regions that are objects and of those that are backgroun
     L_neck = 1/levels · Σ_levels w_o / (2 N_o) Σ M (φ(S) - T)² + w_b / (2 N_b) Σ (1 - M)(φ(S) - T)²
     L_head = h_o · mean over object regions of KL(T || S) + h_b · mean over background regions of KL(T || S)
 
-N_o and N_b count elements, channels included. Of the paper's ways to sample regions, ours is the student's: the
-teacher's second stage is asked about the regions that the student sampled for its own loss.
+N_o and N_b count elements, channels included. The regions are those that the student sampled for its own loss,
+about which the teacher's second stage is asked; or those that the teacher samples, about which the student's
+is; or both, and L_head is then the sum of the two. (With the teacher's regions the published code tells objects
+from background by the labels of the student's; here a region has its own label.)
 
 Shape legend: N images, C channels, H W rows and columns, R regions of the batch, Q classes and the background.
 Reduction: "sum/mask", over the batch, then the mean over the levels. The published code takes that mean, the
@@ -22,7 +24,7 @@ padding counts as background, as in the code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +32,16 @@ from torch import Tensor, nn
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
-from detdistill.distillation.responses import SharedClasses, region_responses, tempered_kl, two_stage
+from detdistill.distillation.responses import (
+    SharedClasses,
+    region_responses,
+    teacher_region_responses,
+    tempered_kl,
+    two_stage,
+)
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
+from detdistill.models.heads import normaliser
 
 
 class DeFeatLoss(nn.Module):
@@ -78,12 +87,20 @@ class DeFeat(Method):
 
     Args:
         adapt: where φ stands between the maps.
+        regions: whose sample of regions the head's term is about.
     """
 
     needs = frozenset({"labels"})
     presets: ClassVar = {"neck": {"head_object_weight": 0.0, "head_background_weight": 0.0}}
 
-    def __init__(self, setting: Setting, loss: DeFeatLoss, *, adapt: Adapt = "always") -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        loss: DeFeatLoss,
+        *,
+        adapt: Adapt = "always",
+        regions: Literal["student", "teacher", "both"] = "student",
+    ) -> None:
         super().__init__()
         with_head = two_stage(setting) and bool(loss.head_object_weight or loss.head_background_weight)
         self.classes = None
@@ -91,7 +108,7 @@ class DeFeat(Method):
             instead = "use `preset: neck` for the features alone"
             self.classes = SharedClasses(setting, "defeat", background=True, instead=instead)
         self.align = LevelAligner(setting.matching, adapt, conv3x3)
-        self.loss = loss
+        self.loss, self.regions = loss, regions
 
     def forward(self, signals: Signals) -> Tensor:
         strides = [level.teacher_stride for level in self.align.levels]
@@ -103,9 +120,17 @@ class DeFeat(Method):
         return neck if self.classes is None else neck + self._head(signals, self.classes)
 
     def _head(self, signals: Signals, classes: SharedClasses) -> Tensor:
-        found = region_responses(signals, classes)
-        assert found.labels is not None, "the student samples regions in training mode"
-        return self.loss.head(found.student_logits_RQ, found.teacher_logits_RQ, torch.cat(found.labels) > 0)
+        samples = []
+        if self.regions != "teacher":
+            samples.append(region_responses(signals, classes))
+        if self.regions != "student":
+            samples.append(teacher_region_responses(signals, classes))
+        terms = []
+        for found in samples:
+            assert found.labels is not None, "the student samples regions in training mode"
+            objects_R = torch.cat(found.labels) > 0
+            terms.append(self.loss.head(found.student_logits_RQ, found.teacher_logits_RQ, objects_R))
+        return torch.stack(terms).sum()
 
 
 def level_mask(batch: Batch, map_NCHW: Tensor, stride: int, strides: Sequence[int]) -> Tensor:
@@ -121,4 +146,4 @@ def level_mask(batch: Batch, map_NCHW: Tensor, stride: int, strides: Sequence[in
 
 def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of the values under the mask, 0 where there are none."""
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0).sum() / normaliser(mask.sum())

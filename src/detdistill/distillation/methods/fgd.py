@@ -17,7 +17,7 @@ We follow the published code where the paper's settings differ (γ for one-stage
 and τ 0.5 everywhere), but not its masks: h and w are of the cells that the box touches (the code's reach one
 cell further), and boxes are mapped by the padded size, which the map covers (the code's by the unpadded one).
 W_k has no bias: a softmax does not see it. Their runs clip gradients at a norm of 35, and may start from the
-teacher's neck and head ("inheriting"), which is not part of the method here.
+teacher's neck and head ("inheriting"): here `inherit: true` in the recipe, of no method.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import object_mask
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.faster_rcnn import FasterRCNN
+from detdistill.models.heads import normaliser
 from detdistill.models.one_stage import OneStage
 
 
@@ -47,7 +48,7 @@ class FGFILoss(nn.Module):
     def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor, mask_NHW: Tensor) -> Tensor:
         """Both maps (N, C, H, W), the teacher is detached; the mask bool. Returns a scalar."""
         squares_NHW = (student_NCHW - teacher_NCHW.detach()).square().sum(dim=1)
-        return self.alpha * torch.where(mask_NHW, squares_NHW, 0).sum() / (2 * mask_NHW.sum().clamp(min=1))
+        return self.alpha * torch.where(mask_NHW, squares_NHW, 0).sum() / (2 * normaliser(mask_NHW.sum()))
 
 
 class FGFI(Method):

@@ -157,6 +157,17 @@ class LevelParts(nn.Module):
             self.teacher_relation = NonLocal(teacher_channels, reduction, pool)
             self.relation_adapter = conv1x1(student_channels, teacher_channels)
 
+    # A product of three maps: half precision has no room for it.
+    @in_full_precision
+    def of_student(self, x_NCHW: Tensor) -> Tensor:
+        """ψ(R_S(S))."""
+        return self.relation_adapter(self.student_relation(x_NCHW))
+
+    @in_full_precision
+    def of_teacher(self, x_NCHW: Tensor) -> Tensor:
+        """R_T(T)."""
+        return self.teacher_relation(x_NCHW)
+
 
 class FKD(Method):
     """Sum of :class:`FKDLoss` over the matched levels.
@@ -207,8 +218,8 @@ class FKD(Method):
             relations = {}
             if self.loss.relation_weight:
                 relations = {
-                    "student_relation_NCHW": parts.relation_adapter(parts.student_relation(student)),
-                    "teacher_relation_NCHW": parts.teacher_relation(teacher),
+                    "student_relation_NCHW": parts.of_student(student),
+                    "teacher_relation_NCHW": parts.of_teacher(teacher),
                 }
             terms.append(
                 self.loss(

@@ -31,6 +31,7 @@ from detdistill.distillation.responses import INSTEAD, SharedClasses, require_al
 from detdistill.distillation.signals import Method, Need, Setting, Signals
 from detdistill.models.base import dense
 from detdistill.models.faster_rcnn import FasterRCNN
+from detdistill.models.heads import normaliser
 from detdistill.models.one_stage import OneStage
 
 
@@ -120,4 +121,4 @@ def richness(logits_NAQHW: Tensor) -> Tensor:
 
 
 def _weighted(values_NHW: Tensor, weights_NHW: Tensor) -> Tensor:
-    return (values_NHW * weights_NHW).sum() / weights_NHW.sum().clamp(min=1e-12)
+    return (values_NHW * weights_NHW).sum() / normaliser(weights_NHW.sum(), least=1e-12)

@@ -17,7 +17,8 @@ Reduction: "sum/R" (over R and the 100 cells, not over C), "mean" over pairs, "s
 Paper and code: there is no official code. We follow the published re-implementation's equations and weights,
 of RetinaNet, with what it means to do: its adapters are never applied, and its boxes carry gradient. The
 distances of L_box are L1 there (smooth L1 with beta 0); ``box_beta`` has others. The classes' cross-entropy
-keeps the teacher's entropy, so that the loss of an equal student is not 0.
+keeps the teacher's entropy, so that the loss of an equal student is not 0. Relations are of the instances of
+a process.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from detdistill.distillation.responses import (
 )
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch, DenseRaw, Model, Raw
+from detdistill.models.heads import normaliser
 from detdistill.models.one_stage import OneStage
 
 POOLED = 10
@@ -100,7 +102,7 @@ class GIDLoss(nn.Module):
         teacher_RCHW = teacher_RCHW.detach()
         count, _, height, width = student_RCHW.shape
         squares = (teacher_RCHW - student_RCHW).square().sum()
-        loss = self.feature_weight * squares / max(1, count * height * width)
+        loss = self.feature_weight * squares / (normaliser(squares.new_full((), count)) * height * width)
         if count >= 3:
             s_RR, t_RR = (distances(x.flatten(1)) for x in (student_RCHW, teacher_RCHW))
             relation = F.smooth_l1_loss(s_RR, t_RR, reduction="sum") / (count * (count - 1))
@@ -112,7 +114,7 @@ class GIDLoss(nn.Module):
         assert teacher_box_NP4 is not None
         assert chosen_NP is not None
         chosen = chosen_NP.to(loss.dtype)
-        n = chosen.sum().clamp(min=1)
+        n = normaliser(chosen.sum())
         bce_NPQ = F.binary_cross_entropy_with_logits(
             student_cls_NPQ, teacher_cls_NPQ.detach().sigmoid(), reduction="none"
         )

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.models.heads import normaliser
 
 EPS = 1e-8  # least length of a pixel's feature
 
@@ -49,7 +50,7 @@ class IFVDLoss(nn.Module):
         """
         is_NQP = labels_NHW.flatten(1)[:, None] == torch.arange(classes, device=labels_NHW.device)[:, None]
         ours, theirs = (variation(x.flatten(2), is_NQP) for x in (student_NCHW, teacher_NCHW.detach()))
-        return self.alpha * (ours - theirs).square().sum() / is_NQP.sum().clamp(min=1)
+        return self.alpha * (ours - theirs).square().sum() / normaliser(is_NQP.sum())
 
 
 def variation(x_NCP: Tensor, is_NQP: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from detdistill.config import UserError
@@ -30,6 +29,7 @@ from detdistill.distillation.regions import boxes_in_cells, class_labels
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
 from detdistill.models.base import Task
+from detdistill.models.heads import normaliser
 from detdistill.models.preprocess import resize_labels
 
 POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
@@ -162,11 +162,14 @@ class IMALoss(nn.Module):
         with torch.autocast(student_NCHW.device.type, enabled=False):
             student, teacher = student_NCHW.float(), teacher_NCHW.detach().float()
             weight = None if valid_NHW is None else valid_NHW[:, None].to(student.dtype)
+            factor: Tensor | float = self.alpha * self.loss_weight
             if self.instance == "box":
                 if boxes is None:
                     raise ValueError("instance='box' needs boxes")
                 student, teacher = (_pool(maps, boxes) for maps in (student, teacher))
                 weight = None
+                # The mean over instances: of those that a process has on average.
+                factor = factor * len(student) / normaliser(student.new_full((), len(student)))
             if student.shape[0] == 0 or student.shape[-2] * student.shape[-1] < self.min_pixels:
                 return student_NCHW.float().sum() * 0.0
             regions_NGHW = None
@@ -177,7 +180,7 @@ class IMALoss(nn.Module):
                 if weight is not None:
                     regions_NGHW = regions_NGHW * weight
                 weight = regions_NGHW.sum(dim=1, keepdim=True)
-            return self.alpha * self.loss_weight * self._loss(student, teacher, weight, regions_NGHW, generator)
+            return factor * self._loss(student, teacher, weight, regions_NGHW, generator)
 
     def extra_repr(self) -> str:
         return f"domain={self.domain}, mask_ratio={self.mask_ratio}, importance={self.importance}"
@@ -216,7 +219,7 @@ class IMALoss(nn.Module):
         difference = (s - t).abs() if self.distance == "l1" else (s - t).square()
         if weight is None:
             return difference.mean()
-        return (difference * weight).sum() / (weight.sum() * s.shape[1]).clamp(min=1)
+        return (difference * weight).sum() / (normaliser(weight.sum()) * s.shape[1])
 
     def _is_correlation(self) -> bool:
         """Whether the distance depends on the two maps through their variances and correlation alone."""
@@ -306,11 +309,10 @@ class IMALoss(nn.Module):
     def _regions(self, labels_NHW: Tensor, size: torch.Size, classes: int | None) -> Tensor:
         """Class regions at the map's resolution as (N, G, H, W) of 0 and 1; small ones are empty."""
         labels = resize_labels(labels_NHW, size).long()
-        known = labels != UNLABELLED
+        labels = labels.where(labels != UNLABELLED, -1)
         if classes is None:
-            classes = int(labels.where(known, 0).max()) + 1
-        one_hot = F.one_hot(labels.where(known, classes), classes + 1)[..., :classes]
-        regions = one_hot.permute(0, 3, 1, 2).float()
+            classes = max(0, int(labels.max())) + 1
+        regions = (labels[:, None] == torch.arange(classes, device=labels.device)[:, None, None]).float()
         return regions * (regions.sum((-2, -1), keepdim=True) >= self.min_region)
 
 

@@ -51,6 +51,7 @@ from detdistill.distillation.responses import (
 )
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.models.base import DenseRaw
+from detdistill.models.heads import normaliser
 from detdistill.models.one_stage import OneStage
 
 
@@ -85,7 +86,7 @@ class KDLoss(nn.Module):
         """
         teacher_NPQ = teacher_NPQ.detach()
         weight_NP = teacher_NPQ.amax(dim=2).sigmoid()
-        count = weight_NP.sum().clamp(min=1)
+        count = normaliser(weight_NP.sum())
         loss = student_NPQ.new_zeros(())
         if self.cls_weight:
             s, t = student_NPQ / self.temperature, teacher_NPQ / self.temperature
@@ -112,11 +113,11 @@ class KDLoss(nn.Module):
         loss = student_RQ.new_zeros(())
         if self.cls_weight:
             kl_R = tempered_kl(student_RQ, teacher_RQ, self.temperature)
-            loss = loss + self.cls_weight * kl_R.sum() / max(1, len(kl_R))
+            loss = loss + self.cls_weight * kl_R.sum() / normaliser(kl_R.new_full((), len(kl_R)))
         if self.box_weight:
             share_RQ = teacher_RQ.softmax(dim=1)[:, 1:]
             l1_RQ = (student_RQ4 - teacher_RQ4).abs().unflatten(1, (-1, 4)).sum(dim=2)[:, 1:]
-            loss = loss + self.box_weight * (share_RQ * l1_RQ).sum() / share_RQ.sum().clamp(min=1)
+            loss = loss + self.box_weight * (share_RQ * l1_RQ).sum() / normaliser(share_RQ.sum())
         return loss
 
     @in_full_precision
@@ -129,7 +130,7 @@ class KDLoss(nn.Module):
         s, t = (x / self.temperature for x in (student_NQHW, teacher_NQHW.detach()))
         log_s, log_t = s.log_softmax(dim=1), t.log_softmax(dim=1)
         kl_NHW = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
-        return self.cls_weight * self.temperature**2 * (kl_NHW * valid_NHW).sum() / valid_NHW.sum().clamp(min=1)
+        return self.cls_weight * self.temperature**2 * (kl_NHW * valid_NHW).sum() / normaliser(valid_NHW.sum())
 
 
 class KD(Method):

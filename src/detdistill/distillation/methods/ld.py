@@ -37,7 +37,7 @@ from detdistill.distillation.responses import INSTEAD, SharedClasses, require_al
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.assignment import atss_thresholds, centre_depths, nearest_anchors
 from detdistill.models.base import DenseRaw
-from detdistill.models.heads import flatten_maps
+from detdistill.models.heads import flatten_maps, normaliser
 from detdistill.models.one_stage import OneStage
 
 PUBLISHED_IMAGES = 2  # of a process, over which the published sums go
@@ -96,7 +96,7 @@ class LDLoss(nn.Module):
         two_images = PUBLISHED_IMAGES / len(box_NP)
         main = two_images * (positive * score_NP * box_NP).sum() / 4
         vlr = two_images * (vlr_NP.detach() * box_NP).sum() / 16
-        kd = (positive * cls_NP).sum() / positive.sum().clamp(min=1)
+        kd = (positive * cls_NP).sum() / normaliser(positive.sum())
         return self.main_weight * main + self.vlr_weight * vlr + self.kd_weight * kd
 
 

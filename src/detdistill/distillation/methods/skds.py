@@ -99,4 +99,5 @@ class SKDS(Method):
                 terms.append(
                     self.loss(signals.overlay(signals.student[level.student_stride], teacher), teacher)
                 )
-        return torch.stack(terms).sum() if terms else signals.student[self.levels[0].student_stride].sum() * 0
+        nothing = signals.student[self.levels[0].student_stride].float().sum() * 0
+        return torch.stack(terms).sum() if terms else nothing
