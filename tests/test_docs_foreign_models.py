@@ -95,7 +95,7 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_block_is_left_out() -> None:
-    assert len(BLOCKS) == 11
+    assert len(BLOCKS) == 12
     source = Path(__file__).read_text(encoding="utf-8")
     for block in BLOCKS:
         assert sum(block == block_with(text) for text in TEXTS) == 1, block
@@ -104,7 +104,8 @@ def test_no_block_is_left_out() -> None:
 
 TEXTS = (
     "retinanet_resnet50_fpn_v2", "neck.p3", "yolov8l.pt", "DetectionModel", "program.save", "init_detector",
-    "bgr=True", "InstanceData", "deeplabv3_resnet50", "detdistill.distill(", "student.exported.load_state_dict",
+    "bgr=True", "InstanceData", "Encoder(detr)", "deeplabv3_resnet50", "detdistill.distill(",
+    "student.exported.load_state_dict",
 )  # fmt: skip
 
 
@@ -117,6 +118,30 @@ def test_taps() -> None:
     model.neck = _Neck()
     pair = run(block_with("neck.p3"), my_model=model, student=ours())["pair"]
     assert pair(*example())["ima"] > 0
+
+
+def test_a_transformer() -> None:
+    transformers = pytest.importorskip("transformers", reason="the page's DETR is transformers'")
+    body = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    small = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+    }
+    for name in ("Detr", "ConditionalDetr"):
+        config = getattr(transformers, f"{name}Config")(backbone_config=body, **small)
+        detr = getattr(transformers, f"{name}ForObjectDetection")(config)
+        teacher = run(block_with("Encoder(detr)").replace("800, 1333", "64, 96"), detr=detr)["teacher"].eval()
+        batch = teacher.preprocess([torch.rand(3, 64, 96)])
+        with torch.no_grad():
+            tokens = detr.model(batch.images_N3HW).encoder_last_hidden_state
+            x_NCHW = teacher.pyramid(batch)[32]
+        assert x_NCHW.shape == (1, 16, 2, 3)
+        torch.testing.assert_close(x_NCHW[0, :, 1, 2], tokens[0, 5])
 
 
 def test_a_segmenter() -> None:
