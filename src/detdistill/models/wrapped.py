@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
 from detdistill.config import UserError
@@ -29,6 +30,7 @@ from detdistill.models.base import (
 from detdistill.models.segmentation import label_maps, pixel_losses
 from detdistill.models.taps import Call, Taps, seen
 from detdistill.models.torchvision_objects import wrap_torchvision
+from detdistill.models.torchvision_ssd import TorchvisionSSD
 
 Losses = Callable[[nn.Module, Any, Batch], Mapping[str, Tensor]]
 Decode = Callable[[nn.Module, Any, Batch], Sequence[Detections]]
@@ -53,7 +55,7 @@ def wrap(
 
     With ``logits`` it is a segmenter, which can learn without ``losses``.
 
-    torchvision's own RetinaNet, FCOS, Faster R-CNN and Mask R-CNN objects need neither taps nor functions.
+    torchvision's own RetinaNet, FCOS, SSD, Faster R-CNN and Mask R-CNN objects need neither taps nor functions.
 
     Args:
         model: any module; it is not copied, and nothing is added to it.
@@ -85,6 +87,8 @@ def wrap(
         given = {"call": call, "losses": losses, "decode": decode, "kind": kind, "logits": logits}
         for name in (name for name, value in given.items() if value is not None):
             raise UserError(f"wrap: {name} goes with taps: give taps={{stride: module name}}")
+        if isinstance(model, SSD):
+            return TorchvisionSSD(model, classes, preprocess)
         if not isinstance(model, WITHOUT_TAPS):
             raise UserError(
                 f"wrap: a {type(model).__name__} has steps of its own: give taps={{stride: module name}}, as "
