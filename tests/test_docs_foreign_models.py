@@ -41,9 +41,18 @@ def packages() -> dict[str, ModuleType]:
         model.extract_feat = lambda images: model.neck(images)  # type: ignore[method-assign]
         return model.eval()
 
+    class YOLO:
+        def __init__(self, weights: str) -> None:
+            self.model = YoloLike(num_classes=10)
+
+        def save(self, path: str) -> None:
+            torch.save({"model": self.model}, path)
+
     inside: dict[str, dict[str, Any]] = {
-        "ultralytics": {"YOLO": lambda weights: SimpleNamespace(model=YoloLike(num_classes=10))},
+        "ultralytics": {"YOLO": YOLO},
         "ultralytics.cfg": {"get_cfg": lambda: SimpleNamespace(box=7.5, cls=0.5, dfl=1.5)},
+        "ultralytics.nn": {},
+        "ultralytics.nn.tasks": {"DetectionModel": lambda name, nc, verbose: YoloLike(num_classes=nc)},
         "mmdet": {},
         "mmdet.apis": {"init_detector": init_detector},
         "mmengine": {},
@@ -86,7 +95,7 @@ def _packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_block_is_left_out() -> None:
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 12
     source = Path(__file__).read_text(encoding="utf-8")
     for block in BLOCKS:
         assert sum(block == block_with(text) for text in TEXTS) == 1, block
@@ -94,8 +103,9 @@ def test_no_block_is_left_out() -> None:
 
 
 TEXTS = (
-    "retinanet_resnet50_fpn_v2", "neck.p3", "yolov8l.pt", "yolov8n.yaml", "init_detector", "bgr=True",
-    "InstanceData", "deeplabv3_resnet50", "detdistill.distill(", "load_file",
+    "retinanet_resnet50_fpn_v2", "neck.p3", "yolov8l.pt", "DetectionModel", "program.save", "init_detector",
+    "bgr=True", "InstanceData", "Encoder(detr)", "deeplabv3_resnet50", "detdistill.distill(",
+    "student.exported.load_state_dict",
 )  # fmt: skip
 
 
@@ -108,6 +118,30 @@ def test_taps() -> None:
     model.neck = _Neck()
     pair = run(block_with("neck.p3"), my_model=model, student=ours())["pair"]
     assert pair(*example())["ima"] > 0
+
+
+def test_a_transformer() -> None:
+    transformers = pytest.importorskip("transformers", reason="the page's DETR is transformers'")
+    body = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic", out_features=["stage4"]
+    )
+    small = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+    }
+    for name in ("Detr", "ConditionalDetr"):
+        config = getattr(transformers, f"{name}Config")(backbone_config=body, **small)
+        detr = getattr(transformers, f"{name}ForObjectDetection")(config)
+        teacher = run(block_with("Encoder(detr)").replace("800, 1333", "64, 96"), detr=detr)["teacher"].eval()
+        batch = teacher.preprocess([torch.rand(3, 64, 96)])
+        with torch.no_grad():
+            tokens = detr.model(batch.images_N3HW).encoder_last_hidden_state
+            x_NCHW = teacher.pyramid(batch)[32]
+        assert x_NCHW.shape == (1, 16, 2, 3)
+        torch.testing.assert_close(x_NCHW[0, :, 1, 2], tokens[0, 5])
 
 
 def test_a_segmenter() -> None:
@@ -127,7 +161,7 @@ def test_ultralytics_as_a_teacher() -> None:
 
 
 def test_ultralytics_as_a_student() -> None:
-    student = run(block_with("yolov8n.yaml"), classes=CLASSES)["student"]
+    student = run(block_with("DetectionModel"), classes=CLASSES)["student"]
     images, targets = example()
     losses = student.train()(images, targets)
     assert set(losses) == {"box", "cls", "dfl"}
@@ -149,13 +183,14 @@ def test_mmdetection() -> None:
     losses = student(*example())
     assert set(losses) == {"loss_cls", "loss_bbox"}
     sum(losses.values()).backward()
+    assert len(student.eval()(example()[0])[0]["scores"]) == 1
 
 
 def test_training_and_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path / "cache"))
     data = detdistill.config.DataConfig(format="digits", train_size=8, val_size=4, image_size=64)
     digits = [str(digit) for digit in range(10)]
-    student = run(block_with("yolov8n.yaml").replace("640, 640", "64, 64"), classes=digits)["student"]
+    student = run(block_with("DetectionModel").replace("640, 640", "64, 64"), classes=digits)["student"]
     teacher = run(block_with("yolov8l.pt").replace("640, 640", "64, 64"))["teacher"]
     budget = {"max_steps": 2, "batch_size": 4, "workers": 0, "evaluate_every": 0, "device": "cpu"}
     given = {"student": student, "teacher": teacher, "data": data, "budget": budget, "out": tmp_path / "run"}
@@ -164,5 +199,9 @@ def test_training_and_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     wanted = {name: value.clone() for name, value in student.exported.state_dict().items()}
     for parameter in student.exported.parameters():
         parameter.data.zero_()
-    run(block_with("load_file"), student=student, result=names["result"])
-    assert all(torch.equal(wanted[name], value) for name, value in student.exported.state_dict().items())
+    monkeypatch.chdir(tmp_path)
+    for block in ("student.exported.load_state_dict", "program.save"):
+        run(block_with(block), student=student, result=names["result"])
+        assert all(torch.equal(wanted[name], value) for name, value in student.exported.state_dict().items())
+        next(student.exported.parameters()).data.zero_()
+    assert (tmp_path / "student.pt").is_file()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -11,6 +12,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torchvision.models import detection
 
 from detdistill.config import ModelConfig, UserError, dump_recipe, parse_recipe
@@ -214,14 +216,51 @@ class TestStudent:
 
 
 class TestFiles:
-    @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
-    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+    @pytest.mark.parametrize(
+        "key", ["model", "state_dict", "model_state_dict", "ema_state_dict", "state_dict_ema", "ema"]
+    )
+    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
     def test_wrappings_are_undone(self, key: str, prefix: str, tmp_path: Path) -> None:
         state = {"backbone.a": torch.rand(2), "head.b": torch.rand(3)}
         torch.save({key: {prefix + n: t for n, t in state.items()}, "epoch": 3}, tmp_path / "x.pth")
         got = read_state_dict(tmp_path / "x.pth")
         assert got.keys() == state.keys()
         assert torch.equal(got["head.b"], state["head.b"])
+
+    def test_of_several_weights_the_average_is_taken(self, tmp_path: Path) -> None:
+        last, average = {"head.b": torch.zeros(3)}, {"head.b": torch.ones(3)}
+        averaged = {"n_averaged": torch.tensor(7), "module.head.b": torch.ones(3)}  # torch's AveragedModel
+        for content in (
+            {"model": last, "model_ema": averaged, "epoch": 3},
+            {"state_dict": last, "state_dict_ema": average},
+            {"ema": {"module": average, "updates": 7}, "model": last},
+            {
+                "state_dict": average,
+                "ema_state_dict": {"module.head.b": torch.zeros(3), "steps": torch.tensor(7)},
+            },
+            {"model": {"state_dict": average}},
+        ):
+            torch.save(content, tmp_path / "x.pth")
+            got = read_state_dict(tmp_path / "x.pth")
+            assert list(got) == ["head.b"]
+            assert torch.equal(got["head.b"], torch.ones(3))
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_objects_are_refused_with_the_command_that_takes_their_tensors(
+        self, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A model that was pickled whole; a checkpoint of torchvision's reference scripts."""
+        model = nn.Conv2d(3, 4, 1)
+        content = model if whole else {"model": model.state_dict(), "args": argparse.Namespace(lr=0.1)}
+        torch.save(content, tmp_path / "x.pt")
+        holds = "torch.nn.modules.conv.Conv2d" if whole else "argparse.Namespace"
+        with pytest.raises(UserError, match=f"it holds a {holds}, and objects are not unpickled") as caught:
+            read_state_dict(tmp_path / "x.pt")
+        assert "\n" not in str(caught.value)
+        command = str(caught.value).partition('python -c "')[2].removesuffix('"')
+        monkeypatch.chdir(tmp_path)
+        exec(command, {"__name__": "x"})
+        assert torch.equal(read_state_dict(tmp_path / "x.plain.pt")["weight"], model.weight)
 
     def test_no_pickle_is_executed(self, tmp_path: Path) -> None:
         marker = tmp_path / "executed"
@@ -250,8 +289,20 @@ class TestFiles:
         ):
             with pytest.raises(UserError, match=said):
                 load_model(path)
-        with pytest.raises(UserError, match="holds a list"):
-            read_state_dict(tmp_path / "list.pt")
+        torch.save({"params": {"a": torch.rand(1)}, "epoch": 3}, tmp_path / "other.pt")
+        (tmp_path / "nothing.pt").touch()
+        (tmp_path / "page.pt").write_text("<html>not found</html>")
+        (tmp_path / "graph.onnx").touch()
+        for name, said in (
+            ("list.pt", "holds a list"),
+            ("other.pt", r"no tensors by name \(it has params, epoch\); give a file of a model's state_dict"),
+            ("nothing.pt", "cannot be read as weights .*give a safetensors file"),
+            ("page.pt", "cannot be read as weights .*give a safetensors file"),
+            ("graph.onnx", "an exported program, not weights"),
+        ):
+            with pytest.raises(UserError, match=said) as caught:
+                read_state_dict(tmp_path / name)
+            assert "\n" not in str(caught.value)
 
 
 def test_the_report_tells_each_entry() -> None:

@@ -23,6 +23,8 @@ from detdistill.training.step import build_optimizer
 CLASSES = ("a", "b", "c")
 BUILD = {"rtdetr_v2": rtdetr_v2, "d_fine": d_fine}
 families = pytest.mark.parametrize("family", BUILD)
+PREFIXES = {"rtdetr": "RTDetr", "rtdetr_v2": "RTDetrV2", "d_fine": "DFine"}
+layouts = pytest.mark.parametrize("family", PREFIXES)
 
 
 def tiny(family: str, **options: Any) -> DETR:
@@ -58,11 +60,13 @@ def data(objects: int = 2) -> tuple[list[torch.Tensor], list[dict[str, torch.Ten
 def published_layout(family: str, folder: Path, freeze: bool = True) -> Any:
     """A small model of transformers' own, with weights that tell its layers apart, saved as it saves them."""
     torch.manual_seed(0)
+    resnet = transformers.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        out_indices=[2, 3, 4],
+    )  # fmt: skip
     backbone: dict[str, Any] = {
-        "rtdetr_v2": transformers.RTDetrResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
-            out_indices=[2, 3, 4],
-        ),
+        "rtdetr": resnet,
+        "rtdetr_v2": resnet,
         "d_fine": transformers.HGNetV2Config(
             stem_channels=[3, 8, 8], stage_in_channels=[8, 8, 16, 24], stage_mid_channels=[8, 8, 8, 8],
             stage_out_channels=[8, 16, 24, 32], stage_num_blocks=[1] * 4, stage_numb_of_layers=[2] * 4,
@@ -70,23 +74,20 @@ def published_layout(family: str, folder: Path, freeze: bool = True) -> Any:
             out_indices=[2, 3, 4],
         ),
     }  # fmt: skip
-    prefix = {"rtdetr_v2": "RTDetrV2", "d_fine": "DFine"}[family]
-    config = getattr(transformers, f"{prefix}Config")(
+    config = getattr(transformers, f"{PREFIXES[family]}Config")(
         backbone_config=backbone[family], encoder_in_channels=[16, 24, 32], encoder_hidden_dim=32, d_model=32,
         decoder_in_channels=[32, 32, 32], encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_layers=2,
         num_queries=20, freeze_backbone_batch_norms=freeze, tie_word_embeddings=False,
         id2label=dict(enumerate(CLASSES)), label2id={name: label for label, name in enumerate(CLASSES)},
     )  # fmt: skip
-    model = getattr(transformers, f"{prefix}ForObjectDetection")(config)
+    model = getattr(transformers, f"{PREFIXES[family]}ForObjectDetection")(config)
     _initialise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bbox_embed" in name or "class_embed" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    for theirs, ours in (
-        (model.class_embed, model.model.decoder.class_embed), (model.bbox_embed, model.model.decoder.bbox_embed)
-    ):  # fmt: skip
-        theirs.load_state_dict(ours.state_dict())
+    for name in ("class_embed", "bbox_embed") if family != "rtdetr" else ():
+        getattr(model, name).load_state_dict(getattr(model.model.decoder, name).state_dict())
     model.config.tie_word_embeddings = True
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(
@@ -95,7 +96,7 @@ def published_layout(family: str, folder: Path, freeze: bool = True) -> Any:
     return model
 
 
-@families
+@layouts
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("objects", [2, 0])
 def test_the_five_steps_are_transformers_own_forward(
@@ -344,7 +345,7 @@ def test_what_makes_no_sense_is_refused(options: Any, message: str) -> None:
         built("rtdetr_v2", **options)
 
 
-@families
+@layouts
 def test_a_checkpoint_folder_is_a_teacher_and_a_start(family: str, tmp_path: Path, caplog: Any) -> None:
     theirs = published_layout(family, tmp_path)
     teacher = load_teacher(ModelConfig(weights=str(tmp_path)), ("x", "y"))

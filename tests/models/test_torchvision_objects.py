@@ -67,6 +67,14 @@ def mask_rcnn():
     return detection.MaskRCNN(resnet("pool"), len(CLASSES) + 1, **SIZE)
 
 
+def ssdlite():
+    return detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+
+
+def ssd300():
+    return detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=4)
+
+
 DENSE = (retinanet, retinanet_v2, fcos_object)
 TWO_STAGE = (faster_rcnn, faster_rcnn_v2, faster_rcnn_mobile, mask_rcnn)
 
@@ -126,6 +134,64 @@ def test_losses_and_detections_are_the_objects_own(build):
         assert torch.equal(one["labels"], two["labels"][kept] - 1)
         for name in one.keys() - {"labels"}:
             torch.testing.assert_close(one[name], two[name][kept], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "channels"),
+    [
+        (ssdlite, (320, 320), {16: 672, 32: 480, 64: 512}),
+        (ssd300, (300, 300), {8: 512, 16: 1024, 32: 512, 64: 256}),
+    ],
+)
+def test_an_ssd(build, size, channels):
+    """Losses and detections are the object's own, for images that need no stretching."""
+    torch.manual_seed(0)
+    theirs = build()
+    ours = detdistill.wrap(theirs, classes=CLASSES)
+    assert ours.pyramid_channels == channels
+    assert ours.preprocessor.size == size
+    assert not ours.preprocessor.keep_ratio
+    images = [torch.rand(3, *size, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    boxes = torch.tensor([[20.0, 30, 200, 250], [100, 60, 260, 140]])
+    targets = [
+        {"boxes": boxes, "labels": torch.tensor([0, 2])},
+        {"boxes": boxes[:0], "labels": torch.tensor([0, 2])[:0]},
+    ]
+    state = copy.deepcopy(theirs.state_dict())
+    torch.manual_seed(3)
+    wanted = theirs.train()(images, [{**target, "labels": target["labels"] + 1} for target in targets])
+    theirs.load_state_dict(state)
+    torch.manual_seed(3)
+    got = ours.train()(images, targets)
+    assert got.keys() == wanted.keys() == {"bbox_regression", "classification"}
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+    sum(got.values()).backward()
+
+    ours.eval()
+    with torch.no_grad():
+        for own, found in zip(theirs(images), ours(images), strict=True):
+            kept = own["labels"] > 0
+            assert kept.sum() > 20
+            torch.testing.assert_close(found["boxes"], own["boxes"][kept], rtol=1e-4, atol=1e-2)
+            torch.testing.assert_close(found["scores"], own["scores"][kept], rtol=1e-4, atol=1e-5)
+            assert torch.equal(found["labels"], own["labels"][kept] - 1)
+        (twice,) = ours([torch.nn.functional.interpolate(images[0][None], scale_factor=2)[0]])
+    assert twice["boxes"].max() > max(size)  # in pixels of the image that was given
+
+
+def test_an_ssd_teaches_and_learns():
+    student, teacher = (detdistill.wrap(ssdlite(), classes=CLASSES) for _ in range(2))
+    small = fcos(
+        "resnet10t", classes=CLASSES, channels=16, strides=(8, 16, 32), head_depth=1,
+        preprocess=Preprocess(size=(128, 128)),
+    )  # fmt: skip
+    for learner, master in ((student, small), (small, teacher), (student, teacher)):
+        losses = Pair(learner.requires_grad_(True), master, ["ima"]).train()(*example())
+        assert losses["ima"] > 0
+        sum(losses.values()).backward()
+    with pytest.raises(UserError, match="kd compares predictions"):
+        Pair(student, teacher, ["kd"])
 
 
 @pytest.mark.parametrize("build", DENSE, ids=lambda build: build.__name__)
@@ -194,19 +260,24 @@ def test_two_levels_of_one_stride():
 
 
 def test_other_objects_are_refused_with_what_to_do():
-    ssd = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
-    with pytest.raises(UserError, match=r"a SSD has steps of its own: give taps=\{stride: module name\}"):
-        detdistill.wrap(ssd, classes=CLASSES)
-    tapped = detdistill.wrap(
-        ssd,
-        {16: "backbone.features.0", 32: "backbone.features.1"},
-        Preprocess(),
-        call=lambda model, images, batch: model.backbone(images),
-    )
-    assert tapped.pyramid_channels == {16: 672, 32: 480}
     keypoints = detection.KeypointRCNN(resnet("pool"), 2)
     with pytest.raises(UserError, match="keypoints are not learnt here: give taps"):
         detdistill.wrap(keypoints, classes=("person",))
+    tapped = detdistill.wrap(
+        keypoints,
+        {4: "backbone:0", 8: "backbone:1"},
+        Preprocess(),
+        call=lambda model, images, batch: model.backbone(images),
+    )
+    assert tapped.pyramid_channels == {4: 256, 8: 256}
+    ssd = ssdlite()
+    ssd.head = nn.Identity()
+    with pytest.raises(UserError, match="the head of this SSD is not torchvision's own"):
+        detdistill.wrap(ssd, classes=CLASSES)
+    ssd = ssdlite()
+    ssd.transform.fixed_size = None
+    with pytest.raises(UserError, match="no fixed_size to stretch images to: give preprocess"):
+        detdistill.wrap(ssd, classes=CLASSES)
 
     class Head(nn.Module):
         classification_head = regression_head = nn.Identity()

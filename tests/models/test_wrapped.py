@@ -245,6 +245,82 @@ def test_what_else_is_told_at_once():
     assert called.pyramid_channels == {8: 12, 16: 12}
 
 
+class Program(nn.Module):
+    """As Ultralytics' YOLO: a module whose ``train`` trains, and begins to do so in ``eval``."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = YoloLike()
+
+    def train(self, trainer=None, **options):
+        raise AssertionError("a training of its own has begun")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("yolo.pt", LEVELS, PLAIN), "a str is no module"),
+        ((Program(), {8: "model.model.5"}, PLAIN), r"Program is a program around a module .*`model.model`"),
+        ((our_student(), LEVELS, PLAIN), "a RetinaNet of detdistill needs no wrap"),
+        ((YoloLike(), ["model.5"], PLAIN), "taps is a list: give"),
+        ((YoloLike(), {"8": "model.5"}, PLAIN), "taps has '8': model.5: give"),
+        ((YoloLike(), {8: nn.Conv2d(1, 1, 1)}, PLAIN), "taps has 8: a Conv2d: give"),
+        ((YoloLike(), LEVELS, {"size": (64, 64)}), "preprocess is a dict: give detdistill.Preprocess"),
+        ((YoloLike(), LEVELS, PLAIN, "person"), r"classes is the word 'person': give a list .*\['person'\]"),
+        ((YoloLike().half(), LEVELS, PLAIN), r"its weights are float16: give model.float\(\)"),
+    ],
+)  # fmt: skip
+def test_what_is_no_argument_of_wrap_is_told_in_one_line(arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        detdistill.wrap(*arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_module_in_one_piece_is_told():
+    with pytest.raises(UserError, match="a scripted or traced module runs as one piece"):
+        detdistill.wrap(torch.jit.trace(nn.Conv2d(3, 4, 8, 8), torch.zeros(1, 3, 64, 64)), {8: ""}, PLAIN)
+
+
+class Resizing(nn.Module):
+    """A map of its own size, whatever the input's."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.map = nn.Conv2d(3, 8, 8, 8), nn.Identity()
+
+    def forward(self, x):
+        return self.map(F.interpolate(self.down(x), (8, 16)))
+
+
+class Moulting(Resizing):
+    """As many channels as suit the input."""
+
+    def forward(self, x):
+        return self.map(self.down(x)[:, : 8 if x.shape[-1] == 128 else 4])
+
+
+@pytest.mark.parametrize("build", [Resizing, Moulting])
+def test_a_map_that_does_not_follow_the_input_is_told(build):
+    detector = detdistill.wrap(build(), {8: "map"}, PLAIN)
+    with pytest.raises(UserError, match=r"tap 8: 'map' gives .* of an input of 96×96 pixels, not 8 channels"):
+        detector.pyramid_alone(detector.preprocess(example(size=96)[0]))
+
+
+def test_sides_that_a_stride_does_not_divide_may_be_rounded_either_way():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 4, 32, 32), nn.Conv2d(3, 4, 33, 32, padding=16)
+
+        def forward(self, x):
+            return self.down(x), self.up(x)
+
+    for tap, cells in (("down", 2), ("up", 3)):
+        detector = detdistill.wrap(Both(), {32: tap}, Preprocess(divisor=16))
+        assert detector.pyramid(detector.preprocess(example(size=80)[0]))[32].shape[-1] == cells
+
+
 def test_a_tap_that_is_not_filled_in_this_very_forward_is_an_error():
     class Moody(MmdetLike):
         skip = False
@@ -276,6 +352,20 @@ def test_methods_on_predictions_are_refused_when_the_pair_is_built():
 def test_a_student_without_losses_is_refused_when_the_pair_is_built():
     with pytest.raises(UserError, match=r"no losses: give wrap\(..., losses=...\)"):
         Pair(yolo_teacher(), our_student(), ["ima"])
+
+
+def test_a_student_that_is_frozen_is_refused_when_the_pair_is_built():
+    """As models are that were saved frozen, or were a teacher before."""
+    for build in (yolo_student, our_student):
+        student = build().requires_grad_(False)
+        for teacher in (yolo_teacher(), None):
+            with pytest.raises(UserError, match=r"call requires_grad_\(True\)"):
+                Pair(student, teacher, ["ima"] if teacher else [])
+    student = yolo_student()
+    for teacher in (student, detdistill.wrap(student.model, LEVELS, PLAIN)):
+        with pytest.raises(UserError, match="one module: give the teacher a copy"):
+            Pair(student, teacher, ["ima"])
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 def one_step(student, teacher, methods):
@@ -403,6 +493,28 @@ def test_wrong_losses_are_told():
             student(*example())
     with pytest.raises(UserError, match="no detections: give"):
         yolo_teacher().eval()(example()[0])
+
+
+BOX = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0]), "scores": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "a NoneType: return a list"),
+        ([BOX], r"a list of 1 .*each of the 2 images"),
+        ([BOX, {"boxes": torch.zeros(0, 4)}], r"a dict of 1 .*return a dict of boxes, labels and scores"),
+        ([{**BOX, "boxes": torch.zeros(2, 4)}] * 2, r"return boxes \(K, 4\)"),
+        ([{**BOX, "labels": torch.tensor([0.0])}] * 2, r"labels \(K,\) of integers"),
+        ([{**BOX, "labels": torch.tensor([79])}] * 2, "labels 79 to 79, and there are 3 classes"),
+        ([{**BOX, "labels": torch.tensor([-1])}] * 2, "labels -1 to -1"),
+    ],
+)  # fmt: skip
+def test_wrong_detections_are_told(found, message):
+    student = detdistill.wrap(YoloLike(), LEVELS, PLAIN, CLASSES, decode=lambda model, output, batch: found)
+    with pytest.raises(UserError, match=message) as error:
+        student.eval()(example()[0])
+    assert "\n" not in str(error.value)
 
 
 # --- several processes -----------------------------------------------------------------------------------

@@ -90,12 +90,16 @@ class Pair(nn.Module):
         if teacher is None:
             if methods:
                 raise UserError("methods need a teacher")
+            _require_learnable(student)
             return
         if student.task != teacher.task:
             raise UserError(
                 f"the teacher is for {teacher.task} and the student for {student.task}: give both the same task"
             )
+        if teacher.exported is student.exported:
+            raise UserError("teacher and student are one module: give the teacher a copy (copy.deepcopy)")
         teacher.eval().requires_grad_(False)
+        _require_learnable(student)
         scale = input_scale(student.preprocessor, teacher.preprocessor)
         self.matching = match_levels(student.pyramid_channels, teacher.pyramid_channels, scale)
         self.classes = match_classes(student.classes, teacher.classes)
@@ -313,6 +317,12 @@ class Pair(nn.Module):
             self.teacher._apply(fn)
         super()._apply(fn, recurse)
         return self
+
+
+def _require_learnable(student: Model) -> None:
+    """Some libraries save their models frozen, and a model that was a teacher is: it would learn nothing."""
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError("no parameter of the student has requires_grad: call requires_grad_(True) on the model")
 
 
 def _predict(model: Model, pyramid: Pyramid, batch: Batch, needs: set[Need]) -> Raw:

@@ -45,6 +45,11 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, taps: Mapping[int, str], divisor: int, call: Call) -> None:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UserError(
+                "wrap: a scripted or traced module runs as one piece, and its maps cannot be read: give the "
+                "module that it was made of"
+            )
         self._call = call
         known = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self._taps: dict[int, tuple[str, tuple[str, ...]]] = {}
@@ -56,6 +61,7 @@ class Taps:
             self._taps[stride] = name, tuple(keys)
         if not self._taps:
             raise UserError("wrap: taps is empty: give at least one, as {8: 'neck.p3'}")
+        self.channels: dict[int, int] = {}
         self.channels = self._try_out(model, divisor)
 
     def run(self, model: nn.Module, batch: Batch, *, stop: bool = False, watch: bool = False) -> TappedPyramid:
@@ -101,7 +107,24 @@ class Taps:
                 raise UserError(
                     f"tap {stride}: a later layer overwrites the map of {name!r} in place: tap that later layer"
                 )
+        self._check_sizes(pyramid, batch.padded_size)
         return pyramid
+
+    def _check_sizes(self, pyramid: Pyramid, size: tuple[int, int]) -> None:
+        """Refuse a map that does not follow the input, of a size of its own, or of other channels than once.
+
+        Sides that the stride does not divide may be rounded either way.
+        """
+        for stride, channels in self.channels.items():
+            found = tuple(pyramid[stride].shape[1:])
+            if found[0] != channels or any(
+                abs(cells - pixels / stride) > 1 for cells, pixels in zip(found[1:], size, strict=True)
+            ):
+                raise UserError(
+                    f"tap {stride}: {self._taps[stride][0]!r} gives (channels, rows, columns) {found} of an "
+                    f"input of {size[0]}×{size[1]} pixels, not {channels} channels and a cell for each "
+                    f"{stride} pixels: it must do so for every input size"
+                )
 
     def _maps(self, answers: Mapping[str, Any]) -> Pyramid:
         """The maps in what the tapped modules that have run gave.
@@ -136,9 +159,15 @@ class Taps:
             raise
         except Exception as error:  # whatever the model's own code raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
+            mend = (
+                f"its weights are {' and '.join(sorted(kinds))}: give model.float()"
+                if kinds
+                else "give call=lambda model, images, batch: …"
+            )
             raise UserError(
                 f"wrap: the model cannot be called with images of shape {tuple(batch.images_N3HW.shape)} "
-                f"({reason}): give call=lambda model, images, batch: …"
+                f"({reason}): {mend}"
             ) from error
         for stride, x_1CHW in pyramid.items():
             cells = tuple(x_1CHW.shape[-2:])

@@ -11,12 +11,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
 
-FAMILIES = {"rt_detr_v2": "rtdetr_v2", "d_fine": "d_fine"}
-"""Our name of each ``model_type`` that can be read."""
+RTDETR = "rt_detr"
+FAMILIES = {RTDETR: "rtdetr_v2", "rt_detr_v2": "rtdetr_v2", "d_fine": "d_fine"}
+"""Our name of each ``model_type`` that can be read. RT-DETR is RT-DETRv2 with that one's default options."""
 
 WEIGHTS = "model.safetensors"
 
@@ -43,7 +45,7 @@ def read_spec(path: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(
-            f"{path.parent}: a transformers checkpoint of {kind!r}; {' and '.join(FAMILIES)} can be read"
+            f"{path.parent}: a transformers checkpoint of {kind!r}; only {', '.join(FAMILIES)} can be read"
         )
     try:
         names = {int(row): str(name) for row, name in config["id2label"].items()}
@@ -65,7 +67,7 @@ def read_spec(path: Path) -> dict[str, Any]:
         "classes": classes,
         "mean": mean,
         "std": std,
-        "transformers": config,
+        "transformers": config if kind != RTDETR else config | _as_version_2(config),
     }
 
 
@@ -110,7 +112,22 @@ def read_state(path: Path) -> dict[str, Tensor]:
             if count:
                 state[renamed] = tensor
                 break
+    if network.config.model_type == RTDETR:  # there the share of each point is no buffer
+        points = network.config.decoder_n_points
+        shares = torch.full((network.config.num_feature_levels * points,), 1 / points)
+        for layer in range(network.config.decoder_layers):
+            state[f"head.decoder.layers.{layer}.encoder_attn.n_points_scale"] = shares
     return state
+
+
+def _as_version_2(config: dict[str, Any]) -> dict[str, Any]:
+    """What RT-DETRv2's configuration says else, where it is to be an RT-DETR."""
+    return {
+        "model_type": "rt_detr_v2",
+        "decoder_n_levels": config.get("num_feature_levels", 3),
+        "decoder_method": "default",
+        "decoder_offset_scale": 0.5,
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -284,8 +285,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_state_dict(path: str | Path) -> State:
     """Tensors by name from a safetensors or PyTorch file.
 
-    Common wrappings are undone: an outer ``model``, ``state_dict`` or ``model_state_dict``, and the prefixes
-    that DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) put before each name.
+    Common wrappings are undone: what :data:`WRAPPINGS` names, and the prefixes that DistributedDataParallel
+    (``module.``), torch.compile (``_orig_mod.``) and Lightning (``model.``) put before each name.
 
     Raises:
         UserError: no such file, not readable, or it holds more than tensors (it is never unpickled).
@@ -297,35 +298,62 @@ def read_state_dict(path: str | Path) -> State:
 
 
 TENSORS_ONLY = "give a safetensors file, or a .pt file of tensors only"
+EXPORTED = (".onnx", ".pt2", ".engine", ".torchscript")
 
 
-def read_content(path: Path, instead: str = TENSORS_ONLY) -> Any:
+def read_content(path: Path, instead: str | None = None) -> Any:
     """What a safetensors or PyTorch file holds, never unpickled.
 
     Raises:
-        UserError: not readable, or it holds more than tensors and plain values; it ends in ``instead``.
+        UserError: not readable, or it holds more than tensors and plain values; it ends in ``instead``, or in
+            what suits the case.
     """
+    if path.suffix in EXPORTED:
+        raise UserError(f"{path}: an exported program, not weights; give the weights that it was made of")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path}: cannot be read as weights ({reason}); {instead}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's advice beside it is to unpickle all
+            reason, instead = f"it holds a {found[1]}, and objects are not unpickled", instead or _anew(path)
+        raise UserError(f"{path}: cannot be read as weights ({reason}); {instead or TENSORS_ONLY}") from error
+
+
+def _anew(path: Path) -> str:
+    return (
+        "if you trust it, write its tensors anew where it was made: "
+        f"python -c \"import torch; c = torch.load('{path}', map_location='cpu', weights_only=False); "
+        "m = c.get('model', c.get('state_dict', c)) if isinstance(c, dict) else c; "
+        f"torch.save(m if isinstance(m, dict) else m.state_dict(), '{path.stem}.plain.pt')\""
+    )
+
+
+WRAPPINGS = (
+    "state_dict_ema", "model_ema", "ema", "model", "state_dict", "model_state_dict", "ema_state_dict", "module",
+)  # fmt: skip
+"""Keys below which weights lie; of several in one file the first is taken. Averages come first, as timm takes
+them; but mmengine calls the average ``state_dict``, and what it was made of ``ema_state_dict``."""
 
 
 def state_of(content: Any, path: Path) -> State:
     """Tensors by name, out of the wrappings that :func:`read_state_dict` undoes."""
-    for key in ("model", "state_dict", "model_state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping):
+        inner = [content[key] for key in WRAPPINGS if isinstance(content.get(key), Mapping)]
+        if not inner:
             break
+        content = inner[0]
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     state = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    for prefix in ("module.", "_orig_mod.", "module."):
+    state.pop("n_averaged", None)  # AveragedModel's counter
+    for prefix in ("module.", "_orig_mod.", "module.", "model."):
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     if not state:
-        raise UserError(f"{path}: holds no tensors by name")
+        raise UserError(
+            f"{path}: holds no tensors by name (it has {_some([*map(str, content)]) or 'nothing'}); "
+            "give a file of a model's state_dict()"
+        )
     return state

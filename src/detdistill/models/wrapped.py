@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models import detection
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
 from detdistill.config import UserError
@@ -28,6 +30,7 @@ from detdistill.models.base import (
 from detdistill.models.segmentation import label_maps, pixel_losses
 from detdistill.models.taps import Call, Taps, seen
 from detdistill.models.torchvision_objects import wrap_torchvision
+from detdistill.models.torchvision_ssd import TorchvisionSSD
 
 Losses = Callable[[nn.Module, Any, Batch], Mapping[str, Tensor]]
 Decode = Callable[[nn.Module, Any, Batch], Sequence[Detections]]
@@ -52,7 +55,7 @@ def wrap(
 
     With ``logits`` it is a segmenter, which can learn without ``losses``.
 
-    torchvision's own RetinaNet, FCOS, Faster R-CNN and Mask R-CNN objects need neither taps nor functions.
+    torchvision's own RetinaNet, FCOS, SSD, Faster R-CNN and Mask R-CNN objects need neither taps nor functions.
 
     Args:
         model: any module; it is not copied, and nothing is added to it.
@@ -79,10 +82,13 @@ def wrap(
         >>> plain = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
         >>> teacher = wrap(yolo, {8: "model.15", 16: "model.18", 32: "model.21"}, plain)
     """
+    _check_arguments(model, taps, preprocess, classes)
     if taps is None:
         given = {"call": call, "losses": losses, "decode": decode, "kind": kind, "logits": logits}
         for name in (name for name, value in given.items() if value is not None):
             raise UserError(f"wrap: {name} goes with taps: give taps={{stride: module name}}")
+        if isinstance(model, SSD):
+            return TorchvisionSSD(model, classes, preprocess)
         if not isinstance(model, WITHOUT_TAPS):
             raise UserError(
                 f"wrap: a {type(model).__name__} has steps of its own: give taps={{stride: module name}}, as "
@@ -104,6 +110,33 @@ def wrap(
             f"wrap: {name} is for detectors, and logits makes it a segmenter: leave one of them out"
         )
     return WrappedSegmenter(model, tapped, preprocess, classes, logits, losses)
+
+
+def _check_arguments(model: Any, taps: Any, preprocess: Any, classes: Any) -> None:
+    """Refuse what is none of these: another library's program, say, is easily taken for the module in it."""
+    if isinstance(model, Model):
+        raise UserError(f"wrap: a {type(model).__name__} of detdistill needs no wrap: use it as it is")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"wrap: a {type(model).__name__} is no module: give the torch.nn.Module itself")
+    if "mode" not in inspect.signature(model.train).parameters:  # its eval() would begin a training of its own
+        raise UserError(
+            f"wrap: a {type(model).__name__} is a program around a module (its train() takes no mode): give "
+            "the module in it, as `model.model`"
+        )
+    if taps is not None and not isinstance(taps, Mapping):
+        raise UserError(
+            f"wrap: taps is a {type(taps).__name__}: give {{stride: module name}}, as {{8: 'neck.p3'}}"
+        )
+    for stride, tap in (taps or {}).items():
+        if not isinstance(stride, int) or stride < 1 or not isinstance(tap, str):
+            tap = tap if isinstance(tap, str) else seen(tap)
+            raise UserError(
+                f"wrap: taps has {stride!r}: {tap}: give {{stride: module name}}, as {{8: 'neck.p3'}}"
+            )
+    if preprocess is not None and not isinstance(preprocess, Preprocess):
+        raise UserError(f"wrap: preprocess is a {type(preprocess).__name__}: give detdistill.Preprocess(…)")
+    if isinstance(classes, str):
+        raise UserError(f"wrap: classes is the word {classes!r}: give a list of names, as [{classes!r}]")
 
 
 def _call(model: nn.Module, images_N3HW: Tensor, batch: Batch) -> Any:
@@ -176,6 +209,7 @@ class Wrapped(_Tapped, Detector):
             raise UserError("this wrapped model gives no detections: give wrap(..., decode=...)")
         detections = []
         found = self._decode(self.model, raw.output, batch)
+        _check_detections(found, len(batch.sizes), len(self.classes))
         for one, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True):
             order = one["scores"].argsort(descending=True, stable=True)
             one = {name: value[order] for name, value in one.items()}
@@ -238,6 +272,27 @@ def _scalars(losses: Any) -> dict[str, Tensor]:
             f"losses(model, output, batch) gave {seen(losses)}: return a dict of scalar tensors by name"
         )
     return dict(losses)
+
+
+def _check_detections(found: Any, images: int, classes: int) -> None:
+    what = "decode(model, output, batch) gave"
+    if not isinstance(found, Sequence) or len(found) != images:
+        raise UserError(f"{what} {seen(found)}: return a list with a dict for each of the {images} images")
+    for one in found:
+        if not isinstance(one, Mapping) or not {"boxes", "labels", "scores"} <= one.keys():
+            raise UserError(f"{what} {seen(one)} for an image: return a dict of boxes, labels and scores")
+        boxes, labels, scores = one["boxes"], one["labels"], one["scores"]
+        shapes = [tuple(x.shape) for x in (boxes, labels, scores)]
+        if shapes != [(len(scores), 4), (len(scores),), (len(scores),)] or labels.is_floating_point():
+            raise UserError(
+                f"{what} {seen(one)} for an image: return boxes (K, 4), labels (K,) of integers, scores (K,)"
+            )
+        low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+        if low < 0 or high >= max(classes, 1):
+            raise UserError(
+                f"{what} labels {low} to {high}, and there are {classes} classes: labels count from 0, and a "
+                "head with more class rows than `classes` has names must be built anew"
+            )
 
 
 def _example(model: nn.Module) -> str:
