@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
     if "train" in splits:
         findings += _unlearnable_classes(splits["train"], statistics["train"])
+    for split in splits.values():
+        findings += _repeated_images(split)
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
     for name in {"train", "val"} - splits.keys():
@@ -267,11 +270,50 @@ def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
     return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
 
 
+def _repeated_images(split: Split) -> list[Finding]:
+    """One file under two ids: each of them is background where the other's objects are."""
+    times = Counter(record.path for record in split.records)
+    repeated = [path for path, count in times.items() if count > 1]
+    if not repeated:
+        return []
+    message = f"{len(repeated)} images are listed more than once, as {repeated[0]}"
+    return [Finding("warning", "repeated image", split.source, message, "put all objects of one under one id")]
+
+
 def _shared_images(train: Split, val: Split) -> list[Finding]:
-    """The same file in both parts makes the numbers of val worthless."""
-    paths = Counter(record.path.resolve() for split in (train, val) for record in split.records)
-    shared = [path for path, times in paths.items() if times > 1]
+    """The same image in both parts, also under another name, makes the numbers of val worthless."""
+    paths = [list(dict.fromkeys(record.path for record in split.records)) for split in (train, val)]
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = [dict(zip(part, pool.map(_bytes_of, part), strict=True)) for part in paths]
+        both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
+        suspects = [[path for path, size in part.items() if size in both] for part in sizes]
+        marks = [list(pool.map(_mark, part)) for part in suspects]
+    of_train = dict(zip(marks[0], suspects[0], strict=True))
+    shared = [
+        (path, of_train[mark])
+        for path, mark in zip(suspects[1], marks[1], strict=True)
+        if mark in of_train and filecmp.cmp(path, of_train[mark], shallow=False)
+    ]
     if not shared:
         return []
-    message = f"{len(shared)} images are in both train and val, as {shared[0]}"
+    example = " and ".join(map(str, dict.fromkeys(shared[0])))
+    message = f"{len(shared)} images are in both train and val, as {example}"
     return [Finding("warning", "shared images", val.source, message, "move them out of one of the two")]
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _mark(path: Path) -> tuple[int, bytes]:
+    """The file's size and its middle: what differs between two images, without reading them whole."""
+    size = _bytes_of(path)
+    try:
+        with path.open("rb") as file:
+            file.seek(size // 2)
+            return size, file.read(1024)
+    except OSError:
+        return size, b""
