@@ -213,9 +213,10 @@ def test_a_signalled_run(recipe: Path, sent: signal.Signals, code: int) -> None:
             break
         time.sleep(0.1)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err
+    assert "the same command goes on from" in out
     if sent == signal.SIGTERM:
         assert (recipe.parent / "run" / "checkpoints" / "last.pt").is_file()
 
