@@ -128,7 +128,7 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
     for name in {"train", "val"} - splits.keys():
-        message, fix = f"there is no {name} part", f"set data.{name}"
+        message, fix = f"there is no {name} part", f"set data.{name}" + ", perhaps to 20%" * (name == "val")
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
     decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
