@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from detdistill.config import DataConfig
 from detdistill.data.inspect import inspect_data
@@ -91,3 +93,12 @@ def test_a_file_under_two_ids_is_no_image_of_both_parts(tmp_path, write_coco):
     (finding,) = [f for f in inspect_data(config).findings if f.kind in ("repeated image", "shared images")]
     assert finding.kind == "repeated image"
     assert finding.file == file
+
+
+@pytest.mark.parametrize(("bits", "kinds"), [(12, ["dark image"]), (16, [])])
+def test_bits_that_are_not_used_are_told(tmp_path, write_coco, bits, kinds):
+    config = _folder(tmp_path, write_coco)
+    ramp = np.linspace(0, 2**bits - 1, 48 * 64).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "train" / "2.png")
+    found = [finding.kind for finding in inspect_data(config).findings if finding.kind != "empty class"]
+    assert found == kinds

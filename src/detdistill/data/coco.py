@@ -95,8 +95,9 @@ def image_files(annotations: Path, images: str | None, root: Path) -> list[Path]
         UserError: as :func:`read_coco`.
     """
     rows = [row for row in _load(annotations)["images"] if _is_image_row(row, annotations, [])]
-    folder = _named_folder(root, images) if images else _image_folder(annotations, "", rows)
-    return [folder / str(row["file_name"]).replace("\\", "/") for row in rows]
+    files = FileIndex()
+    folder = _named_folder(root, images) if images else _image_folder(annotations, "", rows, files)
+    return [_image_file(folder, row, files) for row in rows]
 
 
 def _load(path: Path) -> dict[str, Any]:

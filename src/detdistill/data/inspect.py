@@ -23,6 +23,7 @@ from detdistill.data.unlabelled import find_unlabelled
 Item = TypeVar("Item")
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+_DARK = 64  # what 14 bits reach in a file of 16
 # How the last bytes of a whole file look; a download that was cut short lacks them.
 _ENDINGS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
 
@@ -189,9 +190,20 @@ def _decode_finding(record: Record, source: Path) -> Finding | None:
         problem = str(error).removeprefix(f"{record.path}: ").split(";")[0]
         return Finding("error", "undecodable image", record.path, problem, "restore the image or drop it")
     if tuple(image.shape[1:]) == (record.height, record.width):
-        return None
+        return _dark_finding(record.path, int(image.max()))
     message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
     return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
+
+
+def _dark_finding(path: Path, brightest: int) -> Finding | None:
+    """12 bits in a file of 16 are read as if the upper 4 had been left empty on purpose."""
+    if brightest >= _DARK:
+        return None
+    message, fix = (
+        f"its brightest value is {brightest} of 255",
+        "of 16 bits the upper 8 are read: use their range",
+    )
+    return Finding("warning", "dark image", path, message, fix)
 
 
 def _tail_finding(record: Record, source: Path) -> Finding | None:
