@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,9 +214,10 @@ def test_a_signalled_run(recipe: Path, sent: signal.Signals, code: int) -> None:
             break
         time.sleep(0.1)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err
+    assert "the same command goes on from" in out
     if sent == signal.SIGTERM:
         assert (recipe.parent / "run" / "checkpoints" / "last.pt").is_file()
 
@@ -265,6 +267,25 @@ def test_evaluate_prints_and_writes_the_twelve_numbers(weights: Path, recipe: Pa
         assert name in out.split()
         assert numbers[name] is None or 0 <= numbers[name] <= 1
     assert list(numbers["per_class"]) == [str(digit) for digit in range(10)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_evaluate_knows_the_data_of_a_run(weights: Path, recipe: Path, capsys: Any, whole: bool) -> None:
+    run = recipe.parent / "run"
+    run.mkdir()
+    shutil.copy(weights, run / "student.safetensors")
+    arguments = ["evaluate", str(run if whole else run / "student.safetensors"), "--workers", "0"]
+    assert main(arguments) == 2
+    assert "give --data" in capsys.readouterr().err
+    shutil.copy(recipe, run / "recipe.yaml")
+    assert main(arguments) == 0
+    assert "instances_val.json" in capsys.readouterr().out
+
+
+def test_numbers_are_written_where_the_reader_of_the_table_has_gone(weights: Path, recipe: Path) -> None:
+    line = f"{sys.executable} -m detdistill evaluate {weights} --data {recipe} --workers 0 --json n.json | true"
+    subprocess.run(line, shell=True, check=False, capture_output=True, cwd=recipe.parent)
+    assert "AP" in json.loads((recipe.parent / "n.json").read_text())
 
 
 def test_evaluate_with_the_voc_metric(weights: Path, recipe: Path, capsys: Any) -> None:

@@ -31,7 +31,9 @@ class DataConfig(Section):
     train: str | None = Field(
         None, description="COCO: json file; VOC: image set; YOLO: images folder or list; label maps: the part"
     )
-    val: str | None = Field(None, description="as `train`, for evaluation")
+    val: str | None = Field(
+        None, description="as `train`, for evaluation; or `20%`: as much of train, held out"
+    )
     images: str | None = Field(None, description="COCO: image folder, where it is not beside the json")
     classes: tuple[str, ...] | None = Field(None, description="keep these classes, in this order")
     limit: int | None = Field(

@@ -18,7 +18,7 @@ def write_image() -> Callable[..., Path]:
 
     def write(path: Path, width: int = 64, height: int = 48) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        seed = sum(map(ord, path.name))
+        seed = sum(map(ord, f"{path.parent.name}/{path.name}"))
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
         return path

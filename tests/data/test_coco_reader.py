@@ -158,3 +158,53 @@ def test_val_gets_trains_classes_and_an_unknown_one_is_an_error(tmp_path, write_
     chosen = open_data(DataConfig(root=tmp_path, classes=("dog",)))["val"]
     assert chosen.errors == []
     assert chosen.records[0].labels_K.tolist() == [0]
+
+
+@pytest.mark.parametrize("of", [str, float])
+def test_ids_of_another_type_are_the_same_ids(tmp_path, write_coco, of):
+    file = write_coco(tmp_path / "a.json", tmp_path)
+    data = json.loads(file.read_text())
+    for row in data["images"]:
+        row["id"] = of(row["id"])
+    if of is float:  # as pandas writes whole columns
+        data["categories"][0]["id"] = 9.0
+        data["annotations"][0] |= {"category_id": 7.0}
+    file.write_text(json.dumps(data))
+    split = read_coco(file, tmp_path, "train")
+    assert split.findings == []
+    assert split.category_ids == (7, 9)
+    assert split.records[0].labels_K.tolist() == [0]
+
+
+def _naming(file, *names):
+    """The file, with other names for its images."""
+    data = json.loads(file.read_text())
+    for row, name in zip(data["images"], names, strict=True):
+        row["file_name"] = name
+    file.write_text(json.dumps(data))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "lies_at"),
+    [
+        ("my%20photos/1.png", "images/my photos/1.png"),  # URL-encoded
+        ("images\\1.png", "images/1.png"),
+        ("C:\\Users\\Jo\\1.png", "images/1.png"),  # of another machine
+        ("/data/upload/1/1.png", "images/1.png"),
+        ("100%25.png", "images/100%25.png"),  # a name is taken as it is, where there is such a file
+    ],
+)
+def test_names_as_exporters_write_them(tmp_path, write_coco, write_image, name, lies_at):
+    file = _naming(write_coco(tmp_path / "train.json", tmp_path / "unused", images=1), name)
+    image = write_image(tmp_path / lies_at)
+    write_image(tmp_path / "images" / "100%.png")
+    (record,) = read_coco(file, None, "train").records
+    assert record.path == image
+
+
+def test_an_image_that_is_missing_from_its_folder_is_not_taken_from_another(tmp_path, write_coco, write_image):
+    file = _naming(write_coco(tmp_path / "train.json", tmp_path / "unused", images=2), "a/1.png", "a/2.png")
+    write_image(tmp_path / "images" / "a" / "1.png")
+    write_image(tmp_path / "images" / "2.png")
+    assert [finding.kind for finding in read_coco(file, None, "train").errors] == ["missing image"]

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from detdistill.config import UserError
-from detdistill.data.images import image_sizes, read_image
+from detdistill.data.images import find_images, image_sizes, read_image
 
 MODES = ("L", "RGB", "RGBA", "P", "1", "LA")
 FORMATS = [(s, m) for s in ("png", "bmp", "tiff", "webp") for m in MODES if (s, m) != ("bmp", "LA")]
@@ -66,3 +66,54 @@ def test_broken_files_are_named(tmp_path, content):
     with pytest.raises(UserError, match=r"broken\.jpg") as caught:
         read_image(file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_turned_webp_is_seen_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / "x.webp"
+    Image.new("RGB", (32, 16)).save(file, exif=exif)
+    assert image_sizes(file)[0] == (32, 16)
+    assert read_image(file).shape == (3, 32, 16)
+    assert read_image(file, (16, 32)).shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "taken"),
+    [
+        (np.linspace(0, 1, 48, dtype=np.float32), False),  # Pillow makes it black
+        (np.linspace(0, 65535, 48).astype(np.int32), False),  # Pillow makes it white
+        (np.linspace(0, 255, 48, dtype=np.float32), True),
+        (np.linspace(0, 255, 48).astype(np.int32), True),
+    ],
+)
+def test_numbers_of_32_bits_are_taken_where_they_are_those_of_8(tmp_path, pixels, taken):
+    file = tmp_path / "x.tif"
+    Image.fromarray(pixels.reshape(6, 8)).save(file)
+    if taken:
+        np.testing.assert_array_equal(read_image(file)[0].numpy(), pixels.reshape(6, 8).astype(np.uint8))
+        return
+    with pytest.raises(UserError, match="save it with 8 or 16 bits"):
+        read_image(file)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp"])
+def test_an_image_that_pillow_refuses_for_its_size_is_told(tmp_path, monkeypatch, suffix):
+    file = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (64, 64)).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="into tiles"):
+        image_sizes(file)
+    if suffix == "bmp":
+        with pytest.raises(UserError, match="into tiles"):
+            read_image(file)
+
+
+def test_links_to_folders_are_followed_and_circles_left(tmp_path):
+    store, folder = tmp_path / "store", tmp_path / "images"
+    for place in (store / "deep", folder):
+        place.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(place / "x.png")
+    (folder / "linked").symlink_to(store)
+    (store / "back").symlink_to(folder)
+    assert find_images(folder) == [folder / "linked" / "deep" / "x.png", folder / "x.png"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from detdistill.config import DataConfig
 from detdistill.data.inspect import inspect_data
@@ -69,3 +72,33 @@ def test_the_report_caps_each_kind_but_counts_all(tmp_path, write_coco):
     assert sum("has no size" in line for line in lines) == 3
     assert "warning: zero-size box: 7 more like these" in lines
     assert lines[-1].endswith("0 errors, 11 warnings")
+
+
+def test_a_copy_under_another_name_in_val_is_found(tmp_path, write_coco):
+    config = _folder(tmp_path, write_coco, images=3)
+    assert "shared images" not in [finding.kind for finding in inspect_data(config).findings]
+    shutil.copy(tmp_path / "train" / "1.png", tmp_path / "val" / "3.png")
+    (finding,) = [f for f in inspect_data(config).findings if f.kind == "shared images"]
+    assert "1 images" in finding.message
+    assert str(tmp_path / "val" / "3.png") in finding.message
+    assert str(tmp_path / "train" / "1.png") in finding.message
+
+
+def test_a_file_under_two_ids_is_no_image_of_both_parts(tmp_path, write_coco):
+    config = _folder(tmp_path, write_coco)
+    file = tmp_path / "train.json"
+    data = json.loads(file.read_text())
+    data["images"].append({**data["images"][0], "id": 77})
+    file.write_text(json.dumps(data))
+    (finding,) = [f for f in inspect_data(config).findings if f.kind in ("repeated image", "shared images")]
+    assert finding.kind == "repeated image"
+    assert finding.file == file
+
+
+@pytest.mark.parametrize(("bits", "kinds"), [(12, ["dark image"]), (16, [])])
+def test_bits_that_are_not_used_are_told(tmp_path, write_coco, bits, kinds):
+    config = _folder(tmp_path, write_coco)
+    ramp = np.linspace(0, 2**bits - 1, 48 * 64).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "train" / "2.png")
+    found = [finding.kind for finding in inspect_data(config).findings if finding.kind != "empty class"]
+    assert found == kinds

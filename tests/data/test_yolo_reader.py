@@ -137,3 +137,25 @@ def test_a_yaml_tag_runs_nothing(tmp_path, write_yolo):
     with pytest.raises(UserError):
         open_data(DataConfig(root=tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_key_points_after_a_box_are_no_polygon(tmp_path, write_yolo):
+    row = "0 .5 .5 .25 .5 .1 .1 .9 .9\n"  # two key points of two numbers: as many as a polygon has
+    write_yolo(tmp_path, {"train": {"a": row}, "val": {"b": row}})
+    text = "names: [cat]\ntrain: images/train\nval: images/val\n"
+    _yaml(tmp_path, text + "kpt_shape: [2, 2]\n")
+    assert open_data(DataConfig(root=tmp_path))["train"].records[0].boxes_K4.tolist() == [[24, 12, 40, 36]]
+    _yaml(tmp_path, text + "kpt_shape: two\n")
+    with pytest.raises(UserError, match="kpt_shape"):
+        open_data(DataConfig(root=tmp_path))
+
+
+def test_ids_do_not_depend_on_where_the_dataset_lies(tmp_path, write_image):
+    for place in ("here", "there/deep"):
+        for name in ("a/1.jpg", "b/1.jpg"):
+            write_image(tmp_path / place / "images" / name)
+    ids = [
+        [record.image_id for record in read_yolo(tmp_path / place / "images", "train", ["cat"]).records]
+        for place in ("here", "there/deep")
+    ]
+    assert ids == [["a/1", "b/1"]] * 2

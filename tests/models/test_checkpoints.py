@@ -4,6 +4,8 @@ import argparse
 import copy
 import json
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +363,13 @@ def test_a_torchvision_file_is_recognised(tmp_path: Path) -> None:
     teacher: Any = load_teacher(ModelConfig(weights=str(tmp_path / "theirs.pth"), size=64), ["cat", "dog"])
     rows = theirs.head.classification_head.cls_logits.weight.unflatten(0, (9, 3))
     assert torch.equal(teacher.head.cls.weight.unflatten(0, (9, 2)), rows[:, 1:])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files have no such modes")
+def test_others_can_read_what_they_could_of_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_model(build_model(config(), CLASSES), tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640

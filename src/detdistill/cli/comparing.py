@@ -234,9 +234,9 @@ def rank_teachers(
     ranking = rank(
         settings, names, student=student, images=images, limit=limit, rounds=rounds, device=device, say=say
     )
-    print_ranking(ranking)
     if json_file is not None:
         write_json(json_file, {**asdict(ranking), "recommendation": ranking.recommendation})
+    print_ranking(ranking)
     if ranking.refused:
         raise typer.Exit(USER_ERROR)
 
@@ -260,6 +260,6 @@ def benchmark(
     from detdistill.printing import print_efficiency, write_json
 
     costs = measure(models, size=size, runs=runs, warmup=warmup, batch_size=batch_size, device=device)
-    print_efficiency(costs, runs, warmup)
     if json_file is not None:
         write_json(json_file, {name: asdict(cost) for name, cost in costs.items()})
+    print_efficiency(costs, runs, warmup)

@@ -30,7 +30,12 @@ class Style(str, Enum):
 @app.command()
 def evaluate(
     weights: Weights,
-    data: Annotated[str, typer.Option(metavar="FOLDER_OR_RECIPE", help="The dataset, or a recipe with one.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER_OR_RECIPE", help="The dataset, or a recipe with one; that of the run, unless given."
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="Which part of the dataset.")] = "val",
     metric: Annotated[Metric, typer.Option(help="COCO's 12 numbers, or VOC's AP at IoU 0.5.")] = Metric.coco,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
@@ -51,6 +56,7 @@ def evaluate(
 
     asked = [name for name, given in (("--metric voc", metric is Metric.voc), ("--results", results)) if given]
     model = as_detector(weights, asked[0]) if asked else as_model(weights)
+    data = data or _data_of(weights)
     with progress_bar("evaluating") as progress:
         evaluation = evaluate_model(
             model, data, split=split, limit=limit, batch_size=batch_size, workers=workers, device=device,
@@ -64,12 +70,24 @@ def evaluate(
         numbers, per_class = {"mAP50": voc.mAP}, voc.per_class
     else:
         numbers, per_class = evaluation.numbers(), evaluation.per_class
-    print_evaluation(evaluation, numbers, per_class)
     if json_file is not None:
         write_json(json_file, {**numbers, "per_class": per_class})
     if results is not None:
         assert isinstance(evaluation, DetectionEvaluation)
         write_json(results, coco_results(evaluation.split, evaluation.detections, evaluation.masks))
+    print_evaluation(evaluation, numbers, per_class)  # last: what it is piped into may close first
+
+
+def _data_of(weights: Path) -> str:
+    """The recipe in a run folder, which names its data; also of a file in one."""
+    from detdistill.config import UserError
+
+    for folder in (weights, weights.parent):
+        if (folder / "recipe.yaml").is_file():
+            return str(folder / "recipe.yaml")
+    raise UserError(
+        f"{weights}: is not of a run folder, which would know its data: give --data FOLDER_OR_RECIPE"
+    )
 
 
 @app.command()

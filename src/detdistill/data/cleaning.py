@@ -145,16 +145,22 @@ class FileIndex:
     def __init__(self) -> None:
         self._names: dict[Path, frozenset[str]] = {}
 
-    def check(self, path: Path, source: Path, findings: list[Finding]) -> bool:
-        """Whether an image is there; if not, an error is added."""
-        folder = path.parent
+    def names(self, folder: Path) -> frozenset[str]:
+        """The files in a folder; none where there is no such folder."""
         if folder not in self._names:
             try:
                 with os.scandir(folder) as entries:
                     self._names[folder] = frozenset(entry.name for entry in entries if entry.is_file())
             except OSError:
                 self._names[folder] = frozenset()
-        if path.name in self._names[folder]:
+        return self._names[folder]
+
+    def has(self, path: Path) -> bool:
+        return path.name in self.names(path.parent)
+
+    def check(self, path: Path, source: Path, findings: list[Finding]) -> bool:
+        """Whether an image is there; if not, an error is added."""
+        if self.has(path):
             return True
         message = f"its image {path} does not exist"
         fix = "restore the file, correct data.images, or drop the entry"

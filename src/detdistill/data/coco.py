@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from detdistill.config import DataConfig, UserError
 from detdistill.data.cleaning import (
@@ -52,17 +53,17 @@ def read_coco(
     findings: list[Finding] = []
     categories = _categories(data, annotations)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
-    rows = [row for row in data["images"] if _is_image_row(row, annotations, findings)]
-    folder = images or _image_folder(annotations, name, rows)
+    rows = [row for row in map(_with_id, data["images"]) if _is_image_row(row, annotations, findings)]
+    files = FileIndex()
+    folder = images or _image_folder(annotations, name, rows, files)
     report_duplicates((row["id"] for row in rows), "image id", annotations, findings)
     report_duplicates(_given_ids(data["annotations"]), "annotation id", annotations, findings)
 
     rows_by_id = {row["id"]: row for row in reversed(rows)}  # the first of each id stays
     objects = _objects_by_image(data["annotations"], rows_by_id, label_of, annotations, findings)
-    files = FileIndex()
     records: list[Record] = []
     for image_id, row in reversed(rows_by_id.items()):
-        path = folder / str(row["file_name"]).replace("\\", "/")
+        path = _image_file(folder, row, files)
         if not files.check(path, annotations, findings):
             continue
         size = _declared_size(row, path, annotations, findings)
@@ -94,8 +95,9 @@ def image_files(annotations: Path, images: str | None, root: Path) -> list[Path]
         UserError: as :func:`read_coco`.
     """
     rows = [row for row in _load(annotations)["images"] if _is_image_row(row, annotations, [])]
-    folder = _named_folder(root, images) if images else _image_folder(annotations, "", rows)
-    return [folder / str(row["file_name"]).replace("\\", "/") for row in rows]
+    files = FileIndex()
+    folder = _named_folder(root, images) if images else _image_folder(annotations, "", rows, files)
+    return [_image_file(folder, row, files) for row in rows]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _categories(data: Mapping[str, Any], source: Path) -> list[dict[str, Any]]:
     """By rising id, without the group that Roboflow writes before the real classes."""
-    categories = data["categories"]
+    categories = [_with_id(category) for category in data["categories"]]
     for category in categories:
         if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
             raise UserError(f"{source}: category {category!r} needs an integer id and a name; add them")
@@ -130,7 +132,7 @@ def _categories(data: Mapping[str, Any], source: Path) -> list[dict[str, Any]]:
     if not categories:
         raise UserError(f"{source}: no categories; list the classes under 'categories'")
     groups = {category.get("supercategory") for category in categories}
-    used = {row.get("category_id") for row in data["annotations"] if isinstance(row, dict)}
+    used = {_as_id(row.get("category_id")) for row in data["annotations"] if isinstance(row, dict)}
     return sorted(
         (
             category
@@ -141,6 +143,18 @@ def _categories(data: Mapping[str, Any], source: Path) -> list[dict[str, Any]]:
         ),
         key=lambda category: category["id"],
     )
+
+
+def _with_id(row: Any) -> Any:
+    is_float = isinstance(row, dict) and isinstance(row.get("id"), float)
+    return {**row, "id": _as_id(row["id"])} if is_float else row
+
+
+def _as_id(value: Any) -> Any:
+    """An id as others are compared with it (pandas writes 7.0 for 7); None for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | str) else None
 
 
 def _is_image_row(row: Any, source: Path, findings: list[Finding]) -> bool:
@@ -178,6 +192,7 @@ def _objects_by_image(
     findings: list[Finding],
 ) -> dict[Any, list[RawObject]]:
     objects: dict[Any, list[RawObject]] = defaultdict(list)
+    spelled = {str(image_id): image_id for image_id in images}  # "7" of one list is 7 of the other
 
     def drop(kind: str, message: str, fix: str) -> None:
         findings.append(Finding("warning", kind, source, f"{message} and was dropped", fix))
@@ -187,10 +202,11 @@ def _objects_by_image(
             drop("malformed annotation", f"annotation {str(row)[:60]} is no mapping", "export it again")
             continue
         name = f"annotation {row.get('id', f'at place {position}')}"
-        image_id, category_id = _hashable(row.get("image_id")), _hashable(row.get("category_id"))
+        image_id, category_id = _as_id(row.get("image_id")), _as_id(row.get("category_id"))
+        image_id = image_id if image_id in images else spelled.get(str(image_id), image_id)
         box = _xyxy(row.get("bbox"))
         if image_id not in images:
-            drop("unknown image", f"{name} is of image {image_id}, which is not listed", "list the image")
+            drop("unknown image", f"{name} is of image {image_id!r}, which is not listed", "list the image")
         elif category_id not in label_of:
             message = f"{name} is of category {category_id}, which is not listed"
             drop("unknown class", message, "add it to 'categories'")
@@ -202,10 +218,6 @@ def _objects_by_image(
             label, area, mask = label_of[category_id], row.get("area"), row.get("segmentation")
             objects[image_id].append(RawObject(box, label, name, crowd, area, mask))
     return objects
-
-
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, int | str) else None
 
 
 def _xyxy(bbox: Any) -> tuple[float, float, float, float] | None:
@@ -280,7 +292,19 @@ def _only_file(files: Sequence[Path], name: str, root: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _image_folder(annotations: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+def _image_file(folder: Path, row: Mapping[str, Any], files: FileIndex) -> Path:
+    """Where an image is: exporters also write its name URL-encoded, or with folders of another machine."""
+    given = str(row["file_name"]).replace("\\", "/")
+    plain = unquote(given)
+    for path in (folder / given, folder / plain):
+        if files.has(path):
+            return path
+    bare = folder / PurePosixPath(plain).name
+    elsewhere = not files.names((folder / given).parent)
+    return bare if elsewhere and files.has(bare) else folder / given
+
+
+def _image_folder(annotations: Path, name: str, rows: Sequence[Mapping[str, Any]], files: FileIndex) -> Path:
     """The folder from which the first file names lead to images."""
     root = annotations.parent.parent if annotations.parent.name == "annotations" else annotations.parent
     base = annotations.parent
@@ -293,6 +317,9 @@ def _image_folder(annotations: Path, name: str, rows: Sequence[Mapping[str, Any]
     samples = [str(row["file_name"]).replace("\\", "/") for row in rows[:20]]
     for folder in candidates:
         if any((folder / sample).is_file() for sample in samples):
+            return folder
+    for folder in candidates:
+        if any(files.has(_image_file(folder, row, files)) for row in rows[:20]):
             return folder
     if not samples:
         return root

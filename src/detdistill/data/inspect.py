@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from detdistill.data.unlabelled import find_unlabelled
 Item = TypeVar("Item")
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+_DARK = 64  # what 14 bits reach in a file of 16
 # How the last bytes of a whole file look; a download that was cut short lacks them.
 _ENDINGS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
 
@@ -122,10 +124,12 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
     if "train" in splits:
         findings += _unlearnable_classes(splits["train"], statistics["train"])
+    for split in splits.values():
+        findings += _repeated_images(split)
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
     for name in {"train", "val"} - splits.keys():
-        message, fix = f"there is no {name} part", f"set data.{name}"
+        message, fix = f"there is no {name} part", f"set data.{name}" + ", perhaps to 20%" * (name == "val")
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
     decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
@@ -186,9 +190,20 @@ def _decode_finding(record: Record, source: Path) -> Finding | None:
         problem = str(error).removeprefix(f"{record.path}: ").split(";")[0]
         return Finding("error", "undecodable image", record.path, problem, "restore the image or drop it")
     if tuple(image.shape[1:]) == (record.height, record.width):
-        return None
+        return _dark_finding(record.path, int(image.max()))
     message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
     return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
+
+
+def _dark_finding(path: Path, brightest: int) -> Finding | None:
+    """12 bits in a file of 16 are read as if the upper 4 had been left empty on purpose."""
+    if brightest >= _DARK:
+        return None
+    message, fix = (
+        f"its brightest value is {brightest} of 255",
+        "of 16 bits the upper 8 are read: use their range",
+    )
+    return Finding("warning", "dark image", path, message, fix)
 
 
 def _tail_finding(record: Record, source: Path) -> Finding | None:
@@ -267,11 +282,50 @@ def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
     return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
 
 
+def _repeated_images(split: Split) -> list[Finding]:
+    """One file under two ids: each of them is background where the other's objects are."""
+    times = Counter(record.path for record in split.records)
+    repeated = [path for path, count in times.items() if count > 1]
+    if not repeated:
+        return []
+    message = f"{len(repeated)} images are listed more than once, as {repeated[0]}"
+    return [Finding("warning", "repeated image", split.source, message, "put all objects of one under one id")]
+
+
 def _shared_images(train: Split, val: Split) -> list[Finding]:
-    """The same file in both parts makes the numbers of val worthless."""
-    paths = Counter(record.path.resolve() for split in (train, val) for record in split.records)
-    shared = [path for path, times in paths.items() if times > 1]
+    """The same image in both parts, also under another name, makes the numbers of val worthless."""
+    paths = [list(dict.fromkeys(record.path for record in split.records)) for split in (train, val)]
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = [dict(zip(part, pool.map(_bytes_of, part), strict=True)) for part in paths]
+        both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
+        suspects = [[path for path, size in part.items() if size in both] for part in sizes]
+        marks = [list(pool.map(_mark, part)) for part in suspects]
+    of_train = dict(zip(marks[0], suspects[0], strict=True))
+    shared = [
+        (path, of_train[mark])
+        for path, mark in zip(suspects[1], marks[1], strict=True)
+        if mark in of_train and filecmp.cmp(path, of_train[mark], shallow=False)
+    ]
     if not shared:
         return []
-    message = f"{len(shared)} images are in both train and val, as {shared[0]}"
+    example = " and ".join(map(str, dict.fromkeys(shared[0])))
+    message = f"{len(shared)} images are in both train and val, as {example}"
     return [Finding("warning", "shared images", val.source, message, "move them out of one of the two")]
+
+
+def _bytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _mark(path: Path) -> tuple[int, bytes]:
+    """The file's size and its middle: what differs between two images, without reading them whole."""
+    size = _bytes_of(path)
+    try:
+        with path.open("rb") as file:
+            file.seek(size // 2)
+            return size, file.read(1024)
+    except OSError:
+        return size, b""

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from detdistill.config import DataConfig, UserError, nearest
 from detdistill.data.cleaning import report_duplicates, report_empty, select_classes
-from detdistill.data.images import READERS, image_sizes, is_image, labels_beside
+from detdistill.data.images import READERS, UNREADABLE, files_below, image_sizes, is_image, labels_beside
 from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
 from detdistill.data.voc import find_voc
 
@@ -54,7 +54,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
             pixels = np.asarray(image)  # of a palette: the indices
     except FileNotFoundError:
         raise UserError(f"{path}: no such label map; restore it or drop its image") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be decoded ({error}); restore it or drop its image") from None
     if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:3]).all():
         pixels = pixels[..., 0]  # grey, written as RGB
@@ -157,7 +157,7 @@ def find_label_folders(root: Path) -> dict[str, Path]:
 
 
 def _holds_images(folder: Path) -> bool:
-    return folder.is_dir() and any(is_image(path) for path in folder.rglob("*"))
+    return folder.is_dir() and any(is_image(path) for path in files_below(folder))
 
 
 def open_label_folders(config: DataConfig) -> dict[str, Split]:
@@ -202,9 +202,9 @@ def _given_folder(root: Path, given: str, split: str) -> Path:
 def _pairs(images: Path) -> tuple[list[Pair], list[Path]]:
     """Each image with its label map or where that should be; and the maps of no image."""
     labels = labels_beside(images)
-    maps = {path.relative_to(labels).with_suffix(""): path for path in labels.rglob("*") if is_image(path)}
+    maps = {path.relative_to(labels).with_suffix(""): path for path in files_below(labels) if is_image(path)}
     pairs = []
-    for path in sorted(images.rglob("*")):
+    for path in sorted(files_below(images)):
         if is_image(path):
             name = path.relative_to(images).with_suffix("")
             pairs.append((name.as_posix(), path, maps.pop(name, labels / f"{name}.png")))

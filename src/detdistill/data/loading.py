@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
 from detdistill.data.cleaning import relabel
 from detdistill.data.coco import find_coco, open_coco
 from detdistill.data.digits import digits_root
+from detdistill.data.holdout import hold_out, share_of
 from detdistill.data.images import read_image
 from detdistill.data.label_maps import (
     find_cityscapes,
@@ -50,7 +52,8 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
     """Read a dataset: ``{"train": …, "val": …}``, either absent only where the folder lacks it.
 
     The format is told by looking at the folder, unless ``data.format`` says it. A dataset without a val part
-    is evaluated on its test part. Both splits have the same classes in the same order.
+    is evaluated on its test part; ``data.val: 20%`` takes val out of train. Both splits have the same classes
+    in the same order.
 
     Args:
         with_masks: keep segmentations, where there are any (full COCO takes gigabytes with them).
@@ -59,7 +62,10 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         UserError: nothing is recognised, several things could be meant, or a file cannot be read. Bad single
             annotations raise nothing: they are in the splits' ``findings``.
     """
-    splits = _open(config, with_masks)
+    share = share_of(config.val)
+    splits = _open(config if share is None else config.model_copy(update={"val": None}), with_masks)
+    if share is not None and "train" in splits:
+        splits = hold_out(splits["train"], share)
     if not splits:
         raise UserError(f"{config.root}: no train or val part was found; set data.train and data.val")
     if "train" in splits and "val" in splits:
@@ -141,8 +147,18 @@ def tell_format(config: DataConfig) -> Format:
     if not found:
         names = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
         seen = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        raise UserError(f"{root}: no dataset is recognised here. Seen: {seen or 'nothing'}. {_EXPECTED}")
+        raise UserError(
+            f"{root}: no dataset is recognised here. Seen: {seen or 'nothing'}.{_guess(root)} {_EXPECTED}"
+        )
     return found[0]
+
+
+def _guess(root: Path) -> str:
+    """What to do with a file that may be COCO's, of no part by its name (``instances_default.json``)."""
+    files = sorted(path.relative_to(root).as_posix() for path in [*root.glob("*.json"), *root.glob("*/*.json")])
+    if not 0 < len(files) <= 4:
+        return ""
+    return f" If {files[0]} is COCO, set data.train to it, and data.val to another file or to a share as 20%."
 
 
 def _agree(train: Split, val: Split, chosen: bool) -> Split:

@@ -19,7 +19,7 @@ from detdistill.data.cleaning import (
     report_empty,
     select_classes,
 )
-from detdistill.data.images import image_sizes, is_image
+from detdistill.data.images import files_below, image_sizes, is_image
 from detdistill.data.records import Finding, Record, Split
 
 
@@ -82,7 +82,7 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
     """Image files by name without suffix; of several, a JPEG, as VOC has it."""
     if not folder.is_dir():
         raise UserError(f"{folder}: VOC keeps its images here, and there is no such folder; restore it")
-    paths = sorted((path for path in folder.rglob("*") if is_image(path)), key=lambda p: p.suffix != ".jpg")
+    paths = sorted((path for path in files_below(folder) if is_image(path)), key=lambda p: p.suffix != ".jpg")
     found: dict[str, Path] = {}
     for path in paths:
         found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)

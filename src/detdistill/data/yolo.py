@@ -4,6 +4,7 @@ the image's sides (docs.ultralytics.com/datasets/detect)."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,15 +23,20 @@ from detdistill.data.cleaning import (
     select_classes,
     settle_masks,
 )
-from detdistill.data.images import READERS, image_sizes, is_image, labels_beside
+from detdistill.data.images import READERS, files_below, image_sizes, is_image, labels_beside
 from detdistill.data.records import Finding, Record, Split
 
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
+_NOT_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")
 _SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 
 
 def read_yolo(
-    images: Path | Sequence[Path], name: str, classes: Sequence[str], with_masks: bool = True
+    images: Path | Sequence[Path],
+    name: str,
+    classes: Sequence[str],
+    with_masks: bool = True,
+    keypoints: int = 0,
 ) -> Split:
     """Read the images of a folder or of a list.
 
@@ -39,6 +45,7 @@ def read_yolo(
         name: what the split is called ("train", "val").
         classes: names by class id, from 0.
         with_masks: keep polygons, where rows have them.
+        keypoints: numbers that follow the box of a row and are not read.
 
     Labels are looked for beside the images with ``images`` replaced by ``labels`` in the path. An image without
     a label file is background. Sizes come from the images' headers.
@@ -61,7 +68,7 @@ def read_yolo(
             findings.append(Finding("error", "unreadable image", path, str(size), "restore it or delete it"))
             continue
         source = label_path(path)
-        objects = _objects(rows, size, len(classes), source, findings)
+        objects = _objects(rows, size, len(classes), keypoints, source, findings)
         records.append(make_record(image_id, path, size, objects, source, findings, with_masks))
     _report_orphans([source for source in sources if source.is_dir()], paths, findings)
     if with_masks:
@@ -77,7 +84,7 @@ def label_path(image: Path) -> Path:
 
 def _image_paths(source: Path) -> list[Path]:
     if source.is_dir():
-        return sorted(path for path in source.rglob("*") if is_image(path))
+        return sorted(path for path in files_below(source) if is_image(path))
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -88,11 +95,13 @@ def _image_paths(source: Path) -> list[Path]:
 
 
 def _ids(paths: Sequence[Path]) -> list[str]:
-    """File stems, or where those repeat (``a/1.jpg``, ``b/1.jpg``) paths without suffix."""
+    """File stems, or where those repeat (``a/1.jpg``, ``b/1.jpg``) paths without suffix, from the folder that
+    all have in common: the dataset may be moved."""
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(stems):
         return stems
-    return [path.with_suffix("").as_posix() for path in paths]
+    top = os.path.commonpath([path.parent.absolute() for path in paths])
+    return [Path(os.path.relpath(path, top)).with_suffix("").as_posix() for path in paths]
 
 
 def _read_pair(path: Path) -> tuple[tuple[int, int] | UserError, str]:
@@ -108,13 +117,13 @@ def _read_pair(path: Path) -> tuple[tuple[int, int] | UserError, str]:
 
 
 def _objects(
-    text: str, size: tuple[int, int], classes: int, source: Path, findings: list[Finding]
+    text: str, size: tuple[int, int], classes: int, keypoints: int, source: Path, findings: list[Finding]
 ) -> list[RawObject]:
     objects = []
     for number, row in enumerate(text.splitlines(), start=1):
         if not row.strip():
             continue
-        parsed = _parse_row(row.split(), size, classes, f"line {number}")
+        parsed = _parse_row(row.split(), size, classes, keypoints, f"line {number}")
         if isinstance(parsed, RawObject):
             objects.append(parsed)
         else:
@@ -125,15 +134,18 @@ def _objects(
 
 
 def _parse_row(
-    words: Sequence[str], size: tuple[int, int], classes: int, name: str
+    words: Sequence[str], size: tuple[int, int], classes: int, keypoints: int, name: str
 ) -> RawObject | tuple[str, str, str]:
     """The object, or what is wrong: kind, problem, fix."""
     try:
         label, *values = (float(word) for word in words)
     except ValueError:
         return "malformed row", "is not all numbers", "write class cx cy w h"
+    if keypoints and len(values) == 4 + keypoints:
+        values = values[:4]
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-        return "malformed row", f"has {len(words)} columns", "write class cx cy w h, or a polygon"
+        fix = "leave the score out" if len(values) == 5 else "write class cx cy w h, or a polygon"
+        return "malformed row", f"has {len(words)} columns", fix
     if not math.isfinite(label) or label != int(label) or not 0 <= label < classes:
         return "unknown class", f"has a class outside 0…{classes - 1}", "correct it or add its name"
     if any(abs(value) > _FARTHEST for value in values):
@@ -151,8 +163,8 @@ def _parse_row(
 def _report_orphans(folders: Iterable[Path], images: Iterable[Path], findings: list[Finding]) -> None:
     expected = {label_path(image) for image in images}
     for folder in folders:
-        for file in sorted(labels_beside(folder).rglob("*.txt")):
-            if file not in expected and file.name not in ("classes.txt", "train.txt", "val.txt", "test.txt"):
+        for file in sorted(files_below(labels_beside(folder))):
+            if file.suffix == ".txt" and file not in expected and file.name not in _NOT_LABELS:
                 message, fix = "there is no image of this label file", "restore the image or delete the file"
                 findings.append(Finding("warning", "label without image", file, message, fix))
 
@@ -162,10 +174,12 @@ def _report_orphans(folders: Iterable[Path], images: Iterable[Path], findings: l
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """Names of the classes (None if no file tells them) and where each split's images are."""
+    """Names of the classes (None if no file tells them), where each split's images are, and how many numbers
+    of key points follow a box."""
 
     classes: tuple[str, ...] | None
     images: dict[str, list[Path]]
+    keypoints: int = 0
 
 
 def find_yolo(root: Path) -> YoloLayout | None:
@@ -197,7 +211,7 @@ def find_yolo(root: Path) -> YoloLayout | None:
 
 def _has_labels(images: Path) -> bool:
     # Not any folder of that name: those of segmentation sets hold pictures.
-    return next(labels_beside(images).rglob("*.txt"), None) is not None
+    return any(file.suffix == ".txt" for file in files_below(labels_beside(images)))
 
 
 def _yaml_files(root: Path) -> list[Path]:
@@ -230,7 +244,10 @@ def _layout_of_yaml(file: Path, tree: dict[str, Any]) -> YoloLayout:
         if entry is not None:
             entries = entry if isinstance(entry, list) else [entry]
             images[split] = [_existing(bases, str(item), f"{file}: {split}") for item in entries]
-    return YoloLayout(tuple(str(name) for name in names), images)
+    shape = tree.get("kpt_shape") or [0]
+    if not isinstance(shape, list) or not all(isinstance(number, int) for number in shape):
+        raise UserError(f"{file}: kpt_shape must be [key points, numbers of each], as [17, 3]")
+    return YoloLayout(tuple(str(name) for name in names), images, math.prod(shape))
 
 
 def _existing(bases: Iterable[Path], entry: str, what: str) -> Path:
@@ -267,7 +284,10 @@ def open_yolo(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
     for name, given in (("train", config.train), ("val", config.val)):
         if given:
             images[name] = [_existing([base, Path()], given, f"data.{name}")]
-    splits = {name: read_yolo(sources, name, layout.classes, with_masks) for name, sources in images.items()}
+    splits = {
+        name: read_yolo(sources, name, layout.classes, with_masks, layout.keypoints)
+        for name, sources in images.items()
+    }
     if config.classes is None:
         return splits
     return {name: select_classes(split, config.classes) for name, split in splits.items()}

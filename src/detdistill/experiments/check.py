@@ -91,6 +91,7 @@ def check(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Check:
     splits = result.inspection.splits
     result.problems += [
         f"{recipe.data.root}: no {name} split found; name it with data.{name}"
+        + ", or hold out a part of train with data.val=20%" * (name == "val")
         for name in ("train", "val")
         if name not in splits
     ]

@@ -46,10 +46,17 @@ def save_model(model: Model, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata)
+        temporary.chmod(0o666 & ~_umask())  # as other files: safetensors lets nobody else read its own
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:

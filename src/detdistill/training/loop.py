@@ -83,11 +83,11 @@ def train(
         SystemExit: with code 75, after saving, on SIGTERM or SIGUSR1.
     """
     folder = RunFolder(run)
-    folder.open(recipe, resume=resume)
-    done = folder.ended(recipe)
-    if done is not None:
-        return TrainResult(done["status"], done["metrics"], run, folder.student_file)
-    with preemption_flag() as preempted:
+    with folder.held(), preemption_flag() as preempted:
+        folder.open(recipe, resume=resume)
+        done = folder.ended(recipe)
+        if done is not None:
+            return TrainResult(done["status"], done["metrics"], run, folder.student_file)
         return _Trainer(recipe, folder, student, teacher).run(preempted)
 
 
@@ -98,6 +98,7 @@ class _Trainer:
         self.recipe, self.config, self.folder = recipe, recipe.training, folder
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
+        folder.keep_to_data(splits)
         self.train_split, self.val_split = splits["train"], splits["val"]
         check_targets(recipe.student, self.train_split, student)
         if PartialState._shared_state:
@@ -145,7 +146,7 @@ class _Trainer:
         self.total_steps = max(1, round(self.config.epochs * self.steps_per_epoch))
         if self.config.max_steps is not None:
             self.total_steps = min(self.total_steps, self.config.max_steps)
-        self.step = 0
+        self.step = self.saved = 0
         self.best, self.evaluations_since_best = -1.0, 0
         self.seconds = 0.0
         self.pending: list[StepOutcome] = []
@@ -185,6 +186,11 @@ class _Trainer:
             evaluation = self._evaluate()
             self._save()
             return self._finish(status, evaluation)
+        except KeyboardInterrupt:
+            self.display.note(
+                f"interrupted at step {self.step}; the same command goes on from step {self.saved}"
+            )
+            raise
         finally:
             self.display.stop()
 
@@ -360,6 +366,7 @@ class _Trainer:
                 "evaluations_since_best": self.evaluations_since_best,
                 "seconds": self.seconds,
             })  # fmt: skip
+        self.saved = self.step
 
     def _resume(self) -> None:
         state = self.folder.load_checkpoint()
@@ -374,6 +381,7 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step
         self.best, self.evaluations_since_best = state["best"], state["evaluations_since_best"]
         if self.accelerator.is_main_process:
             self.folder.forget_after(self.step)

@@ -7,6 +7,7 @@
     RUN/metrics.jsonl, .csv    a row for each log interval and each evaluation
     RUN/curves.png, samples.png
     RUN/checkpoints/last.pt    to resume (tensors and plain values only)
+    RUN/data.sha256, teacher.sha256   what it began with, wherever that lies now
     RUN/student.safetensors    the student alone: what is deployed
     RUN/best.safetensors       the student at its best evaluation
     RUN/result.json            status and final metrics; only a finished run has it
@@ -15,12 +16,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +33,15 @@ from typing import Any
 import torch
 
 from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
+from detdistill.data.fingerprint import fingerprint
+from detdistill.data.loading import usable_splits
+from detdistill.data.records import Split
 from detdistill.models.weights import file_hash, find_weights
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 Row = dict[str, float | int]
 
@@ -50,6 +62,30 @@ class RunFolder:
     student_file = property(lambda self: self.path / "student.safetensors")
     best_file = property(lambda self: self.path / "best.safetensors")
     teacher_file = property(lambda self: self.path / "teacher.sha256")
+    data_file = property(lambda self: self.path / "data.sha256")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others from training in this folder. Other processes of one run are none of these.
+
+        Raises:
+            UserError: another run is being trained here.
+        """
+        if fcntl is None or os.environ.get("RANK", "0") != "0" or self.path.is_file():
+            yield
+            return
+        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        # Record locks go with the process: none is left behind by a killed run or held by its loaders.
+        with (self.checkpoint_file.parent / "lock").open("w", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):  # else the file system has no locks
+                    raise UserError(
+                        f"{self.path}: another process is training here: wait for it, or choose another folder "
+                        "with --out"
+                    ) from None
+            yield
 
     def open(self, recipe: Recipe, *, resume: bool) -> None:
         """Make the folder, or check that it holds the same recipe.
@@ -82,13 +118,36 @@ class RunFolder:
         return load_recipe(self.recipe_file)
 
     def differences(self, recipe: Recipe) -> list[str]:
-        """The settings in which the run differs from a recipe; and its teacher's file, if that has changed."""
+        """The settings in which the run differs from a recipe; and its teacher's file, if that has changed.
+
+        A teacher or a dataset that lies elsewhere now, and is the same, is no difference.
+        """
         found = differences(self.recipe(), recipe)
-        teacher = _teacher_weights(recipe)
-        known = self.teacher_file.read_text(encoding="utf-8") if self.teacher_file.exists() else None
-        if teacher is not None and known not in (None, file_hash(teacher)):
-            found.append(f"the content of {teacher}")
+        teacher, known = _teacher_weights(recipe), _text(self.teacher_file)
+        if teacher is not None and known is not None:
+            if file_hash(teacher) != known:
+                found.append(f"the content of {teacher}")
+            elif "teacher.weights" in found:
+                found.remove("teacher.weights")
+        if "data.root" in found and (known := _text(self.data_file)) is not None:
+            splits = usable_splits(recipe.data, ("train", "val"))
+            if fingerprint(splits) == known:
+                found.remove("data.root")
         return found
+
+    def keep_to_data(self, splits: Mapping[str, Split]) -> None:
+        """Remember what the annotations say, or compare it with what they said when the run began.
+
+        Raises:
+            UserError: the run goes on, and they have changed.
+        """
+        mark = fingerprint(splits)
+        if self.checkpoint_file.exists() and _text(self.data_file) not in (None, mark):
+            raise UserError(
+                f"{self.path} began with other annotations than those of {splits['train'].source} now: choose "
+                "another folder with --out, or --fresh to start it anew"
+            )
+        write_atomically(self.data_file, mark)
 
     def log(self, row: Row) -> None:
         """Append a row; undefined numbers (an AP of sizes that do not occur) are left out."""
@@ -119,8 +178,16 @@ class RunFolder:
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         temporary = self.checkpoint_file.with_suffix(".tmp")
-        torch.save(dict(state), temporary)
-        temporary.replace(self.checkpoint_file)
+        try:
+            torch.save(dict(state), temporary)
+            temporary.replace(self.checkpoint_file)
+        except (OSError, RuntimeError) as error:  # torch tells a full disk by the latter
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path).free / 2**20
+            raise UserError(
+                f"{self.checkpoint_file}: cannot be written, with {free:.0f} MiB free there "
+                f"({str(error).splitlines()[0]}): make room, and the same command goes on from the last one"
+            ) from error
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         if not self.checkpoint_file.exists():
@@ -157,6 +224,10 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # every process of a run opens its folder
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.exists() else None
 
 
 def environment() -> dict[str, Any]:
