@@ -353,7 +353,7 @@ def state_of(content: Any, path: Path) -> State:
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     if not state:
         raise UserError(
-            f"{path}: holds no tensors by name (it has {_some([*map(str, content)]) or 'nothing'}); "
+            f"{path}: holds no tensors by name (it has {some([*map(str, content)]) or 'nothing'}); "
             "give a file of a model's state_dict()"
         )
     return state
