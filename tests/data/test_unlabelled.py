@@ -94,7 +94,7 @@ def test_the_doctor_counts_and_decodes_them_and_tells_of_those_in_val(root):
     assert [finding.file.name for finding in inspection.errors] == ["broken.png"]
     assert "unlabelled: 4 images" in inspection.lines()
     shared = inspect_data(DataConfig(root=root, unlabelled="val.json"))
-    assert ["2 images of data.unlabelled are in val" in f.message for f in shared.findings] == [True]
+    assert sum("2 images of data.unlabelled are in val" in f.message for f in shared.findings) == 1
 
 
 def test_limit_keeps_some_training_images_evenly_spread(root):
