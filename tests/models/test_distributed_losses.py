@@ -78,7 +78,7 @@ def assert_two_are_one(worker: str, folder: Path) -> None:
             )
             for rank in range(world)
         ]
-        assert [process.wait(timeout=120) for process in processes] == [0] * world
+        assert [process.wait(timeout=600) for process in processes] == [0] * world
         outputs.append(torch.load(out, weights_only=True))
     one, two = outputs
     assert one.keys() == two.keys()
