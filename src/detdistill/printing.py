@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from detdistill.evaluation.measure import Evaluation
     from detdistill.experiments.analyze import Analysis
     from detdistill.experiments.check import Check
-    from detdistill.experiments.compare import Comparison
+    from detdistill.experiments.comparison import Comparison
     from detdistill.experiments.rank_teachers import TeacherRanking, TeacherScore
 
 SHOWN_OF_A_KIND = 10

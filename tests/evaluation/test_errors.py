@@ -129,7 +129,7 @@ def test_tide_tells_duplicates_and_misses(make_record, make_split):
     assert {name: gain for name, gain in errors.dAP.items() if gain} == {"Miss": pytest.approx(50 / 101)}
 
 
-# What tidecv 1.0.1, TIDE's own code, says of random_split(seed, 20) with the detections below: points and counts.
+# What tidecv 1.0.1, TIDE's own code, says of random_split(seed, 20) with the detections below: points, counts.
 TIDECV = {
     7: (65.53071, (0.0, 12.97017, 0.97687, 6.93760, 7.47199, 0.0), (0, 21, 4, 57, 12, 0)),
     9: (55.72315, (0.01130, 13.61666, 4.17004, 8.31091, 9.39580, 0.0), (3, 19, 5, 34, 30, 0)),
@@ -148,7 +148,7 @@ def test_tide_is_that_of_its_authors(seed, random_split, random_detections):
         found_ones.update({name: value[known] for name, value in found_ones.items()})
     errors = tide_errors(split, detections)
     ap50, gains, counts = TIDECV[seed]
-    assert 100 * errors.AP50 == pytest.approx(ap50, abs=1e-4)
+    assert pytest.approx(ap50, abs=1e-4) == 100 * errors.AP50
     assert 100 * np.array(list(errors.dAP.values())) == pytest.approx(gains, abs=1e-4)
     if seed == 7:  # tidecv counts what lies on crowd, too, though its AP leaves that out
         assert tuple(errors.counts.values()) == counts
@@ -198,7 +198,7 @@ def test_real_coco_boxes(shared_data, make_split):
     assert under["C75"] == pytest.approx(0.573, abs=5e-4)
     assert under["C50"] < under["Loc"] < under["Sim"] < under["Oth"] <= under["BG"] < under["FN"] == 1
     tide = tide_errors(split, detections)
-    assert tide.AP50 == pytest.approx(under["C50"])
+    assert pytest.approx(under["C50"]) == tide.AP50
     # tidecv 1.0.1, its mean taken over the classes with objects; its recalls are rounded otherwise.
     assert tide.counts == {"Cls": 83, "Loc": 1, "Both": 0, "Dupe": 1, "Bkg": 0, "Miss": 97}
     gains = [100 * tide.dAP[kind] for kind in ("Cls", "Loc", "Both", "Dupe", "Bkg")]

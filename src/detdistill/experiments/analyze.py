@@ -32,7 +32,7 @@ from detdistill.evaluation.errors import (
     supercategories_of,
     tide_errors,
 )
-from detdistill.experiments.compare import load_comparison
+from detdistill.experiments.comparison import load_comparison
 from detdistill.experiments.evaluate import as_detector, choose_device, open_split
 from detdistill.models.weights import file_hash, find_weights
 from detdistill.report.gallery import save_differences

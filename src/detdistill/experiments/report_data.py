@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.config import Recipe, UserError
-from detdistill.experiments.compare import (
-    DAMAGED,
-    Arm,
-    Comparison,
-    Runs,
-    arms_of,
-    load_comparison,
-    unequal_budgets,
-)
+from detdistill.experiments.compare import unequal_budgets
+from detdistill.experiments.comparison import DAMAGED, Arm, Comparison, Runs, arms_of, load_comparison
 from detdistill.experiments.studies import ALONE, Study
+from detdistill.experiments.study_teachers import teachers_of
 from detdistill.report.plots import COLORS
 from detdistill.training.run_folder import Row, RunFolder
 
@@ -168,7 +162,8 @@ def _of_runs(run: Path, alone: Path | None) -> tuple[Comparison, Runs]:
         unequal.append("training.seed")
     study = Study(run / "recipe.yaml", dict.fromkeys(folders, ()), (seed,), run, tuple(unequal))
     runs = {name: {seed: path} for name, path in folders.items()}
-    return Comparison(study, main, arms_of(numbers, main)), runs
+    teachers = teachers_of({name: [path] for name, path in folders.items()})
+    return Comparison(study, main, arms_of(numbers, main), teachers), runs
 
 
 def _missing(comparison: Comparison, runs: Runs) -> list[str]:
