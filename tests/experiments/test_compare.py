@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 
 import pytest
+import torch
 
 import detdistill
 from detdistill.cli import main
@@ -27,7 +29,9 @@ from detdistill.experiments.studies import (
     study_text,
 )
 from detdistill.experiments.study_runs import launch
+from detdistill.training.loop import train
 from detdistill.training.run_folder import RunFolder
+from detdistill.training.step import optimisation_step
 
 RECIPE = """
 name: tiny
@@ -103,6 +107,40 @@ def test_unequal_budgets_are_refused_before_anything_runs(recipe, tmp_path, chan
     with pytest.raises(UserError, match=told):
         run_study(study)
     assert not study.out.exists()
+
+
+@pytest.mark.slow
+def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe, tmp_path, monkeypatch) -> None:
+    """Seen at the optimiser's door: the student's bytes before the first step, each step's images and boxes."""
+    seen: dict[str, list[str]] = {}
+
+    def watched(accelerator, model, optimizer, micro_batches, step, config):
+        if step == 0:
+            seen[arm].append(digest(model.student.state_dict().values()))
+        shown = [image for images, _ in micro_batches for image in images]
+        told = [value for _, targets in micro_batches for target in targets for value in target.values()]
+        seen[arm].append(digest([*shown, *(value for value in told if torch.is_tensor(value))]))
+        return optimisation_step(accelerator, model, optimizer, micro_batches, step, config)
+
+    monkeypatch.setattr("detdistill.training.loop.optimisation_step", watched)
+    methods = ["none", "mimic", "ima", "fgd", "crosskd"]
+    study = plan_methods(recipe, methods, ("training.max_steps=2", "training.ema=0.9"), (0,), tmp_path)
+    for arm, changes in study.arms.items():
+        seen[arm] = []
+        train(load_recipe(study.recipe, changes), study.run_folder(arm, 0))
+    assert len(seen[ALONE]) == 3
+    assert all(of == seen[ALONE] for of in seen.values())
+    arm = "another seed"
+    seen[arm] = []
+    train(load_recipe(study.recipe, [*study.arms[ALONE], "training.seed=1"]), study.run_folder(ALONE, 1))
+    assert not set(seen[arm]) & set(seen[ALONE])
+
+
+def digest(tensors) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 @pytest.mark.slow
