@@ -343,6 +343,43 @@ def test_what_was_compared_is_a_study_that_can_be_read(recipe, tmp_path, plan) -
     assert read_study(file) == study
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["compare", "--methods", "none", "mimc"], "mimc: no method 'mimc'; did you mean 'mimic'?"),
+        (["sweep", "distill.tau=1,2"], "tau 1: ima has no option 'tau'"),
+        (["sweep", "distill.alpha=1,x"], "alpha x: ima.alpha is 'x'; give a float"),
+        (["sweep", "distill.preset=paper,best"], "preset best: ima has no preset 'best'"),
+    ],
+)
+def test_what_an_arm_cannot_be_is_said_before_any_runs(recipe, tmp_path, capsys, words, told) -> None:
+    verb, *others = words
+    assert main([verb, str(recipe), *others, "--out", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_runs_and_those_of_another_version_are_told_in_a_line(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    folder = RunFolder(out / "alone" / "0")
+    folder.open(load_recipe(recipe, ("teacher=null", "methods=[]")), resume=True)
+    folder.write_result("finished", {"AP": 0.1}, {})
+    command = ["compare", str(recipe), "none", "mimic", "--seeds", "1", "--out", str(out)]
+    folder.recipe_file.write_text(folder.recipe_file.read_text() + "obsolete: 3\n")
+    assert main(command) == 2
+    assert "alone/0 (" in (told := capsys.readouterr().err)
+    assert "unknown key 'obsolete'" in told
+    assert "choose another --out" in told
+    assert main([*command, "--table"]) == 0
+    assert "10.0" in capsys.readouterr().out
+    for text in ('{"status": "fini', "[]", '{"status": "finished", "metrics": {"AP": "x"}, "per_class": {}}'):
+        folder.result_file.write_text(text)
+        assert main([*command, "--table"]) == 2
+        told = capsys.readouterr().err
+        assert "result.json: damaged" in told
+        assert "delete it, and the same command ends the run anew" in told
+
+
 def test_mistakes_in_words(recipe, tmp_path) -> None:
     with pytest.raises(UserError, match="each once"):
         plan_methods(recipe, ["ima", "ima"], (), range(1), tmp_path)

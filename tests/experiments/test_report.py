@@ -134,6 +134,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
     assert "short: seed 2 not finished" in said
     assert "gone, seed 1: no run in" in said
     assert "gone, seed 0: no metrics.jsonl to read" in said
+    assert "ima, seed 0: no result.json to read, so not in the means by class" in said
     assert "alone: seed 2 without AP in the result" in said
     assert "gone: better than alone; +19.0 AP" in said  # by 20 and 18 points
     assert "student.safetensors" in section(file, "kinds-of-error")  # not there

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from detdistill.config import Recipe, UserError, load_recipe, nearest
+from detdistill.distillation.methods import check_method
 from detdistill.experiments.comparison import Comparison, arms_of, write_comparison
 from detdistill.experiments.studies import (
     ALONE,
@@ -101,6 +102,8 @@ def run_study(
         SystemExit: with code 75 when it was stopped by SIGTERM; every run has saved.
     """
     recipes = {name: load_recipe(study.recipe, overrides) for name, overrides in study.arms.items()}
+    for name, recipe in recipes.items() if train else ():
+        _check_methods(name, recipe)
     unequal = unequal_budgets(recipes)
     if unequal and not allow_unequal:
         raise UserError(
@@ -125,6 +128,15 @@ def run_study(
     if any(arm.metrics for arm in comparison.arms):
         _write(comparison)
     return comparison
+
+
+def _check_methods(arm: str, recipe: Recipe) -> None:
+    """Refuse an arm's methods before any other arm is trained."""
+    try:
+        for method in recipe.methods:
+            check_method(method.name, method.options)
+    except UserError as error:
+        raise UserError(f"{arm}: {error}") from None
 
 
 def unequal_budgets(recipes: Mapping[str, Recipe]) -> list[str]:
@@ -157,7 +169,10 @@ def strange_runs(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
         for seed in study.seeds:
             folder = RunFolder(study.run_folder(arm, seed))
             if folder.result_file.is_file() and folder.recipe_file.is_file():
-                found = [key for key in folder.differences(recipe) if key != "training.seed"]
+                try:
+                    found = [key for key in folder.differences(recipe) if key != "training.seed"]
+                except UserError as error:  # of another version, or damaged
+                    found = [str(error)]
                 if found:
                     strange.append(f"{arm}/{seed} ({', '.join(found[:5])})")
     return strange

@@ -23,8 +23,9 @@ from detdistill.evaluation.errors import KINDS, RECALLS, TideErrors
 from detdistill.evaluation.measure import device_of
 from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.experiments.analyze import Analysis, ModelErrors, analyze, detections_of
+from detdistill.experiments.comparison import DAMAGED
 from detdistill.experiments.evaluate import as_model, choose_device, open_split
-from detdistill.experiments.report_data import DAMAGED, DISTILLED, TEACHER_COLOR, Subject
+from detdistill.experiments.report_data import DISTILLED, TEACHER_COLOR, Subject
 from detdistill.experiments.report_pixels import label_map_section, mistakes_section
 from detdistill.experiments.studies import ALONE
 from detdistill.models.base import Detections, Model, Segmenter, eval_mode

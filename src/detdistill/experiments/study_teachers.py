@@ -88,6 +88,6 @@ def _described(weights: str, known: str | None, arms: tuple[str, ...]) -> UsedTe
             result = RunFolder(folder).result()
             if result is not None:
                 return UsedTeacher(weights, known, arms, folder, result["metrics"])
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, OSError):
             continue
     return UsedTeacher(weights, known, arms)
