@@ -204,7 +204,7 @@ def _result_sections(subject: Subject) -> list[Section]:
         said = "; ".join(f"{name} {signed(mean)}" for name, mean, _ in compared)
         charts = (
             Chart(
-                f"Difference in {metric} from {comparison.arms[0].name}",
+                f"Difference in {metric} from {comparison.arms[0].name}, × 100",
                 interval_chart(compared, f"Paired differences in {metric}: {said}"),
                 caption="Mean and 95% interval. An interval that reaches 0 claims nothing.",
             ),
