@@ -37,8 +37,8 @@ def say(text: str, style: str | None = None) -> None:
 def show(
     columns: Iterable[str], rows: Iterable[Iterable[Any]], text_columns: int = 1, whole: str | None = None
 ) -> None:
-    """A table whose first columns are text and whose others are numbers; ``whole`` is one that is not wrapped."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """A table whose first columns are text, whose others are numbers; ``whole`` is one that is not wrapped."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=whole is not None)
     for i, column in enumerate(columns):
         side: Literal["left", "right"] = "left" if i < text_columns else "right"
         table.add_column(column, justify=side, overflow="fold", no_wrap=column == whole)
