@@ -14,11 +14,11 @@ from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
 from detdistill.experiments.compare import (
     inheriting_arms,
-    load_comparison,
     read_comparison,
     run_study,
     unequal_budgets,
 )
+from detdistill.experiments.comparison import load_comparison
 from detdistill.experiments.studies import (
     ALONE,
     Study,
