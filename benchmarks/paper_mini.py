@@ -16,7 +16,8 @@ from pathlib import Path
 
 from detdistill.config import load_recipe
 from detdistill.experiments.benchmark import benchmark
-from detdistill.experiments.compare import Comparison, run_study
+from detdistill.experiments.compare import run_study
+from detdistill.experiments.comparison import Comparison
 from detdistill.experiments.studies import read_study
 from detdistill.experiments.train import train
 from detdistill.training.run_folder import RunFolder

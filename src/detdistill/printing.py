@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from detdistill.evaluation.measure import Evaluation
     from detdistill.experiments.analyze import Analysis
     from detdistill.experiments.check import Check
-    from detdistill.experiments.compare import Comparison
+    from detdistill.experiments.comparison import Comparison
     from detdistill.experiments.rank_teachers import TeacherRanking, TeacherScore
 
 SHOWN_OF_A_KIND = 10
@@ -34,11 +34,14 @@ def say(text: str, style: str | None = None) -> None:
     Console(highlight=False, markup=False).print(text, style=style, soft_wrap=True)
 
 
-def show(columns: Iterable[str], rows: Iterable[Iterable[Any]], text_columns: int = 1) -> None:
-    """A table whose first columns are text and whose others are numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def show(
+    columns: Iterable[str], rows: Iterable[Iterable[Any]], text_columns: int = 1, whole: str | None = None
+) -> None:
+    """A table whose first columns are text, whose others are numbers; ``whole`` is one that is not wrapped."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=whole is not None)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
+        side: Literal["left", "right"] = "left" if i < text_columns else "right"
+        table.add_column(column, justify=side, overflow="fold", no_wrap=column == whole)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     # A file or a pipe has no width, and a table there is not to be squeezed into 80 columns.
@@ -126,7 +129,14 @@ def print_check(result: Check) -> None:
 
 def print_comparison(comparison: Comparison) -> None:
     """Arms by seeds, what each is worth against the baseline, and the verdict."""
-    show(comparison.columns(), comparison.rows())
+    columns = list(comparison.columns())
+    difference = len(columns) - 3
+    columns[difference] = columns[difference].replace(" in ", "\nin ")  # as narrow as what stands below it
+    show(columns, comparison.rows(), whole=columns[difference])
+    say(
+        f"{comparison.metric} × 100 of each run's last weights; difference: the mean over the seeds of arm - "
+        f"{comparison.study.baseline}"
+    )
     say(comparison.verdict)
     if any(arm.metrics for arm in comparison.arms):
         say(f"runs, table.md and comparison.json: {comparison.study.out}")

@@ -129,6 +129,41 @@ def test_tide_tells_duplicates_and_misses(make_record, make_split):
     assert {name: gain for name, gain in errors.dAP.items() if gain} == {"Miss": pytest.approx(50 / 101)}
 
 
+# What tidecv 1.0.1, TIDE's own code, says of random_split(seed, 20) with the detections below: points, counts.
+TIDECV = {
+    7: (65.53071, (0.0, 12.97017, 0.97687, 6.93760, 7.47199, 0.0), (0, 21, 4, 57, 12, 0)),
+    9: (55.72315, (0.01130, 13.61666, 4.17004, 8.31091, 9.39580, 0.0), (3, 19, 5, 34, 30, 0)),
+}
+
+
+@pytest.mark.parametrize("seed", TIDECV)
+def test_tide_is_that_of_its_authors(seed, random_split, random_detections):
+    split = random_split(seed, 20, crowds=seed == 9)
+    detections = random_detections(split, seed + 1)
+    rng = np.random.default_rng(0)
+    for found_ones in detections:  # no ties, no empty boxes, no class without objects: there the two differ
+        found_ones["scores"] = rng.random(len(found_ones["scores"]))
+        found_ones["boxes"][:, 2:] = np.maximum(found_ones["boxes"][:, 2:], found_ones["boxes"][:, :2] + 1)
+        known = found_ones["labels"] < 2
+        found_ones.update({name: value[known] for name, value in found_ones.items()})
+    errors = tide_errors(split, detections)
+    ap50, gains, counts = TIDECV[seed]
+    assert pytest.approx(ap50, abs=1e-4) == 100 * errors.AP50
+    assert 100 * np.array(list(errors.dAP.values())) == pytest.approx(gains, abs=1e-4)
+    if seed == 7:  # tidecv counts what lies on crowd, too, though its AP leaves that out
+        assert tuple(errors.counts.values()) == counts
+    else:
+        assert all(own <= count for own, count in zip(errors.counts.values(), counts, strict=True))
+
+
+def test_every_box_on_an_object_of_another_class_is_a_confusion(one_of_each):
+    """Two on one cone, as MMDetection's analysis has it; COCO's Matlab code would forgive one of them."""
+    detections = [dict(one) for one in PERFECT]
+    detections[2] = found((OBJECT, 2, 0.8), (OBJECT, 0, 0.9), (OBJECT, 0, 0.95))
+    cost = bands(error_curves(one_of_each, detections, KINDS_OF).under(name="ball"))
+    assert cost == {"C75": pytest.approx(1 / 3), "Oth": pytest.approx(2 / 3)}
+
+
 def test_an_empty_split_is_refused(make_split):
     for analysis in (error_curves, tide_errors):
         with pytest.raises(UserError, match="has no images to analyze"):
@@ -162,8 +197,14 @@ def test_real_coco_boxes(shared_data, make_split):
     assert under["C50"] == pytest.approx(0.697, abs=5e-4)
     assert under["C75"] == pytest.approx(0.573, abs=5e-4)
     assert under["C50"] < under["Loc"] < under["Sim"] < under["Oth"] <= under["BG"] < under["FN"] == 1
-    ap50 = tide_errors(split, detections).AP50
-    assert ap50 == pytest.approx(under["C50"])
+    tide = tide_errors(split, detections)
+    assert pytest.approx(under["C50"]) == tide.AP50
+    # tidecv 1.0.1, its mean taken over the classes with objects; its recalls are rounded otherwise.
+    assert tide.counts == {"Cls": 83, "Loc": 1, "Both": 0, "Dupe": 1, "Bkg": 0, "Miss": 97}
+    gains = [100 * tide.dAP[kind] for kind in ("Cls", "Loc", "Both", "Dupe", "Bkg")]
+    assert gains == pytest.approx([16.7428, 0.2474, 0.0, 0.0206, 0.0], abs=0.02)
+    # Of two classes every object is missed: hotcoco counts them as 0 when these are taken away.
+    assert 100 * tide.dAP["Miss"] == pytest.approx(8.22, abs=0.02)
 
 
 @pytest.mark.real

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 
 import pytest
+import torch
 
 import detdistill
 from detdistill.cli import main
 from detdistill.config import UserError, load_recipe
 from detdistill.experiments.compare import (
     inheriting_arms,
-    load_comparison,
     read_comparison,
     run_study,
     unequal_budgets,
 )
+from detdistill.experiments.comparison import load_comparison
 from detdistill.experiments.studies import (
     ALONE,
     Study,
@@ -27,7 +29,9 @@ from detdistill.experiments.studies import (
     study_text,
 )
 from detdistill.experiments.study_runs import launch
+from detdistill.training.loop import train
 from detdistill.training.run_folder import RunFolder
+from detdistill.training.step import optimisation_step
 
 RECIPE = """
 name: tiny
@@ -103,6 +107,40 @@ def test_unequal_budgets_are_refused_before_anything_runs(recipe, tmp_path, chan
     with pytest.raises(UserError, match=told):
         run_study(study)
     assert not study.out.exists()
+
+
+@pytest.mark.slow
+def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe, tmp_path, monkeypatch) -> None:
+    """Seen at the optimiser's door: the student's bytes before the first step, each step's images and boxes."""
+    seen: dict[str, list[str]] = {}
+
+    def watched(accelerator, model, optimizer, micro_batches, step, config):
+        if step == 0:
+            seen[arm].append(digest(model.student.state_dict().values()))
+        shown = [image for images, _ in micro_batches for image in images]
+        told = [value for _, targets in micro_batches for target in targets for value in target.values()]
+        seen[arm].append(digest([*shown, *(value for value in told if torch.is_tensor(value))]))
+        return optimisation_step(accelerator, model, optimizer, micro_batches, step, config)
+
+    monkeypatch.setattr("detdistill.training.loop.optimisation_step", watched)
+    methods = ["none", "mimic", "ima", "fgd", "crosskd"]
+    study = plan_methods(recipe, methods, ("training.max_steps=2", "training.ema=0.9"), (0,), tmp_path)
+    for arm, changes in study.arms.items():
+        seen[arm] = []
+        train(load_recipe(study.recipe, changes), study.run_folder(arm, 0))
+    assert len(seen[ALONE]) == 3
+    assert all(of == seen[ALONE] for of in seen.values())
+    arm = "another seed"
+    seen[arm] = []
+    train(load_recipe(study.recipe, [*study.arms[ALONE], "training.seed=1"]), study.run_folder(ALONE, 1))
+    assert not set(seen[arm]) & set(seen[ALONE])
+
+
+def digest(tensors) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()
 
 
 @pytest.mark.slow
@@ -303,6 +341,43 @@ def test_what_was_compared_is_a_study_that_can_be_read(recipe, tmp_path, plan) -
     file = tmp_path / "study.yaml"
     file.write_text(study_text(study))
     assert read_study(file) == study
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["compare", "--methods", "none", "mimc"], "mimc: no method 'mimc'; did you mean 'mimic'?"),
+        (["sweep", "distill.tau=1,2"], "tau 1: ima has no option 'tau'"),
+        (["sweep", "distill.alpha=1,x"], "alpha x: ima.alpha is 'x'; give a float"),
+        (["sweep", "distill.preset=paper,best"], "preset best: ima has no preset 'best'"),
+    ],
+)
+def test_what_an_arm_cannot_be_is_said_before_any_runs(recipe, tmp_path, capsys, words, told) -> None:
+    verb, *others = words
+    assert main([verb, str(recipe), *others, "--out", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_runs_and_those_of_another_version_are_told_in_a_line(recipe, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    folder = RunFolder(out / "alone" / "0")
+    folder.open(load_recipe(recipe, ("teacher=null", "methods=[]")), resume=True)
+    folder.write_result("finished", {"AP": 0.1}, {})
+    command = ["compare", str(recipe), "none", "mimic", "--seeds", "1", "--out", str(out)]
+    folder.recipe_file.write_text(folder.recipe_file.read_text() + "obsolete: 3\n")
+    assert main(command) == 2
+    assert "alone/0 (" in (told := capsys.readouterr().err)
+    assert "unknown key 'obsolete'" in told
+    assert "choose another --out" in told
+    assert main([*command, "--table"]) == 0
+    assert "10.0" in capsys.readouterr().out
+    for text in ('{"status": "fini', "[]", '{"status": "finished", "metrics": {"AP": "x"}, "per_class": {}}'):
+        folder.result_file.write_text(text)
+        assert main([*command, "--table"]) == 2
+        told = capsys.readouterr().err
+        assert "result.json: damaged" in told
+        assert "delete it, and the same command ends the run anew" in told
 
 
 def test_mistakes_in_words(recipe, tmp_path) -> None:

@@ -14,10 +14,12 @@ import torch
 import detdistill
 from detdistill.cli import main
 from detdistill.config import dump_recipe, parse_recipe
-from detdistill.experiments.compare import read_comparison, write_comparison
+from detdistill.experiments.compare import read_comparison
+from detdistill.experiments.comparison import write_comparison
 from detdistill.experiments.report import try_report
-from detdistill.experiments.studies import Study
+from detdistill.experiments.studies import Study, study_text
 from detdistill.models import build_model, save_model
+from detdistill.models.weights import file_hash
 
 CPU = {"device": "cpu", "workers": 0}
 AP = {"alone": {0: 0.10, 1: 0.12, 2: 0.11}, "ima": {0: 0.20, 1: 0.24, 2: 0.22}}
@@ -132,6 +134,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
     assert "short: seed 2 not finished" in said
     assert "gone, seed 1: no run in" in said
     assert "gone, seed 0: no metrics.jsonl to read" in said
+    assert "ima, seed 0: no result.json to read, so not in the means by class" in said
     assert "alone: seed 2 without AP in the result" in said
     assert "gone: better than alone; +19.0 AP" in said  # by 20 and 18 points
     assert "student.safetensors" in section(file, "kinds-of-error")  # not there
@@ -226,6 +229,45 @@ def test_the_teacher_is_found_by_the_recipes(tmp_path):
     assert "The teacher has 40.0 AP" in head(detdistill.write_report(run, models=False))
     (teacher / "result.json").unlink()
     assert "no finished run to be found" in head(detdistill.write_report(run, models=False))
+
+
+def test_the_teacher_is_told_with_its_number_and_hash(tmp_path):
+    teacher = make_run(tmp_path / "teacher", 0.4, weights=True)
+    known = file_hash(teacher / "student.safetensors")
+    taught = {"teacher": {"weights": str(teacher)}, "methods": ["ima"]}
+    folder = tmp_path / "study"
+    for seed in (0, 1):
+        make_run(folder / "alone" / str(seed), 0.1, seed)
+        make_run(folder / "ima" / str(seed), 0.2, seed, **taught)
+        (folder / "ima" / str(seed) / "teacher.sha256").write_text(known)
+    study = Study(Path("student.yaml"), {"alone": ("methods=[]",), "ima": ()}, (0, 1), folder)
+    (folder / "study.yaml").write_text(study_text(study))
+    write_comparison(read_comparison(study))
+    content = json.loads((folder / "comparison.json").read_text())
+    (told,) = content["teachers"]
+    assert (told["weights"], told["sha256"], told["arms"]) == (str(teacher), known, ["ima"])
+    assert (told["run"], told["metrics"]["AP"]) == (str(teacher), 0.4)
+    assert content["command"] == f"detdistill compare {folder}/study.yaml --metric AP --out {folder}-again"
+    reproduce = section(detdistill.write_report(folder, models=False), "reproduce")
+    assert f"{teacher} ima 40.0 {known}" in reproduce
+    assert content["command"] in reproduce
+    assert f"detdistill train {teacher}/recipe.yaml --out {teacher}-again" in reproduce
+
+    # Once the file is another one, the teacher's number is not that of what the runs had.
+    (teacher / "student.safetensors").write_bytes(b"something else")
+    write_comparison(read_comparison(study))
+    (told,) = json.loads((folder / "comparison.json").read_text())["teachers"]
+    assert (told["run"], told["metrics"], told["sha256"]) == (None, {}, known)
+
+    # Runs whose teachers were of other content are no fair comparison.
+    (folder / "ima" / "1" / "teacher.sha256").write_text("0" * 64)
+    comparison = read_comparison(study)
+    assert "not a fair comparison: the teacher" in comparison.verdict
+    assert "ima had 00000000" in comparison.verdict
+    write_comparison(comparison)
+    said = head(detdistill.write_report(folder, models=False))
+    assert "Not a fair comparison: ima has +10.0 AP, from 10.0 to 20.0, with another teacher" in said
+    assert "changed between the runs" in said
 
 
 def test_what_is_no_run_is_refused_in_a_line(tmp_path, capsys):

@@ -21,6 +21,7 @@ from detdistill.report.charts import (
     bar_chart,
     error_chart,
     interval_chart,
+    key_of,
     line_chart,
     signed,
 )
@@ -54,6 +55,22 @@ def test_on_a_logarithmic_axis_equal_factors_are_equal_steps():
     assert len([word for word in words(narrow) if word.startswith("1.")]) >= 3
     zero = fromstring(line_chart([Line("a", [0, 1], [0, 4], 0)], "", log=True))
     assert "0" in words(zero)  # a loss of 0 has no logarithm: the axis is linear then
+
+
+def test_lines_are_told_apart_without_their_colours():
+    lines = [Line(str(i), range(100), [i] * 100, i) for i in range(5)]
+    svg = fromstring(line_chart([*lines, Line("thin", range(100), range(100), 0, thin=True)], ""))
+    marks = {}
+    for element in svg.iter():
+        if "dot" in (element.get("class") or ""):
+            marks.setdefault(element.get("class"), []).append(element)
+    assert {color: len(of) for color, of in marks.items()} == {f"dot c{i}": 5 for i in range(5)}
+    shapes = set()
+    for color in ("dot c1", "dot c2", "dot c3", "dot c4"):
+        (x, y), *others = points(marks[color][0])
+        shapes.add(tuple((round(a - x), round(b - y)) for a, b in others))
+    assert len(shapes) == 4
+    assert [key_of(line, "").shape for line in lines] == [0, 1, 2, 3, 4]
 
 
 def test_points_that_are_not_finite_are_left_out_and_long_lines_are_thinned():

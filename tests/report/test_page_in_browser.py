@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from detdistill.report.page import DARK, LIGHT, write_page
@@ -107,3 +109,24 @@ def test_the_page_follows_the_scheme(opened, name, scheme):
     )
     for said, color in ((ground, scheme.paper), (ink, scheme.ink), (line, scheme.series[0])):
         assert said == "rgb({}, {}, {})".format(*(int(color[i : i + 2], 16) for i in (1, 3, 5)))
+
+
+def test_on_paper_both_pictures_are_seen_and_nothing_is_cut_off(opened):
+    tab = opened(width=700)
+    tab.emulate_media(media="print")
+    first, second = (tab.locator(".slide img").nth(i).bounding_box() for i in (0, 1))
+    assert first["x"] + first["width"] <= second["x"]
+    assert "inset" not in tab.locator(".slide .after").first.evaluate("e => getComputedStyle(e).clipPath")
+    assert tab.locator(".slide input").first.is_hidden()
+    # a browser leaves backgrounds out on paper, and with them the legends' colours, unless told
+    assert tab.locator(".legend i").first.evaluate("e => getComputedStyle(e).printColorAdjust") == "exact"
+
+
+def test_headings_go_down_by_one_and_every_picture_has_words(opened):
+    tab = opened()
+    levels = tab.eval_on_selector_all("h1, h2, h3", "all => all.map(e => Number(e.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert all(tab.eval_on_selector_all("img", "all => all.map(e => e.alt.length > 0)"))
+    assert all(tab.eval_on_selector_all("svg", "all => all.map(e => e.getAttribute('aria-label').length > 0)"))

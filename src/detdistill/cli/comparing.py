@@ -23,7 +23,7 @@ from detdistill.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from detdistill.experiments.compare import Comparison
+    from detdistill.experiments.comparison import Comparison
     from detdistill.experiments.studies import Study
 
 

@@ -10,8 +10,9 @@ The decomposition forgives one kind of error after another and looks at how prec
           supercategory are forgiven
 
 so that ``AP(Loc) - AP(C50)`` is what places cost, ``AP(FN) - AP(BG)`` what missed objects cost, and so on. A
-confusion is forgiven by making the other classes' objects crowd of the class at hand, as COCO does: a detection
-that lies on one by a tenth of its own area is neither hit nor false alarm.
+confusion is forgiven by making the other classes' objects crowd of the class at hand, as MMDetection's analysis
+does: a detection that lies on one by a tenth of its own area is neither hit nor false alarm. (COCO's Matlab
+code forgives one detection for each such object.)
 
 TIDE (Bolya et al. 2020, arXiv:2008.08115) gives each false alarm and each missed object one reason, and
 measures what AP50 would gain without it. hotcoco computes it.

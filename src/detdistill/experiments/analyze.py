@@ -32,7 +32,7 @@ from detdistill.evaluation.errors import (
     supercategories_of,
     tide_errors,
 )
-from detdistill.experiments.compare import load_comparison
+from detdistill.experiments.comparison import load_comparison
 from detdistill.experiments.evaluate import as_detector, choose_device, open_split
 from detdistill.models.weights import file_hash, find_weights
 from detdistill.report.gallery import save_differences
@@ -272,10 +272,7 @@ def _from_comparison(folder: Path) -> tuple[Path, Path]:
 
 
 def _require_finished(run: Path) -> None:
-    try:
-        result = RunFolder(run).result()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run / 'result.json'}: damaged ({error!r}); train the run again") from error
+    result = RunFolder(run).result()
     if not RunFolder(run).recipe_file.is_file():
         raise UserError(f"{run}: no run folder (it has no recipe.yaml); give the folder that `train` wrote")
     if result is None:

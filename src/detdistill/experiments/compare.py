@@ -7,16 +7,14 @@ interrupted comparison goes on where it stopped, and runs may be spread over dev
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from detdistill.config import Recipe, UserError, load_recipe, nearest
-from detdistill.evaluation.paired import Paired, paired
+from detdistill.distillation.methods import check_method
+from detdistill.experiments.comparison import Comparison, arms_of, write_comparison
 from detdistill.experiments.studies import (
     ALONE,
     STUDY_FILE,
@@ -27,97 +25,9 @@ from detdistill.experiments.studies import (
     study_text,
 )
 from detdistill.experiments.study_runs import launch, train_missing
+from detdistill.experiments.study_teachers import teachers_of
 from detdistill.models.weights import STUDENT_FILE
 from detdistill.training.run_folder import RunFolder, differences, write_atomically
-
-Runs = dict[str, dict[int, Path]]
-"""Run folders by arm and seed."""
-
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What reading a file raises that another program, or half a disk, has written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One arm's numbers.
-
-    Attributes:
-        name: of the arm.
-        metrics: by seed, those of the finished runs.
-        paired: its metric (in points) against the baseline's; None for the baseline itself.
-        failed: seeds whose run ended without a result.
-    """
-
-    name: str
-    metrics: dict[int, dict[str, float]]
-    paired: Paired | None = None
-    failed: tuple[int, ...] = ()
-
-    def points(self, metric: str) -> dict[int, float]:
-        """A metric by seed, times 100."""
-        return {seed: 100 * of[metric] for seed, of in self.metrics.items() if metric in of}
-
-    def mean(self, metric: str) -> float:
-        values = [value for value in self.points(metric).values() if math.isfinite(value)]
-        return sum(values) / len(values) if values else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """What came out of a study, as far as it has been run."""
-
-    study: Study
-    metric: str
-    arms: list[Arm] = field(default_factory=list)
-
-    @property
-    def verdict(self) -> str:
-        """In words, a line for each arm: what the seeds can tell of it."""
-        others = [arm for arm in self.arms if arm.paired is not None]
-        if not others:
-            return "nothing to compare yet: no seed has been run by the baseline and another arm"
-        base = self.study.baseline
-        lines = []
-        for arm in others:
-            assert arm.paired is not None
-            said = arm.paired.verdict
-            if said in ("better", "worse"):
-                said = f"{said} than {base}"
-            lines.append(
-                f"{arm.name}: {said} ({arm.paired} {self.metric}, {_seeds(len(arm.paired.differences))})"
-            )
-        if self.study.unequal:
-            lines.append(f"not a fair comparison: the arms differ in {', '.join(self.study.unequal)}")
-        if self.study.unequal_start:
-            lines.append(self.study.unequal_start)
-        return "\n".join(lines)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """(arm, each seed, mean, paired difference, wins, verdict), as printed."""
-        rows = []
-        for arm in self.arms:
-            by_seed = arm.points(self.metric)
-            cells = [
-                f"{by_seed[s]:.1f}" if s in by_seed else "failed" if s in arm.failed else ""
-                for s in self.study.seeds
-            ]
-            if arm.paired is None:
-                gain = wins = verdict = ""
-            else:
-                gain, verdict = str(arm.paired), arm.paired.verdict
-                won = sum(d > 0 for d in arm.paired.differences.values())
-                wins = f"{won}/{len(arm.paired.differences)}"
-            mean = arm.mean(self.metric)
-            rows.append((arm.name, *cells, "" if math.isnan(mean) else f"{mean:.1f}", gain, wins, verdict))
-        return rows
-
-    def columns(self) -> tuple[str, ...]:
-        seeds = (f"seed {seed}" for seed in self.study.seeds)
-        return ("arm", *seeds, "mean", f"paired difference in {self.metric} (95%)", "wins", "verdict")
-
-    def markdown(self) -> str:
-        lines = [self.columns(), ("---",) * len(self.columns()), *self.rows()]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def compare(
@@ -192,6 +102,8 @@ def run_study(
         SystemExit: with code 75 when it was stopped by SIGTERM; every run has saved.
     """
     recipes = {name: load_recipe(study.recipe, overrides) for name, overrides in study.arms.items()}
+    for name, recipe in recipes.items() if train else ():
+        _check_methods(name, recipe)
     unequal = unequal_budgets(recipes)
     if unequal and not allow_unequal:
         raise UserError(
@@ -216,6 +128,15 @@ def run_study(
     if any(arm.metrics for arm in comparison.arms):
         _write(comparison)
     return comparison
+
+
+def _check_methods(arm: str, recipe: Recipe) -> None:
+    """Refuse an arm's methods before any other arm is trained."""
+    try:
+        for method in recipe.methods:
+            check_method(method.name, method.options)
+    except UserError as error:
+        raise UserError(f"{arm}: {error}") from None
 
 
 def unequal_budgets(recipes: Mapping[str, Recipe]) -> list[str]:
@@ -248,7 +169,10 @@ def strange_runs(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
         for seed in study.seeds:
             folder = RunFolder(study.run_folder(arm, seed))
             if folder.result_file.is_file() and folder.recipe_file.is_file():
-                found = [key for key in folder.differences(recipe) if key != "training.seed"]
+                try:
+                    found = [key for key in folder.differences(recipe) if key != "training.seed"]
+                except UserError as error:  # of another version, or damaged
+                    found = [str(error)]
                 if found:
                     strange.append(f"{arm}/{seed} ({', '.join(found[:5])})")
     return strange
@@ -274,24 +198,8 @@ def read_comparison(
     if known and metric not in known:
         raise UserError(f"the runs have no metric {metric!r}; {nearest(metric, known)}")
     lost = {name: tuple(seed for seed in study.seeds if (name, seed) in failed) for name in found}
-    return Comparison(study, metric, arms_of(found, metric, lost))
-
-
-def arms_of(
-    numbers: Mapping[str, dict[int, dict[str, float]]],
-    metric: str,
-    failed: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
-) -> list[Arm]:
-    """Arms with their difference to the first.
-
-    Args:
-        numbers: by arm and seed.
-        metric: what they are compared by.
-        failed: each arm's seeds that could not be trained.
-    """
-    base, *others = (Arm(name, metrics, None, failed.get(name, ())) for name, metrics in numbers.items())
-    points = base.points(metric)
-    return [base, *(replace(arm, paired=paired(arm.points(metric), points)) for arm in others)]
+    runs = {arm: [study.run_folder(arm, seed) for seed in seeds] for arm, seeds in found.items()}
+    return Comparison(study, metric, arms_of(found, metric, lost), teachers_of(runs))
 
 
 def _write(comparison: Comparison) -> None:
@@ -299,81 +207,6 @@ def _write(comparison: Comparison) -> None:
     table = f"{comparison.markdown()}\n\n{comparison.verdict}\n"
     write_atomically(comparison.study.out / "table.md", table)
     write_comparison(comparison)
-
-
-def write_comparison(comparison: Comparison) -> None:
-    """``comparison.json`` beside the runs."""
-    study = comparison.study
-    content = {
-        "recipe": str(study.recipe),
-        "seeds": list(study.seeds),
-        "baseline": study.baseline,
-        "metric": comparison.metric,
-        "unequal": list(study.unequal),
-        "inheriting": list(study.inheriting),
-        "arms": [
-            {
-                "name": arm.name,
-                "overrides": list(study.arms[arm.name]),
-                "runs": {
-                    str(s): str(study.run_folder(arm.name, s).relative_to(study.out)) for s in arm.metrics
-                },
-                "metrics": {str(s): _finite(m) for s, m in arm.metrics.items()},
-                "failed": list(arm.failed),
-                "paired": None
-                if arm.paired is None
-                else {
-                    "differences": {str(s): d for s, d in arm.paired.differences.items()},
-                    "mean": arm.paired.mean,
-                    "interval": arm.paired.interval,
-                    "verdict": arm.paired.verdict,
-                },
-            }
-            for arm in comparison.arms
-        ],
-        "verdict": comparison.verdict,
-    }
-    write_atomically(study.out / "comparison.json", json.dumps(content, indent=1))
-
-
-def load_comparison(folder: Path) -> tuple[Comparison, Runs]:
-    """A comparison as it was written, the baseline first, and the folders of its runs.
-
-    Raises:
-        UserError: ``comparison.json`` is damaged.
-    """
-    file = folder / "comparison.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        metric, baseline = str(content["metric"]), content["baseline"]
-        told = {str(arm["name"]): arm for arm in content["arms"]}
-        told = {baseline: told[baseline], **told}  # the baseline first
-        numbers = {name: _by_seed(arm["metrics"]) for name, arm in told.items()}
-        runs = {
-            name: {int(seed): folder / run for seed, run in arm["runs"].items()} for name, arm in told.items()
-        }
-        study = Study(
-            Path(content["recipe"]),
-            {name: tuple(map(str, arm["overrides"])) for name, arm in told.items()},
-            tuple(int(seed) for seed in content["seeds"]),
-            folder,
-            tuple(map(str, content["unequal"])),
-            tuple(map(str, content.get("inheriting", ()))),  # of comparisons before there was inheriting
-        )
-        failed = {name: tuple(int(seed) for seed in arm["failed"]) for name, arm in told.items()}
-        arms = arms_of(numbers, metric, failed)
-    except DAMAGED as error:
-        raise UserError(
-            f"{file}: damaged ({error!r}); `detdistill compare` with --table writes it anew"
-        ) from error
-    return Comparison(study, metric, arms), runs
-
-
-def _by_seed(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[int, dict[str, float]]:
-    return {
-        int(seed): {name: math.nan if value is None else float(value) for name, value in numbers.items()}
-        for seed, numbers in metrics.items()
-    }
 
 
 def teacher_weights(teacher: Path, out: Path, *, train: bool = True) -> Path:
@@ -385,11 +218,3 @@ def teacher_weights(teacher: Path, out: Path, *, train: bool = True) -> Path:
 
         train_recipe(teacher, out=out / "teacher")
     return out / "teacher" / STUDENT_FILE
-
-
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' * (count != 1)}"

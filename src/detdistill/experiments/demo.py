@@ -18,7 +18,8 @@ from rich.table import Table
 from detdistill.config import Recipe, parse_recipe
 from detdistill.data.loading import DetectionDataset, open_data
 from detdistill.evaluation.detector import evaluate_detector
-from detdistill.experiments.compare import read_comparison, write_comparison
+from detdistill.experiments.compare import read_comparison
+from detdistill.experiments.comparison import write_comparison
 from detdistill.experiments.evaluate import as_detector
 from detdistill.experiments.report import try_report
 from detdistill.experiments.report_data import DISTILLED

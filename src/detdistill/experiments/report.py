@@ -15,11 +15,10 @@ from typing import Any
 
 from detdistill import __version__
 from detdistill.evaluation.paired import Paired
-from detdistill.experiments.compare import Arm
+from detdistill.experiments.comparison import Arm, Comparison
 from detdistill.experiments.report_data import Subject, json_of, read_subject, result_of, rows_of
 from detdistill.experiments.report_models import model_sections
 from detdistill.experiments.report_runs import class_section, curve_section
-from detdistill.experiments.studies import STUDY_FILE
 from detdistill.report.charts import Chart, interval_chart, signed
 from detdistill.report.page import Cell, Code, Page, Section, Table, write_page
 
@@ -109,8 +108,9 @@ def _verdict(subject: Subject) -> tuple[str, tuple[str, ...]]:
     seeds = best.paired.differences
     before, after = (statistics.fmean(arm.points(metric)[seed] for seed in seeds) for arm in (base, best))
     gain = f"{signed(best.paired.mean)} {metric}, from {before:.1f} to {after:.1f}"
-    if comparison.study.unequal:
-        headline = f"Not a fair comparison: {best.name} has {gain}, under another budget"
+    if comparison.unfair:
+        other = "under another budget" if comparison.study.unequal else "with another teacher"
+        headline = f"Not a fair comparison: {best.name} has {gain}, {other}"
     else:
         headline = {
             "better": f"{best.name} is better than {base.name}: {gain}",
@@ -166,12 +166,12 @@ def _teacher_gap(subject: Subject, arm: Arm, base: Arm | None) -> tuple[str, ...
 
 
 def _warnings(subject: Subject) -> tuple[str, ...]:
-    study, told = subject.comparison.study, []
-    if study.unequal:
-        told.append(f"The arms differ in {', '.join(study.unequal)}")
-    if study.unequal_start:
-        told.append(f"{study.unequal_start[0].upper()}{study.unequal_start[1:]}")
-    return tuple(f"{what}: a difference between the arms need not be the method's." for what in told)
+    comparison = subject.comparison
+    start = comparison.study.unequal_start
+    told = [*comparison.unfair, *([start] if start else [])]
+    return tuple(
+        f"{why[:1].upper()}{why[1:]}: a difference between the arms need not be the method's." for why in told
+    )
 
 
 def _result_sections(subject: Subject) -> list[Section]:
@@ -204,7 +204,7 @@ def _result_sections(subject: Subject) -> list[Section]:
         said = "; ".join(f"{name} {signed(mean)}" for name, mean, _ in compared)
         charts = (
             Chart(
-                f"Difference in {metric} from {comparison.arms[0].name}",
+                f"Difference in {metric} from {comparison.arms[0].name}, × 100",
                 interval_chart(compared, f"Paired differences in {metric}: {said}"),
                 caption="Mean and 95% interval. An interval that reaches 0 claims nothing.",
             ),
@@ -291,15 +291,38 @@ def _commands_section(subject: Subject, folder: Path) -> Section:
             again = run.with_name(f"{run.name}-again")
             lines.append(shlex.join(["detdistill", "train", recipe, *told, "--out", str(again)]))
     codes = [Code("Every run, into a folder beside it", "\n".join(lines), folded=len(lines) > FOLDED_FROM)]
-    if (folder / STUDY_FILE).is_file():
-        whole = ["detdistill", "compare", str(folder / STUDY_FILE), "--out", f"{folder}-again"]
-        whole += ["--allow-unequal"] if study.unequal else []
-        codes.insert(0, Code("All of it", shlex.join(whole)))
+    if comparison.command is not None:
+        codes.insert(0, Code("All of it, with the teachers above", comparison.command))
+    taught = dict.fromkeys(teacher.run for teacher in comparison.teachers if teacher.run is not None)
+    if taught:
+        trainings = (["detdistill", "train", f"{of}/recipe.yaml", "--out", f"{of}-again"] for of in taught)
+        codes.insert(0, Code("The teacher", "\n".join(map(shlex.join, trainings))))
     command = ["detdistill", "report", str(folder)]
     if len(comparison.arms) == 2 and not any(study.arms.values()):
         command += ["--alone", str(subject.shown["alone"])] if "alone" in subject.shown else []
     if subject.teacher is not None:
         command += ["--teacher", str(subject.teacher)]
     codes.append(Code("This page", shlex.join(command)))
-    text = "With the versions above, on the same kind of machine, these commands give these numbers again."
-    return Section("Reproduce", (text,), codes=tuple(codes))
+    text = (
+        "With the versions above, on the same kind of machine, these commands give these numbers again. Paths "
+        "are those of the folder in which the comparison was started.",
+    )
+    tables = (_teachers_table(comparison),) if comparison.teachers else ()
+    return Section("Reproduce", text, tables=tables, codes=tuple(codes))
+
+
+def _teachers_table(comparison: Comparison) -> Table:
+    metric = comparison.metric
+    rows = tuple(
+        (
+            Cell(teacher.weights),
+            Cell(", ".join(teacher.arms)),
+            _cell(100 * teacher.metrics.get(metric, math.nan), "?"),
+            Cell(teacher.sha256 or "?"),
+        )
+        for teacher in comparison.teachers
+    )
+    caption = "The numbers of a teacher are those of its run, where that is still here with the same weights."
+    return Table(
+        "Teachers", ("weights", "of the arms", f"{metric} × 100", "SHA-256 of the file"), rows, caption
+    )

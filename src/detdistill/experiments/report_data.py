@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.config import Recipe, UserError
-from detdistill.experiments.compare import (
-    DAMAGED,
-    Arm,
-    Comparison,
-    Runs,
-    arms_of,
-    load_comparison,
-    unequal_budgets,
-)
+from detdistill.experiments.compare import unequal_budgets
+from detdistill.experiments.comparison import Arm, Comparison, Runs, arms_of, load_comparison
 from detdistill.experiments.studies import ALONE, Study
+from detdistill.experiments.study_teachers import teachers_of
 from detdistill.report.plots import COLORS
 from detdistill.training.run_folder import Row, RunFolder
 
@@ -114,7 +108,7 @@ def result_of(run: Path) -> dict[str, Any] | None:
     """``result.json`` of a run; None where it is absent or damaged."""
     try:
         return RunFolder(run).result()
-    except DAMAGED:
+    except (UserError, OSError):
         return None
 
 
@@ -168,7 +162,8 @@ def _of_runs(run: Path, alone: Path | None) -> tuple[Comparison, Runs]:
         unequal.append("training.seed")
     study = Study(run / "recipe.yaml", dict.fromkeys(folders, ()), (seed,), run, tuple(unequal))
     runs = {name: {seed: path} for name, path in folders.items()}
-    return Comparison(study, main, arms_of(numbers, main)), runs
+    teachers = teachers_of({name: [path] for name, path in folders.items()})
+    return Comparison(study, main, arms_of(numbers, main), teachers), runs
 
 
 def _missing(comparison: Comparison, runs: Runs) -> list[str]:
@@ -188,8 +183,11 @@ def _missing(comparison: Comparison, runs: Runs) -> list[str]:
         for seed, run in runs[arm.name].items():
             if not is_run(run):
                 notes.append(f"{arm.name}, seed {seed}: no run in {run}, so without curves and classes")
-            elif not rows_of(run):
+                continue
+            if not rows_of(run):
                 notes.append(f"{arm.name}, seed {seed}: no metrics.jsonl to read, so without curves")
+            if seed in arm.metrics and result_of(run) is None:
+                notes.append(f"{arm.name}, seed {seed}: no result.json to read, so not in the means by class")
     return notes
 
 

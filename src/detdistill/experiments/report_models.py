@@ -23,12 +23,13 @@ from detdistill.evaluation.errors import KINDS, RECALLS, TideErrors
 from detdistill.evaluation.measure import device_of
 from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.experiments.analyze import Analysis, ModelErrors, analyze, detections_of
+from detdistill.experiments.comparison import DAMAGED
 from detdistill.experiments.evaluate import as_model, choose_device, open_split
-from detdistill.experiments.report_data import DAMAGED, DISTILLED, TEACHER_COLOR, Subject
+from detdistill.experiments.report_data import DISTILLED, TEACHER_COLOR, Subject
 from detdistill.experiments.report_pixels import label_map_section, mistakes_section
 from detdistill.experiments.studies import ALONE
 from detdistill.models.base import Detections, Model, Segmenter, eval_mode
-from detdistill.report.charts import Chart, Key, Line, error_chart, line_chart
+from detdistill.report.charts import Chart, Key, Line, error_chart, key_of, line_chart
 from detdistill.report.page import Cell, Picture, Section, Slide, Table, number
 from detdistill.report.pictures import draw_pairs, shrunk
 
@@ -158,8 +159,8 @@ def _error_section(analysis: Analysis, notes: tuple[str, ...]) -> Section:
         f"On {len(analysis.split)} validation images. "
         + "; ".join(f"{model.role} is {model.run}" for model in models)
         + ".",
-        "Each colour is what AP50 would gain if that kind of error were forgiven, after those below it; the "
-        "dark line is precision as it is.",
+        "Each area is what AP50 would gain if that kind of error were forgiven, after those below it; the "
+        "legend names them from the bottom up, and the line is precision as it is.",
     ]
     if analysis.differences is not None:
         changes = analysis.changes
@@ -180,7 +181,7 @@ def _precision_chart(models: Sequence[ModelErrors]) -> Chart:
         )
         for model in models for kind in ("C50", "C75")
     ]  # fmt: skip
-    keys = tuple(Key(f"c{line.color}", line.name, f"{np.mean(line.y):.1f}", line.dashed) for line in lines)
+    keys = tuple(key_of(line, f"{np.mean(line.y):.1f}") for line in lines)
     said = ", ".join(f"{key.name} {key.value}" for key in keys)
     svg = line_chart(lines, f"Areas: {said}", x_title="recall, %", limits=(0, 100, 0, 100))
     return Chart(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from detdistill.experiments.report_data import TEACHER_COLOR, Subject, result_of, rows_of
-from detdistill.report.charts import Chart, Key, Line, bar_chart, line_chart, signed
+from detdistill.report.charts import Chart, Key, Line, bar_chart, key_of, line_chart, signed
 from detdistill.report.page import Cell, Section, Table
 from detdistill.report.plots import COLORS
 from detdistill.training.run_folder import Row
@@ -94,9 +94,7 @@ def _chart(
 ) -> Chart:
     last = [f"{line.y[-1]:.3g}" if log else f"{line.y[-1]:.1f}" for line in lines]
     said = ", ".join(f"{line.name} {value}" for line, value in zip(lines, last, strict=True))
-    keys = tuple(
-        Key(f"c{line.color}", line.name, value, line.dashed) for line, value in zip(lines, last, strict=True)
-    )
+    keys = tuple(key_of(line, value) for line, value in zip(lines, last, strict=True))
     svg = line_chart([*thin, *lines], f"{title}, over the steps; last: {said}", log=log)
     return Chart(title, svg, keys, caption)
 
@@ -161,7 +159,9 @@ def class_section(subject: Subject) -> Section:
     )
     keys = tuple(Key(f"c{color}", side) for side, (color, _) in sides.items())
     which = "that change most" if compared else f"with the highest {main.removeprefix('m')}"
-    caption = "" if len(drawn) == len(names) else f"The {len(drawn)} of {len(names)} classes {which}."
+    order = ["Bars stand in the order of the legend."] if len(sides) > 1 else []
+    some = [] if len(drawn) == len(names) else [f"The {len(drawn)} of {len(names)} classes {which}."]
+    caption = " ".join([*some, *order])
     rows = tuple(
         (Cell(name), *(_cell(of[i]) for of in values.values()), _cell(changes[i], signs=True))
         for i, name in enumerate(names)

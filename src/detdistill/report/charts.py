@@ -25,6 +25,15 @@ LEFT, RIGHT, TOP, BOTTOM = 38, 14, 8, 36
 NAMES = 122  # units for the names beside bars and intervals
 LONGEST_NAME = 15  # characters of them
 POINTS = 160  # of a line: more than a drawing of this size can show
+MARKS = 5  # on a line without dots, so that lines can be told apart without their colours
+# Circle, square, triangle, diamond, triangle on its point: by corners, around (0, 0), of a circle's size.
+SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
+    (),
+    ((-2.7, -2.7), (2.7, -2.7), (2.7, 2.7), (-2.7, 2.7)),
+    ((0, -3.8), (3.5, 2.6), (-3.5, 2.6)),
+    ((0, -3.9), (3.9, 0), (0, 3.9), (-3.9, 0)),
+    ((0, 3.8), (3.5, -2.6), (-3.5, -2.6)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +60,18 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An entry of a legend: the colour's class, what it stands for, and a value, if any."""
+    """An entry of a legend: the colour's class, what it stands for, a value, if any, and a line's mark."""
 
     color: str
     name: str
     value: str = ""
     dashed: bool = False
+    shape: int | None = None
+
+
+def key_of(line: Line, value: str) -> Key:
+    """The legend's entry of a line."""
+    return Key(f"c{line.color}", line.name, value, line.dashed, line.color % len(SHAPES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +131,13 @@ def line_chart(
         styles = f"line c{line.color}" + " thin" * line.thin + " dashed" * line.dashed
         path = SubElement(svg, "polyline", {"class": styles, "points": _pairs(spots)})
         SubElement(path, "title").text = line.name
-        if line.dots:
-            for (x, y), (step, value) in zip(spots, shown.tolist(), strict=True):
-                dot = SubElement(svg, "circle", {"class": f"dot c{line.color}", **_numbers(cx=x, cy=y, r=2.4)})
-                SubElement(dot, "title").text = f"{line.name}, {x_title} {_short(step)}: {value:.1f}"
+        if line.thin:
+            continue
+        marked = range(len(spots)) if line.dots else _some(len(spots), line.color)
+        for i in marked:
+            (step, value), dot = shown[i].tolist(), _mark(svg, line.color, *spots[i])
+            said = f"{value:.3g}" if log else f"{value:.1f}"
+            SubElement(dot, "title").text = f"{line.name}, {x_title} {_short(step)}: {said}"
     return _written(svg)
 
 
@@ -276,6 +294,28 @@ def _name(svg: Element, name: str, y: float) -> None:
     element = _text(svg, cut, NAMES - 8, y, anchor="end")
     if cut != name:
         SubElement(element, "title").text = name
+
+
+def _mark(svg: Element, color: int, x: float, y: float) -> Element:
+    """A point, in the colour and the shape of its line."""
+    corners = SHAPES[color % len(SHAPES)]
+    if not corners:
+        return SubElement(svg, "circle", {"class": f"dot c{color}", **_numbers(cx=x, cy=y, r=2.9)})
+    points = _pairs([(x + dx, y + dy) for dx, dy in corners])
+    return SubElement(svg, "polygon", {"class": f"dot c{color}", "points": points})
+
+
+def _some(count: int, shift: int) -> list[int]:
+    """A few places of so many, the last among them for the first line, and others for the next."""
+    if count <= MARKS:
+        return list(range(count))
+    apart = count / MARKS
+    return sorted(
+        {
+            max(0, round(count - 1 - i * apart - (shift % len(SHAPES)) * apart / len(SHAPES)))
+            for i in range(MARKS)
+        }
+    )
 
 
 def _pairs(spots: Sequence[tuple[float, float]]) -> str:

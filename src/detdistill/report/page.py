@@ -74,6 +74,11 @@ class Table:
     caption: str = ""
     folded: bool = False
 
+    def is_of_words(self, column: int) -> bool:
+        """Whether a column's cells are words, which stand at its left."""
+        told = [row[column] for row in self.rows if row[column].text]
+        return bool(told) and all(cell.value is None for cell in told)
+
 
 @dataclass(frozen=True, slots=True)
 class Code:

@@ -196,10 +196,21 @@ class RunFolder:
         return state
 
     def result(self) -> dict[str, Any] | None:
+        """What came out; None of a run that has not ended.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         if not self.result_file.exists():
             return None
-        found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
-        found["metrics"] = {k: math.nan if v is None else v for k, v in found["metrics"].items()}
+        try:
+            found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
+            found["metrics"] = {k: math.nan if v is None else float(v) for k, v in found["metrics"].items()}
+            found["status"], found["per_class"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.result_file}: damaged ({error!r}); delete it, and the same command ends the run anew"
+            ) from error
         found.setdefault("main", "AP")  # of runs before there were others
         return found
 

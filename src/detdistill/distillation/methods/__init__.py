@@ -144,20 +144,14 @@ def build_method(name: str, setting: Setting, options: Mapping[str, Any] | None 
         UserError: no such method or option (with the nearest known one), an option's value is wrong, or the
             method makes no sense for the pair.
     """
-    if name not in METHODS:
-        raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
+    options = dict(options or {})
+    check_method(name, options)
     method = METHODS[name]
     task = setting.student.task
     if task not in method.tasks:
         able = ", ".join(other for other in METHODS if task in METHODS[other].tasks)
         raise UserError(f"{name} is not for {task}; these are: {able}")
-    options = dict(options or {})
-    known = {**method_options(name), **COMMON}
-    for key, value in options.items():
-        if key not in known:
-            raise UserError(f"{name} has no option {key!r}; {nearest(key, known)}")
-        _check(f"{name}.{key}", value, known[key])
-    options = {**_preset(name, method, setting, options.pop("preset", None)), **options}
+    options = {**_preset(method, setting, options.pop("preset", None)), **options}
     setting = _with_levels(setting, name, options.pop("strides", None), options.pop("finest", None))
     hints = _hints(method)
     loss_class = hints.pop("loss")
@@ -166,6 +160,24 @@ def build_method(name: str, setting: Setting, options: Mapping[str, Any] | None 
         return method(setting, loss_class(**options), **of_method)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def check_method(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what can be refused without a pair.
+
+    Raises:
+        UserError: no such method, option or preset (with the nearest known one), or a value of the wrong type.
+    """
+    if name not in METHODS:
+        raise UserError(f"no method {name!r}; {nearest(name, METHODS)}")
+    known = {**method_options(name), **COMMON}
+    for key, value in options.items():
+        if key not in known:
+            raise UserError(f"{name} has no option {key!r}; {nearest(key, known)}")
+        _check(f"{name}.{key}", value, known[key])
+    given, presets = options.get("preset"), METHODS[name].presets
+    if given is not None and given not in presets:
+        raise UserError(f"{name} has no preset {given!r}; {nearest(given, presets)}")
 
 
 def method_options(name: str) -> dict[str, Any]:
@@ -216,12 +228,10 @@ def _hints(of: type[Any]) -> dict[str, Any]:
     return {key: hint for key, hint in hints.items() if key not in ("return", "setting")}
 
 
-def _preset(name: str, method: type[Method], setting: Setting, given: str | None) -> Mapping[str, Any]:
+def _preset(method: type[Method], setting: Setting, given: str | None) -> Mapping[str, Any]:
     if given is None:
         wanted = (type(setting.student).__name__.lower(), setting.student.kind or "", "recommended")
         return next((method.presets[key] for key in wanted if key in method.presets), {})
-    if given not in method.presets:
-        raise UserError(f"{name} has no preset {given!r}; {nearest(given, method.presets)}")
     return method.presets[given]
 
 
