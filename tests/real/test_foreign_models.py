@@ -93,6 +93,7 @@ def test_losses_and_detections_are_ultralytics_own(ultralytics: Any, name: str, 
 def test_a_yolo_learns_from_a_yolo_and_goes_back(
     ultralytics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch.manual_seed(1)
     teacher = run(block_with("yolov8l.pt").replace("yolov8l.pt", "yolo11n.yaml").replace("640, 640", SIZE))[
         "teacher"
     ]
