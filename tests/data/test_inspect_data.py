@@ -102,3 +102,18 @@ def test_bits_that_are_not_used_are_told(tmp_path, write_coco, bits, kinds):
     Image.fromarray(ramp).save(tmp_path / "train" / "2.png")
     found = [finding.kind for finding in inspect_data(config).findings if finding.kind != "empty class"]
     assert found == kinds
+
+
+@pytest.mark.parametrize(("objects", "told"), [(100, False), (101, True)])
+def test_images_with_more_objects_than_are_counted_are_told(tmp_path, write_coco, objects, told):
+    config = _folder(tmp_path, write_coco)
+    content = json.loads((tmp_path / "val.json").read_text())
+    content["annotations"] = [
+        {"id": i, "image_id": content["images"][0]["id"], "category_id": content["categories"][0]["id"],
+         "bbox": [1 + i % 10, 1 + i // 10, 5, 5], "area": 25, "iscrowd": 0}
+        for i in range(objects)
+    ]  # fmt: skip
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    found = [str(finding) for finding in inspect_data(config).findings if finding.kind == "many objects"]
+    assert len(found) == told
+    assert not told or "1 images have more than 100 objects, up to 101" in found[0]

@@ -22,6 +22,7 @@ from detdistill.data.unlabelled import find_unlabelled
 
 Item = TypeVar("Item")
 
+COUNTED_DETECTIONS = 100  # the last of COCO's maxDets
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _DARK = 64  # what 14 bits reach in a file of 16
 # How the last bytes of a whole file look; a download that was cut short lacks them.
@@ -128,6 +129,8 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         findings += _repeated_images(split)
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
+    if "val" in splits:
+        findings += _crowded_images(splits["val"])
     for name in {"train", "val"} - splits.keys():
         message, fix = f"there is no {name} part", f"set data.{name}" + ", perhaps to 20%" * (name == "val")
         root = config.root or Path("digits")
@@ -290,6 +293,21 @@ def _repeated_images(split: Split) -> list[Finding]:
         return []
     message = f"{len(repeated)} images are listed more than once, as {repeated[0]}"
     return [Finding("warning", "repeated image", split.source, message, "put all objects of one under one id")]
+
+
+def _crowded_images(val: Split) -> list[Finding]:
+    """COCO's AP counts the best detections of an image, so many and no more: further objects count as missed."""
+    counts = [int((~record.ignore_K).sum()) for record in val.records]
+    crowded = [count for count in counts if count > COUNTED_DETECTIONS]
+    if not crowded:
+        return []
+    message = (
+        f"{len(crowded)} images have more than {COUNTED_DETECTIONS} objects, up to {max(crowded)}, and COCO's AP "
+        f"counts {COUNTED_DETECTIONS} detections of an image: it cannot reach 100 here"
+    )
+    return [
+        Finding("warning", "many objects", val.source, message, "cut such images into tiles, or read AP so")
+    ]
 
 
 def _shared_images(train: Split, val: Split) -> list[Finding]:
