@@ -296,14 +296,14 @@ def _repeated_images(split: Split) -> list[Finding]:
 
 
 def _crowded_images(val: Split) -> list[Finding]:
-    """COCO's AP counts the best detections of an image, so many and no more: further objects count as missed."""
+    """COCO's AP counts so many detections of an image and no more: further objects count as missed."""
     counts = [int((~record.ignore_K).sum()) for record in val.records]
     crowded = [count for count in counts if count > COUNTED_DETECTIONS]
     if not crowded:
         return []
     message = (
-        f"{len(crowded)} images have more than {COUNTED_DETECTIONS} objects, up to {max(crowded)}, and COCO's AP "
-        f"counts {COUNTED_DETECTIONS} detections of an image: it cannot reach 100 here"
+        f"{len(crowded)} images have more than {COUNTED_DETECTIONS} objects, up to {max(crowded)}, and COCO's "
+        f"AP counts {COUNTED_DETECTIONS} detections of an image: it cannot reach 100 here"
     )
     return [
         Finding("warning", "many objects", val.source, message, "cut such images into tiles, or read AP so")
