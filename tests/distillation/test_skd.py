@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from detdistill.distillation.methods import skd
 from detdistill.distillation.methods.skd import SKDLoss, blur, ssim
+from detdistill.distillation.pair import Pair
 
-from .pairs import make_pair
+from .pairs import detector, make_pair
 
 
 def test_scale_and_shift_of_a_level_do_not_matter():
@@ -62,6 +65,6 @@ def test_constant_maps_are_finite():
 
 def test_adapters_only_where_channels_differ():
     assert len(make_pair(["skd"]).methods["skd"].align.adapters) == 3
-    pair = make_pair([])
-    same = type(pair)(pair.student, pair.student, ["skd"])
+    student = detector()
+    same = Pair(student, copy.deepcopy(student), ["skd"])
     assert not same.methods["skd"].align.adapters

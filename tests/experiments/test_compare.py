@@ -117,8 +117,9 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe,
     def watched(accelerator, model, optimizer, micro_batches, step, config):
         if step == 0:
             seen[arm].append(digest(model.student.state_dict().values()))
-        shown = [image for images, _ in micro_batches for image in images]
-        told = [value for _, targets in micro_batches for target in targets for value in target.values()]
+        shown = [image for micro_batch in micro_batches for image in micro_batch.images]
+        targets = [target for micro_batch in micro_batches for target in micro_batch.targets]
+        told = [value for target in targets for value in target.values()]
         seen[arm].append(digest([*shown, *(value for value in told if torch.is_tensor(value))]))
         return optimisation_step(accelerator, model, optimizer, micro_batches, step, config)
 

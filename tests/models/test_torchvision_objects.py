@@ -315,8 +315,9 @@ def test_averages_and_exports_know_each_layer_once():
 def test_a_pair_of_retinanet_objects_learns_from_predictions(method):
     student, teacher = (detdistill.wrap(make(retinanet), classes=CLASSES) for _ in range(2))
     torch.manual_seed(9)
-    for parameter in student.model.head.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+    for part in (student.model.head, student.model.backbone.fpn):
+        for parameter in part.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
     pair = Pair(student, teacher, [method]).train()
     losses = pair(*example())
     assert losses[method] > 0

@@ -155,15 +155,15 @@ class _Trainer:
     # --- the loop --------------------------------------------------------------------------------------
 
     def run(self, preempted: Callable[[], bool]) -> TrainResult:
-        self._resume()
-        status = "finished"
-        started = time.perf_counter() - self.seconds
-        self.log_started = time.perf_counter()
-        loader = micro_batches(
-            *self.datasets, self.config, self.accelerator, start=self.step, stop=self.total_steps
-        )
-        self.display.start(self.recipe.name, self.step, self.total_steps)
         try:
+            self._resume()
+            status = "finished"
+            started = time.perf_counter() - self.seconds
+            self.log_started = time.perf_counter()
+            loader = micro_batches(
+                *self.datasets, self.config, self.accelerator, start=self.step, stop=self.total_steps
+            )
+            self.display.start(self.recipe.name, self.step, self.total_steps)
             while self.step < self.total_steps:
                 self._step(list(itertools.islice(loader, self.config.accumulate)))
                 self.seconds = time.perf_counter() - started
