@@ -45,6 +45,15 @@ def interrupt_after(monkeypatch, step):
     monkeypatch.setattr(loop, "optimisation_step", interrupted)
 
 
+def train_until(step, recipe, run, monkeypatch):
+    """Train, and be stopped by a signal after that step."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step)
+        with pytest.raises(SystemExit) as stopped:
+            train(recipe, run)
+    assert stopped.value.code == 75
+
+
 @pytest.mark.parametrize("step", [1, 3])  # in mid-epoch, and the first of the second epoch of 3 steps
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_interrupted_and_resumed_is_uninterrupted(
@@ -64,11 +73,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
         ],
     )
     train(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, step)
-        with pytest.raises(SystemExit) as stopped:
-            train(recipe, tmp_path / "parts")
-    assert stopped.value.code == 75
+    train_until(step, recipe, tmp_path / "parts", monkeypatch)
     assert not (tmp_path / "parts" / "student.safetensors").exists()
     result = train(recipe, tmp_path / "parts")
     assert result.status == "finished"
@@ -111,10 +116,7 @@ def test_an_inheriting_run_starts_from_the_teachers_neck_and_head_and_only_once(
     capsys.readouterr()
     recipe = make_recipe(**pair)
     train(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(SystemExit):
-            train(recipe, tmp_path / "parts")
+    train_until(3, recipe, tmp_path / "parts", monkeypatch)
     train(recipe, tmp_path / "parts")
     assert_same_student(tmp_path / "whole", tmp_path / "parts")
     assert capsys.readouterr().out.count("inherited from the teacher") == 2
@@ -361,10 +363,7 @@ def test_images_without_labels_resume_exactly_and_matter(
 
     with_more = recipe(unlabelled=str(more_images))
     train(with_more, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(SystemExit):
-            train(with_more, tmp_path / "parts")
+    train_until(3, with_more, tmp_path / "parts", monkeypatch)
     train(with_more, tmp_path / "parts")
     assert_same_student(tmp_path / "whole", tmp_path / "parts")
     train(recipe(), tmp_path / "without")

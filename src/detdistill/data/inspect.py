@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from detdistill.config import DataConfig, UserError
 from detdistill.data.images import READERS, read_image
@@ -158,12 +159,17 @@ def _unlabelled_findings(files: list[Path], chosen: list[Path], val: Split | Non
 
 
 def _undecodable(path: Path) -> Finding | None:
+    image = _decoded(path)
+    return image if isinstance(image, Finding) else None
+
+
+def _decoded(path: Path, size: tuple[int, int] | None = None) -> Tensor | Finding:
+    """The pixels, or why there are none."""
     try:
-        read_image(path)
+        return read_image(path, size)
     except UserError as error:
         problem = str(error).removeprefix(f"{path}: ").split(";")[0]
         return Finding("error", "undecodable image", path, problem, "restore the image or drop it")
-    return None
 
 
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
@@ -187,11 +193,9 @@ def _chosen(records: list[Item], sample: int | None) -> list[Item]:
 
 
 def _decode_finding(record: Record, source: Path) -> Finding | None:
-    try:
-        image = read_image(record.path, (record.height, record.width))
-    except UserError as error:
-        problem = str(error).removeprefix(f"{record.path}: ").split(";")[0]
-        return Finding("error", "undecodable image", record.path, problem, "restore the image or drop it")
+    image = _decoded(record.path, (record.height, record.width))
+    if isinstance(image, Finding):
+        return image
     if tuple(image.shape[1:]) == (record.height, record.width):
         return _dark_finding(record.path, int(image.max()))
     message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"

@@ -155,7 +155,7 @@ class Pair(nn.Module):
         Raises:
             UserError: there are methods, and all of them need labels.
         """
-        able = [name for name in self.methods if "labels" not in self._method(name).needs]
+        able = self._label_free(self.methods)
         if self.methods and not able:
             raise UserError(
                 f"{', '.join(self.methods)}: needs labels, and data.unlabelled has none: use ima, mimic, pkd "
@@ -193,7 +193,7 @@ class Pair(nn.Module):
         generator = self._generator(batch.images_N3HW.device)
         terms = self._compare(list(active), _Seen(images, targets, zoom, batch, pyramid, raw), generator)
         self._measure(losses, terms, pyramid)
-        free = [name for name in active if "labels" not in self._method(name).needs]
+        free = self._label_free(active)
         if unlabelled and free:
             more = self._compare(free, self._look_at(unlabelled, zoom, self._needs(free)), generator)
             share = len(unlabelled) / (len(images) + len(unlabelled))
@@ -206,6 +206,9 @@ class Pair(nn.Module):
         elif self.training:
             self.micro_batch += 1
         return losses
+
+    def _label_free(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if "labels" not in self._method(name).needs]
 
     def _needs(self, names: Iterable[str]) -> set[Need]:
         return {need for name in names for need in self._method(name).needs}
