@@ -234,7 +234,9 @@ class TrainingConfig(Section):
     """The budget and how it is spent; equal for everything that is compared."""
 
     epochs: float = Field(24, gt=0, description="passes over the training images")
-    max_steps: int | None = Field(None, gt=0, description="stop after so many optimiser steps")
+    max_steps: int | None = Field(
+        None, gt=0, description="number of optimizer steps; replaces `epochs` as the budget"
+    )
     max_time: float | None = Field(None, gt=0, description="stop, and save, after so many minutes")
     batch_size: int = Field(16, gt=0, description="images of one optimiser step, over all processes")
     accumulate: int = Field(1, gt=0, description="forward passes that make one step")
@@ -274,13 +276,16 @@ class MethodConfig(Section):
     """One distillation method: its name, its weight over time, and the options of its own loss."""
 
     name: str = Field(description="`detdistill methods` lists them")
-    weight: float | Literal["auto"] = Field(
-        1.0, description="outer weight; 0 trains the plain student, bit for bit; `auto` looks after itself"
+    weight: float | Literal["auto"] | None = Field(
+        None,
+        description="outer weight; 0 trains the plain student, bit for bit; `auto` follows gradient norms. "
+        "Default: 1, of a query-based student `auto`",
     )
-    ratio: float = Field(
-        10.0,
+    ratio: float | None = Field(
+        None,
         gt=0,
-        description="`weight: auto`: the method's gradient over the task's, at the student's pyramid",
+        description="`weight: auto`: the method's gradient over the task's, at the student's pyramid. "
+        "Default: 10, of a query-based student 1",
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(
@@ -292,6 +297,6 @@ class MethodConfig(Section):
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-        if not is_number and value != "auto":
+        if value is not None and not is_number and value != "auto":
             raise ValueError(f"give a number of at least 0, or auto; got {value!r}")
         return value

@@ -22,7 +22,7 @@ from detdistill.distillation.matching import (
 from detdistill.distillation.methods import build_method
 from detdistill.distillation.responses import SharedClasses, require_readable
 from detdistill.distillation.signals import Method, Need, Setting, Signals
-from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, gradient_norm
+from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, build_weight, gradient_norm
 from detdistill.models.base import Batch, Model, Pyramid, Raw, Target
 from detdistill.models.one_stage import OneStage
 from detdistill.seeding import mix_seed
@@ -254,16 +254,16 @@ class Pair(nn.Module):
             config = item if isinstance(item, MethodConfig) else MethodConfig(**expand_method(item))
             setting = Setting(self.student, self.teacher, self.matching)
             method = build_method(config.name, setting, config.options)
-        name, auto = config.name, config.weight == "auto"
+        name = config.name
         if method.needs & HEAD:
             require_readable(self.student, self.teacher, name)
         if name in self.methods:
             raise UserError(f"method {name!r} is given twice")
-        value = 1.0 if isinstance(config.weight, str) else config.weight
-        if value > 0:
-            self.methods[name], self.weights[name] = method, Weight(value, config.warmup, config.decay_from)
-            if auto:
-                self.auto[name] = AutoWeight(config.ratio)
+        weight, auto = build_weight(config, self.student.kind)
+        if weight.value > 0:
+            self.methods[name], self.weights[name] = method, weight
+            if auto is not None:
+                self.auto[name] = auto
 
     def _tell_of_missing_classes(self) -> None:
         assert self.classes is not None

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from detdistill.models.base import Pyramid
+from detdistill.config import MethodConfig
+from detdistill.models.base import Kind, Pyramid
 
 AUTO_EVERY = 50  # steps between measurements: each costs one more backward pass through the head
 AUTO_STEP = 0.5  # of the way, in logarithms, to what the newest measurement asks for
+RATIO, QUERIES_RATIO = 10.0, 1.0  # of the method's gradient to the task's, where a recipe gives none
 FP16_SCALE = 4096.0  # lifts small gradients over the smallest half-precision number; cancels in the ratio
 
 
@@ -35,6 +37,23 @@ class Weight:
         if self.decay_from is not None and progress > self.decay_from:
             fall = max(0.0, (1.0 - progress) / (1.0 - self.decay_from))
         return self.value * rise * fall
+
+
+def build_weight(config: MethodConfig, kind: Kind | None) -> tuple[Weight, AutoWeight | None]:
+    """The weight of a method over the run, and the factor of ``weight: auto``, for a student of this kind.
+
+    Query-based students are trained by AdamW with a gradient norm clipped to 0.1. Both make the step
+    independent of the gradient's scale, so a method whose gradient is many times the task's replaces the task
+    instead of adding to it. Their default is therefore ``auto`` at the ratio 1; that of other students is 1.
+    """
+    of_queries = kind == "queries"
+    value = config.weight
+    if value is None:
+        value = "auto" if of_queries else 1.0
+    if value != "auto":
+        return Weight(value, config.warmup, config.decay_from), None
+    ratio = config.ratio or (QUERIES_RATIO if of_queries else RATIO)
+    return Weight(1.0, config.warmup, config.decay_from), AutoWeight(ratio)
 
 
 class AutoWeight(nn.Module):

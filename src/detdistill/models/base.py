@@ -55,7 +55,7 @@ Detections = dict[str, Tensor]
 detectors with masks also ``masks`` (K, 1, H, W), each pixel's probability, as large as the original image.
 A segmenter's have ``semantic`` alone, (H, W) int64: the class of each pixel of the original image."""
 
-Kind = Literal["anchor", "anchor_free", "two_stage", "segmentation"]
+Kind = Literal["anchor", "anchor_free", "two_stage", "queries", "segmentation"]
 """What a model answers from: anchors, cells, proposals, or pixels. Published settings of methods go by it."""
 
 Task = Literal["detection", "segmentation"]

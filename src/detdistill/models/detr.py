@@ -88,6 +88,7 @@ class DETR(ExportableDetector):
         criterion: transformers' loss function for it.
     """
 
+    kind = "queries"
     nms_threshold = None
     any_batch = False  # transformers' code knows their number when it is traced
 

@@ -76,7 +76,8 @@ def train(
     Args:
         recipe, run: what is trained, and in which folder.
         resume: go on; else start anew.
-        student, teacher: objects for the sections that say ``python``.
+        student, teacher: objects for the sections that say ``python``. The student ends with the weights that
+            were measured and exported: the averaged ones with ``ema``, the best after early stopping.
 
     Raises:
         UserError: the recipe, data, teacher or folder is not usable, or a loss is not finite.
@@ -87,6 +88,8 @@ def train(
         folder.open(recipe, resume=resume)
         done = folder.ended(recipe)
         if done is not None:
+            if student is not None:
+                student.exported.load_state_dict(read_state_dict(folder.student_file))
             return TrainResult(done["status"], done["metrics"], run, folder.student_file)
         return _Trainer(recipe, folder, student, teacher).run(preempted)
 
@@ -143,9 +146,7 @@ class _Trainer:
 
         self.datasets = self._datasets()
         self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
-        self.total_steps = max(1, round(self.config.epochs * self.steps_per_epoch))
-        if self.config.max_steps is not None:
-            self.total_steps = min(self.total_steps, self.config.max_steps)
+        self.total_steps = self.config.max_steps or max(1, round(self.config.epochs * self.steps_per_epoch))
         self.step = self.saved = 0
         self.best, self.evaluations_since_best = -1.0, 0
         self.seconds = 0.0
@@ -164,6 +165,7 @@ class _Trainer:
                 *self.datasets, self.config, self.accelerator, start=self.step, stop=self.total_steps
             )
             self.display.start(self.recipe.name, self.step, self.total_steps)
+            self.display.note(self._budget())
             while self.step < self.total_steps:
                 self._step(list(itertools.islice(loader, self.config.accumulate)))
                 self.seconds = time.perf_counter() - started
@@ -193,6 +195,11 @@ class _Trainer:
             raise
         finally:
             self.display.stop()
+
+    def _budget(self) -> str:
+        key = "epochs" if self.config.max_steps is None else "max_steps"
+        epochs = self.total_steps / self.steps_per_epoch
+        return f"{self.total_steps:,} steps, {epochs:.4g} epochs (set by training.{key})"
 
     def _step(self, micro_batches: list[MicroBatch]) -> None:
         factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
@@ -263,16 +270,16 @@ class _Trainer:
         self.log_started = time.perf_counter()
 
     def _warn_of_drowning(self, row: Row) -> None:
-        """Say once that a method's gradient is cut down so far that the task is hardly heard."""
+        """Warn once when clipping leaves the detection loss little effect next to a method's gradient."""
         limit, share = self.config.clip_norm, row["distill_share"]
         if self.warned or limit is None or row["gradient_norm"] < DROWNING * limit or share < DROWNING_SHARE:
             return
         self.warned = True
         worst = max(self.pair.methods, key=lambda name: row.get(f"loss/{name}", 0.0))
         self.display.note(
-            f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to "
-            f"{limit:.0f}, and {share:.0%} of the loss is distillation: the task is hardly heard. Lower the "
-            f"weight of {worst}, or give `{worst}: {{weight: auto}}`"
+            f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to {limit:g}, "
+            f"and {share:.0%} of the loss is distillation: the detection loss has little effect. Lower the "
+            f"weight of {worst}, or give `{worst}: {{weight: auto, ratio: 1}}`"
         )
 
     def _refuse_non_finite(self, values: Tensor, names: list[str]) -> None:
@@ -326,13 +333,15 @@ class _Trainer:
         )
 
     def _back_to_best(self) -> Evaluation:
-        """What ended because nothing better came is the best that came."""
+        """Restore the best weights after early stopping, and measure them."""
         self.accelerator.wait_for_everyone()
         exported = self._exported()
         exported.exported.load_state_dict(read_state_dict(self.folder.best_file))
         return self._evaluation(exported)
 
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
+        if self.ema is not None:  # the caller's student object is to be what was measured
+            self.pair.student.load_state_dict(self.ema.module.state_dict())
         metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
