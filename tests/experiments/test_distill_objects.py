@@ -82,6 +82,24 @@ def test_a_run_of_objects_leaves_what_any_run_leaves(tmp_path):
         detdistill.train(result.run / "recipe.yaml", out=tmp_path / "other")
 
 
+def test_the_student_object_ends_with_the_weights_that_were_measured(tmp_path):
+    """The averaged ones; also when the run had ended before."""
+    for seed in (1, 9):
+        theirs = student(seed=seed)
+        result = distill(teacher(), theirs, tmp_path / "run")
+        held = theirs.exported.state_dict()
+        assert all(torch.equal(held[name], value) for name, value in load_file(result.student).items())
+
+
+def test_early_stopping_restores_the_best_weights_of_an_object(tmp_path):
+    hopeless = {**BUDGET, "evaluate_every": 1, "patience": 1, "optimizer": {"lr": 1e-12}, "max_steps": 60}
+    theirs = student()
+    result = detdistill.distill(teacher(), theirs, DATA, "ima", training=hopeless, out=tmp_path / "run")
+    assert result.status == "stopped early"
+    held, best = theirs.exported.state_dict(), load_file(result.run / "best.safetensors")
+    assert all(torch.equal(held[name], value) for name, value in best.items())
+
+
 def test_a_run_goes_on_only_with_the_same_objects(tmp_path):
     result = distill(teacher(), student(), tmp_path / "run")
     before = result.student.stat().st_mtime_ns

@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 from detdistill.config import ModelConfig, OptimizerConfig, UserError
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
+from detdistill.distillation.weighting import gradient_norm
 from detdistill.models import DETR, build_model, d_fine, load_model, load_teacher, rtdetr_v2, save_model
 from detdistill.models.base import Batch, Detector, Preprocess, QueryRaw
 from detdistill.models.detr_families import _initialise
@@ -284,6 +285,24 @@ def test_a_pair_takes_a_step_on_features_and_the_teachers_decoder_rests(
     assert not torch.equal(before, pair.student.backbone.body.conv_stem.weight)
 
 
+@pytest.mark.parametrize(("student", "ratio"), [("rtdetr_v2", 1.0), ("d_fine", 1.0), ("fcos", None)])
+def test_a_method_does_not_outweigh_the_task_of_a_query_based_student(
+    student: str, ratio: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default; gradients at the student's pyramid. A dense student keeps the published weight."""
+    pair = Pair(built(student), built("fcos", 64), ["ima"]).train()
+    maps = {}
+    forward = pair.student.pyramid
+    monkeypatch.setattr(pair.student, "pyramid", lambda batch: maps.setdefault(0, forward(batch)))
+    losses = pair(*data())
+    term = losses.pop("ima")
+    if ratio is None:
+        assert pair.applied_weights() == {"ima": 1.0}
+    else:
+        measured = gradient_norm(term, maps[0]) / gradient_norm(sum(losses.values()), maps[0])
+        assert measured == pytest.approx(ratio, rel=1e-4)
+
+
 NEED_DENSE = {"kd", "ld", "crosskd", "dist", "gid", "frs", "scalekd"}
 DETECTION = [name for name, method in METHODS.items() if "detection" in method.tasks]
 
@@ -324,7 +343,7 @@ def test_a_saved_model_comes_back(family: str, tmp_path: Path) -> None:
 def test_defaults_of_a_section(family: str) -> None:
     model = build_model(ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=32), CLASSES)
     assert model.preprocessor == Preprocess((640, 640), (0, 0, 0), (1, 1, 1), keep_ratio=False)
-    assert model.kind is None
+    assert model.kind == "queries"
     assert len(model.head.decoder.layers) == 6
     (image,) = model.preprocess([torch.rand(3, 48, 96)]).images_N3HW
     assert image.shape == (3, 640, 640)

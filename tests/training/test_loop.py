@@ -15,6 +15,7 @@ from torchvision.io import write_png
 from detdistill.config import UserError, dump_recipe
 from detdistill.training import loop, precision
 from detdistill.training.loop import train
+from detdistill.training.run_folder import differences
 
 from .conftest import DATA
 
@@ -127,7 +128,27 @@ def test_a_method_that_drowns_the_task_is_told_once(make_recipe, teacher_file, t
         method = {"mimic": {"alpha": alpha}}
         train(make_recipe(teacher=str(teacher_file), methods=[method]), tmp_path / str(alpha))
         said = capsys.readouterr().out
-        assert said.count("the task is hardly heard") == said.count("`mimic: {weight: auto}`") == warnings
+        assert said.count("the detection loss has little effect") == warnings
+        assert said.count("`mimic: {weight: auto, ratio: 1}`") == warnings
+
+
+def test_max_steps_replaces_epochs_and_the_log_says_which(make_recipe, tmp_path, capsys):
+    for budget, steps, line in (
+        ({"max_steps": 7, "epochs": 1}, 7, "7 steps, 2.333 epochs (set by training.max_steps)"),
+        ({"max_steps": None, "epochs": 1}, 3, "3 steps, 1 epochs (set by training.epochs)"),
+    ):
+        result = train(make_recipe(training=budget), tmp_path / str(steps))
+        assert result.metrics["steps"] == steps
+        assert line in capsys.readouterr().out
+
+
+def test_a_run_that_spelled_out_default_weights_is_the_same_recipe(make_recipe, teacher_file):
+    """As run folders of 0.1 have them."""
+    short = make_recipe(teacher=str(teacher_file), methods=["ima"])
+    spelled = make_recipe(teacher=str(teacher_file), methods=[{"ima": {"weight": 1.0, "ratio": 10.0}}])
+    other = make_recipe(teacher=str(teacher_file), methods=[{"ima": {"weight": 2.0}}])
+    assert differences(spelled, short) == []
+    assert differences(other, short) == ["methods"]
 
 
 def test_what_a_run_leaves(make_recipe, teacher_file, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -28,7 +29,6 @@ from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.checkpoints import save_model
-from detdistill.models.weights import read_state_dict
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
 from detdistill.training.batches import micro_batches
@@ -89,7 +89,7 @@ def train(
         done = folder.ended(recipe)
         if done is not None:
             if student is not None:
-                student.exported.load_state_dict(read_state_dict(folder.student_file))
+                student.exported.load_state_dict(load_file(folder.student_file))
             return TrainResult(done["status"], done["metrics"], run, folder.student_file)
         return _Trainer(recipe, folder, student, teacher).run(preempted)
 
@@ -277,8 +277,8 @@ class _Trainer:
         self.warned = True
         worst = max(self.pair.methods, key=lambda name: row.get(f"loss/{name}", 0.0))
         self.display.note(
-            f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to {limit:g}, "
-            f"and {share:.0%} of the loss is distillation: the detection loss has little effect. Lower the "
+            f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to {limit:g} "
+            f"and {share:.0%} of the loss is distillation, so the detection loss has little effect. Lower the "
             f"weight of {worst}, or give `{worst}: {{weight: auto, ratio: 1}}`"
         )
 
@@ -336,7 +336,7 @@ class _Trainer:
         """Restore the best weights after early stopping, and measure them."""
         self.accelerator.wait_for_everyone()
         exported = self._exported()
-        exported.exported.load_state_dict(read_state_dict(self.folder.best_file))
+        exported.exported.load_state_dict(load_file(self.folder.best_file))
         return self._evaluation(exported)
 
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:

@@ -36,6 +36,7 @@ from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
 from detdistill.data.fingerprint import fingerprint
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
+from detdistill.distillation.weighting import RATIO
 from detdistill.models.weights import file_hash, find_weights
 
 try:
@@ -269,9 +270,19 @@ def _teacher_weights(recipe: Recipe) -> Path | None:
 
 def differences(old: Recipe, new: Recipe, free: Sequence[str] = FREE) -> list[str]:
     """The settings (``training.epochs``) in which two recipes differ, ``free`` ones of the training aside."""
-    a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    a, b = _flatten(_with_weights(old)), _flatten(_with_weights(new))
     untold = {f"training.{key}" for key in free} | {"name"}
     return sorted(key for key in a.keys() | b.keys() if key not in untold and not _same(a.get(key), b.get(key)))
+
+
+def _with_weights(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values; recipes up to 0.1 spelled out a method's default weight and ratio."""
+    tree: dict[str, Any] = recipe.model_dump(mode="json")
+    for method in tree["methods"]:
+        for key, default in (("weight", 1.0), ("ratio", RATIO)):
+            if method[key] is None:
+                method[key] = default
+    return tree
 
 
 def _same(a: Any, b: Any) -> bool:
