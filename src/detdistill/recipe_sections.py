@@ -279,13 +279,13 @@ class MethodConfig(Section):
     weight: float | Literal["auto"] | None = Field(
         None,
         description="outer weight; 0 trains the plain student, bit for bit; `auto` follows gradient norms. "
-        "Default: 1, of a query-based student `auto`",
+        "None: 1, for a query-based student `auto`",
     )
     ratio: float | None = Field(
         None,
         gt=0,
         description="`weight: auto`: the method's gradient over the task's, at the student's pyramid. "
-        "Default: 10, of a query-based student 1",
+        "None: 10, for a query-based student 1",
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+import zlib
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from detdistill.config import UserError
 from detdistill.data.images import find_images, image_sizes, read_image
@@ -117,3 +123,120 @@ def test_links_to_folders_are_followed_and_circles_left(tmp_path):
     (folder / "linked").symlink_to(store)
     (store / "back").symlink_to(folder)
     assert find_images(folder) == [folder / "linked" / "deep" / "x.png", folder / "x.png"]
+
+
+# --- orientation: Pillow's exif_transpose decides ---------------------------------------------------------
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
+ORIENTED = (
+    "jpeg",
+    "png",
+    "webp",
+    "tiff",
+    "avif",
+    "mpo",
+    "jpeg xmp first",
+    "jpeg xmp",
+    "png xmp",
+    "png late",
+    "png late xmp",
+)
+
+
+def oriented(file, layout, orientation):
+    """An image of (24, 40) stored pixels with this orientation tag; False where Pillow cannot write it."""
+    kind = layout.split()[0]
+    if kind.upper() not in Image.SAVE:
+        return False
+    ramp = np.zeros((24, 40, 3), np.uint8)
+    ramp[:8, :8, 0], ramp[:8, -8:, 1], ramp[-8:, :8, 2] = 250, 250, 250
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    tag, options = XMP.format(orientation).encode(), {"format": kind.upper()}
+    image = Image.fromarray(ramp)
+    if layout in ("jpeg", "png", "webp", "tiff", "avif", "mpo", "jpeg xmp first"):
+        options["exif"] = exif
+    elif layout == "jpeg xmp":
+        options["xmp"] = tag
+    elif layout == "png xmp":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", tag.decode())
+        options["pnginfo"] = info
+    image.save(file, **options)
+    content = file.read_bytes()
+    if layout == "jpeg xmp first":
+        segment = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"
+        file.write_bytes(
+            content[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + content[2:]
+        )
+    elif layout.startswith("png late"):
+        kind, data = b"eXIf", exif.tobytes()[6:]
+        if layout.endswith("xmp"):
+            kind, data = b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + tag
+        chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        file.write_bytes(content[:-12] + chunk + content[-12:])
+    return True
+
+
+def assert_as_pillow(file):
+    expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    upright, stored = image_sizes(file)
+    assert upright == (expected.height, expected.width)
+    assert stored == (24, 40)
+    pixels = read_image(file)
+    # JPEG decoders may round differently
+    difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int))
+    assert difference.mean() < 2
+    assert read_image(file, (24, 40)).shape == (3, 24, 40)
+
+
+@pytest.mark.parametrize("layout", ORIENTED)
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientation_is_that_of_pillow(tmp_path, layout, orientation):
+    file = tmp_path / "x.img"
+    if not oriented(file, layout, orientation):
+        pytest.skip(f"this Pillow does not write {layout}")
+    assert_as_pillow(file)
+
+
+@pytest.mark.parametrize("layout", ["jpeg", "png", "webp"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_damaged_metadata_is_no_metadata(tmp_path, layout, draw):
+    """Never a refused image; where Pillow still reads an orientation, the same one."""
+    file = tmp_path / "x.img"
+    oriented(file, layout, 6)
+    content = bytearray(file.read_bytes())
+    start = {"jpeg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF"}[layout]
+    at = content.find(start) + {"jpeg": 6, "png": 4, "webp": 8}[layout]  # the tags, not the container
+    for _ in range(draw.draw(st.integers(1, 6))):
+        content[at + draw.draw(st.integers(0, 25))] = draw.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    pixels = read_image(file)
+    assert tuple(pixels.shape[1:]) == image_sizes(file)[0]
+    try:
+        expected = ImageOps.exif_transpose(Image.open(file)).size[::-1]
+    except Exception:
+        expected = (24, 40)
+    assert tuple(pixels.shape[1:]) == expected
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
+def test_an_image_bomb_is_refused_by_its_header(tmp_path, kind):
+    file = tmp_path / f"x.{kind}"
+    Image.new("RGB", (64, 48)).save(file, kind)
+    content = bytearray(file.read_bytes())
+    at, size, order = {
+        "png": (16, 4, "big"), "jpeg": (content.find(b"\xff\xc0") + 5, 2, "big"), "gif": (6, 2, "little"),
+        "bmp": (18, 4, "little"),
+    }[kind]  # fmt: skip
+    for offset in (0, size):
+        content[at + offset : at + offset + size] = (60000).to_bytes(size, order)
+    if kind == "png":
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    file.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for use in (image_sizes, read_image):
+        with pytest.raises(UserError, match="into tiles"):
+            use(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
