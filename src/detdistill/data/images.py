@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from io import BytesIO
@@ -81,6 +82,7 @@ def image_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         UserError: the file is missing or its header is no image's.
     """
     try:
+        _require_file(path)
         with path.open("rb") as file:
             stored, orientation = _header(file, path)
     except OSError as error:
@@ -98,6 +100,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         UserError: the file is missing or cannot be decoded.
     """
     try:
+        _require_file(path)
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -238,6 +241,11 @@ def _as_stored(image: Image.Image) -> Image.Image:
     image.load()
     turned = before in _BACK and ExifTags.Base.Orientation not in image.getexif()
     return image.transpose(_BACK[before]) if turned else image
+
+
+def _require_file(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path}: no file but a folder, a pipe or a device; restore the image or drop it")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

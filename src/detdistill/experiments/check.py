@@ -18,6 +18,7 @@ from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets
+from detdistill.models.limits import require_memory_for_training, require_values_for_batch_norm
 from detdistill.training.step import build_optimizer
 
 
@@ -132,8 +133,13 @@ def _check_models(result: Check, train: Split) -> None:
             build_augment(recipe.training.augment, label_maps=train.has_label_maps)
         except UserError as error:
             result.problems.append(str(error))
-        if student is not None:
-            build_optimizer(Pair(student), recipe.training.optimizer)
+        try:
+            require_memory_for_training(recipe)
+            if student is not None:
+                require_values_for_batch_norm(student, recipe)
+                build_optimizer(Pair(student), recipe.training.optimizer)
+        except UserError as error:
+            result.problems.append(str(error))
     result.notes += notes
     result.models += [
         _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
