@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -145,7 +146,7 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     return Inspection(splits, findings, statistics, decoded, len(unlabelled))
 
 
-def _unlabelled_findings(files: list[Path], chosen: list[Path], val: Split | None) -> list[Finding]:
+def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
     with ThreadPoolExecutor(READERS) as pool:
         findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
@@ -185,7 +186,7 @@ def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     return [finding for finding in results if finding is not None]
 
 
-def _chosen(records: list[Item], sample: int | None) -> list[Item]:
+def _chosen(records: Sequence[Item], sample: int | None) -> Sequence[Item]:
     if sample is None or sample >= len(records):
         return records
     places = np.random.default_rng(0).choice(len(records), sample, replace=False)
