@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
@@ -32,7 +33,7 @@ from detdistill.data.cleaning import (
 )
 from detdistill.data.images import image_sizes
 from detdistill.data.packed import Packed
-from detdistill.data.records import Finding, Masks, Records, Split, encode_segmentation
+from detdistill.data.records import Finding, Masks, Records, Split, encode_id, encode_segmentation
 
 ROBOFLOW_NAME = "_annotations.coco.json"
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -41,7 +42,6 @@ _OTHER_TASKS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_
 _CHUNK = 4096  # rows decoded at once
 _LARGEST_SIDE = 2**24  # pixels; above it a size is a mistake, and float32 boxes are not exact
 _NO_PLACE, _UNUSABLE_IMAGE = -1, -2  # not listed; listed, but its file or size is missing
-_UNREAD = object()
 _join = os.path.join  # a Path for each of many images takes seconds
 
 Row = TypeVar("Row")
@@ -323,11 +323,13 @@ def _usable_images(
 ) -> _Images:
     report_duplicates((row.id for row in rows), "image id", source, findings)
     images = _Images([], [], [], {})
+    beside, prefix = files.names(folder), _join(folder, "")
     for row in rows:
         if row.id in images.places:  # the first of each id stays
             continue
-        path = _image_file(str(folder), row.file_name, files)
-        usable = files.has(path) or files.check(Path(path), source, findings)
+        usable = row.file_name in beside
+        path = f"{prefix}{row.file_name}" if usable else _image_file(str(folder), row.file_name, files)
+        usable = usable or files.check(Path(path), source, findings)
         size = _size(row, path, source, findings) if usable else None
         if size is None:
             images.places[row.id] = _UNUSABLE_IMAGE
@@ -358,23 +360,28 @@ def _size(row: _Image, path: str, source: Path, findings: list[Finding]) -> tupl
 # --- objects ---------------------------------------------------------------------------------------------
 
 
+_NO_OBJECTS = np.zeros(0, [
+    ("place", np.int64),  # in the file's list
+    ("image", np.int64),
+    ("label", np.int64),  # the place of its category
+    ("box", np.float64, 4),  # xyxy pixels
+    ("ignore", np.bool_),
+    ("area", np.float64),  # pixels², NaN where none is given
+])  # fmt: skip
+
+
 class _Objects(NamedTuple):
     """The annotations of usable images, in the order of the file.
 
     Attributes:
-        names: how messages call them, by their id or place.
-        images, labels: int64 places of their image and category.
-        boxes: float64 xyxy pixels. areas: float64 pixels², NaN where none is given.
-        masks: JSON of their segmentations, empty where there is no usable one.
+        ids: of all annotations, also of those that were dropped.
+        rows_M: as ``_NO_OBJECTS``.
+        masks: JSON of their segmentations, empty where there is no usable one; None where they are not read.
         used: the places of all categories that occur.
     """
 
-    names: list[int | str]
-    images_M: NDArray[np.int64]
-    labels_M: NDArray[np.int64]
-    boxes_M4: NDArray[np.float64]
-    ignore_M: NDArray[np.bool_]
-    areas_M: NDArray[np.float64]
+    ids: Sequence[int | str | None]
+    rows_M: NDArray[Any]
     masks: list[bytes] | None
     used: set[int]
 
@@ -387,64 +394,85 @@ def _read_objects(
     with_masks: bool,
     findings: list[Finding],
 ) -> _Objects:
-    ids: list[int | str] = []  # of all annotations
-    names: list[int | str] = []
-    masks: list[bytes] | None = [] if with_masks else None
+    image_places = _Lookup(images.places)
+    label_places = _Lookup({category.id: place for place, category in enumerate(categories)})
+    ids: list[int | str | None] = []
     used: set[int] = set()
     odd: dict[str, list[str]] = defaultdict(list)
-    image_place = _lookup(images.places)
-    label_place = _lookup({category.id: place for place, category in enumerate(categories)})
-    parts: list[tuple[NDArray[Any], ...]] = []
+    masks: list[bytes] = []
+    doubtful: list[int] = []
+    parts = [_NO_OBJECTS]
     decoder: Any = _ANNOTATIONS if with_masks else _BOXES
     for start, chunk in _chunks(rows, decoder, partial(_any_annotation, odd=odd), source):
-        ids += [row.id for row in chunk if row.id is not None]
-        labels = [label_place(row.category_id) for row in chunk]
-        places = [image_place(row.image_id) for row in chunk]
-        used.update(labels)
-        kept: list[_Annotation] = []
-        columns: list[tuple[int, int]] = []
-        for k, (row, label, place) in enumerate(zip(chunk, labels, places, strict=True)):
-            if place >= 0 and label >= 0 and row.bbox is not None:
-                kept.append(row)
-                columns.append((place, label))
-                names.append(f"at place {start + k}" if row.id is None else row.id)
-            elif place != _UNUSABLE_IMAGE:
-                name = f"annotation {f'at place {start + k}' if row.id is None else row.id}"
-                findings.append(_dropped(row, name, place, label, source))
-        areas = [math.nan if row.area is None else row.area for row in kept]
-        parts.append((
-            np.array(columns, np.int64).reshape(-1, 2),
-            np.array([row.bbox for row in kept], np.float64).reshape(-1, 4),
-            np.array([bool(row.iscrowd) for row in kept], np.bool_),
-            np.array(areas, np.float64),
-        ))  # fmt: skip
-        if masks is not None:
-            sizes = [images.sizes[place] for place, _ in columns]
-            given = [row.segmentation for row in kept]
-            masks += _read_masks(given, sizes, names[len(names) - len(kept) :], source, findings)
+        ids += [row.id for row in chunk]
+        of_image = image_places([row.image_id for row in chunk])
+        labels = label_places([row.category_id for row in chunk])
+        boxes = [row.bbox for row in chunk]
+        places = np.arange(len(chunk))
+        used.update(np.unique(labels).tolist())
+        if of_image.min() < 0 or labels.min() < 0 or None in boxes:
+            usable = (of_image >= 0) & (labels >= 0) & [box is not None for box in boxes]
+            findings += [
+                _dropped(chunk[k], _name(ids, start + k), of_image[k], labels[k], source)
+                for k in np.flatnonzero(~usable & (of_image != _UNUSABLE_IMAGE)).tolist()
+            ]
+            places = places[usable]
+            chunk = [chunk[k] for k in places]
+        numbers = np.fromiter(chain.from_iterable(row.bbox for row in chunk), np.float64, 4 * len(chunk))
+        part = np.empty(len(chunk), _NO_OBJECTS.dtype)
+        part["place"] = start + places
+        part["image"] = of_image[places]
+        part["label"] = labels[places]
+        part["box"] = numbers.reshape(-1, 4)
+        part["ignore"] = [bool(row.iscrowd) for row in chunk]
+        part["area"] = np.array([row.area for row in chunk], np.float64)  # None becomes NaN
+        parts.append(part)
+        if with_masks:
+            texts, unclear = _read_masks([row.segmentation for row in chunk])
+            doubtful += [len(masks) + k for k in unclear]
+            masks += texts
     _report_odd(odd, source, findings)
-    if len(set(ids)) < len(ids):
-        report_duplicates(ids, "annotation id", source, findings)
-    empty = (np.zeros((0, 2), np.int64), np.zeros((0, 4)), np.zeros(0, np.bool_), np.zeros(0))
-    columns_M2, boxes_M4, ignore_M, areas_M = map(np.concatenate, zip(empty, *parts, strict=True))
+    given = [value for value in ids if value is not None]
+    if len(set(given)) < len(given):
+        report_duplicates(given, "annotation id", source, findings)
+    objects = np.concatenate(parts)
+    for k in doubtful:
+        image = objects["image"][k]
+        name = f"{_name(ids, objects['place'][k])} of image {images.ids[image]}"
+        mask = check_mask(json.loads(masks[k]), images.sizes[image], name, source, findings)
+        masks[k] = b"" if mask is None else encode_segmentation(mask)
     with np.errstate(over="ignore", invalid="ignore"):
-        boxes_M4[:, 2:] += boxes_M4[:, :2]
-    return _Objects(names, columns_M2[:, 0], columns_M2[:, 1], boxes_M4, ignore_M, areas_M, masks, used)
+        objects["box"][:, 2:] += objects["box"][:, :2]
+    return _Objects(ids, objects, masks if with_masks else None, used)
 
 
-def _lookup(places: Mapping[int | str, int]) -> Callable[[int | str | None], int]:
-    """The place of an id, also where one list has 7 and the other "7"; _NO_PLACE of one that is not there."""
-    spelled: dict[str, int] = {}
+def _name(ids: Sequence[int | str | None], place: int) -> str:
+    """How a message calls an annotation: by its id, or by its place in the file."""
+    return f"annotation {f'at place {place}' if ids[place] is None else ids[place]}"
 
-    def place_of(value: int | str | None) -> int:
-        place = places.get(value, _NO_PLACE)  # type: ignore[arg-type]
-        if place != _NO_PLACE or value is None:
-            return place
-        if not spelled:
-            spelled.update((str(key), place) for key, place in places.items())
-        return spelled.get(str(value), _NO_PLACE)
 
-    return place_of
+class _Lookup:
+    """The places of ids, also where one list has 7 and the other "7"; _NO_PLACE of one that is not there."""
+
+    def __init__(self, places: Mapping[int | str, int]) -> None:
+        self._places = places
+        self._spelled = {str(key): place for key, place in places.items()}
+        small = [key for key in places if isinstance(key, int) and abs(key) < 2**62]
+        self._keys = np.array(sorted(small), np.int64)
+        self._values = np.array([places[key] for key in self._keys.tolist()], np.int64)
+
+    def __call__(self, ids: Sequence[int | str | None]) -> NDArray[np.int64]:
+        given = np.array(ids) if len(self._keys) else np.zeros(0)
+        if given.dtype == np.int64:  # all are integers: most files
+            at = np.searchsorted(self._keys, given).clip(max=len(self._keys) - 1)
+            found = np.where(self._keys[at] == given, self._values[at], _NO_PLACE)
+            if found.min() > _NO_PLACE or not self._spelled:
+                return found
+        return np.array([self._place(value) for value in ids], np.int64)
+
+    def _place(self, value: int | str | None) -> int:
+        place = None if value is None else self._places.get(value)
+        return self._spelled.get(str(value), _NO_PLACE) if place is None else place
 
 
 def _dropped(row: _Annotation, name: str, place: int, label: int, source: Path) -> Finding:
@@ -508,58 +536,48 @@ def _report_odd(odd: Mapping[str, Sequence[str]], source: Path, findings: list[F
         findings.append(Finding("warning", f"malformed {key}", source, message, "write a number"))
 
 
-def _read_masks(
-    given: Sequence[msgspec.Raw],
-    sizes: Sequence[tuple[int, int]],
-    names: Sequence[int | str],
-    source: Path,
-    findings: list[Finding],
-) -> list[bytes]:
-    """The segmentations that can be decoded, as JSON; empty for an object without."""
-    texts = [bytes(raw) or b"null" for raw in given]
+def _read_masks(given: Sequence[msgspec.Raw]) -> tuple[list[bytes], list[int]]:
+    """Segmentations as JSON, empty for an object without; and which of them are not simply polygons."""
+    texts = [bytes(raw) for raw in given]
+    if not any(len(text) > len("[]") for text in texts):
+        return [b""] * len(texts), []
     try:
-        decoded: Sequence[Any] = _POLYGONS.decode(b"[" + b",".join(texts) + b"]")
+        decoded = _POLYGONS.decode(b"[" + b",".join(text or b"null" for text in texts) + b"]")
     except ValueError:  # run lengths, or something broken
-        decoded = [_UNREAD] * len(texts)
-    masks = []
-    for text, polygons, size, name in zip(texts, decoded, sizes, names, strict=True):
-        if not polygons:
-            masks.append(b"")
-        elif polygons is not _UNREAD and all(len(part) >= 6 and len(part) % 2 == 0 for part in polygons):
-            masks.append(text)
-        else:
-            usable = check_mask(json.loads(text), size, f"annotation {name}", source, findings)
-            masks.append(b"" if usable is None else encode_segmentation(usable))
-    return masks
+        return texts, [k for k, text in enumerate(texts) if text]
+    doubtful = [
+        k
+        for k, polygons in enumerate(decoded)
+        if polygons and not all(len(part) >= 6 and len(part) % 2 == 0 for part in polygons)
+    ]
+    return [text if polygons else b"" for text, polygons in zip(texts, decoded, strict=True)], doubtful
 
 
 def _records(images: _Images, objects: _Objects, source: Path, findings: list[Finding]) -> Records:
     """Clip and drop boxes, and bring the objects of each image together."""
     sizes_N2 = np.array(images.sizes, np.int64).reshape(-1, 2)
-    boxes_M4, kept_M, moved_M = clip_boxes(objects.boxes_M4, sizes_N2[objects.images_M].astype(np.float64))
+    rows_M = objects.rows_M
+    boxes_M4, kept_M, moved_M = clip_boxes(rows_M["box"], sizes_N2[rows_M["image"]].astype(np.float64))
     for k in np.flatnonzero(~kept_M | moved_M).tolist():
-        image = int(objects.images_M[k])
-        name, box = f"annotation {objects.names[k]}", objects.boxes_M4[k].tolist()
+        image = rows_M["image"][k]
+        name, box = _name(objects.ids, rows_M["place"][k]), rows_M["box"][k].tolist()
         size, image_id = images.sizes[image], images.ids[image]
         findings.append(box_finding(name, box, bool(kept_M[k]), size, source, image_id))
-    order_M = np.argsort(objects.images_M, kind="stable")
+    order_M = np.argsort(rows_M["image"], kind="stable")
     order_M = order_M[kept_M[order_M]]
-    counts_N = np.bincount(objects.images_M[order_M], minlength=len(images.ids))
-    boxes_M4 = boxes_M4[order_M]
-    masks = None
-    if objects.masks is not None:
-        masks = Masks(Packed.pack(objects.masks).take(order_M))
+    rows_M, boxes_M4 = rows_M[order_M], boxes_M4[order_M]
+    counts_N = np.bincount(rows_M["image"], minlength=len(images.ids))
     return Records(
-        ids=Packed.pack([json.dumps(image_id).encode() for image_id in images.ids]),
+        ids=Packed.pack([encode_id(image_id) for image_id in images.ids]),
         paths=Packed.pack_texts(images.paths),
-        heights_N=sizes_N2[:, 0],
-        widths_N=sizes_N2[:, 1],
+        heights_N=sizes_N2[:, 0].copy(),
+        widths_N=sizes_N2[:, 1].copy(),
         firsts=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts_N)]),
         boxes_M4=boxes_M4,
-        labels_M=objects.labels_M[order_M],
-        ignore_M=objects.ignore_M[order_M],
-        areas_M=fill_areas(objects.areas_M[order_M], boxes_M4),
-        masks=masks,
+        labels_M=rows_M["label"].copy(),
+        ignore_M=rows_M["ignore"].copy(),
+        areas_M=fill_areas(rows_M["area"], boxes_M4),
+        masks=None if objects.masks is None else Masks(Packed.pack(objects.masks).take(order_M)),
     )
 
 

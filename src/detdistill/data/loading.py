@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -240,10 +241,11 @@ class DetectionDataset(Dataset[Sample]):
         }
         if self.with_masks:
             size = (record.height, record.width)
-            masks = [
-                decode_mask(mask, *size) for mask, kept in zip(record.masks or (), kept_K, strict=True) if kept
-            ]
-            target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
+            masks_KHW = np.zeros((int(kept_K.sum()), *size), np.bool_)
+            kept = compress(record.masks or (), kept_K)
+            for mask_HW, segmentation in zip(masks_KHW, kept, strict=True):
+                mask_HW[:] = decode_mask(segmentation, *size)
+            target["masks"] = torch.from_numpy(masks_KHW)
         return target
 
 

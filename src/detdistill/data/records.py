@@ -116,6 +116,11 @@ class Masks(Sequence[Any]):
         return msgspec.json.decode(text) if text else None
 
 
+def encode_id(image_id: int | str) -> bytes:
+    """An image id as JSON."""
+    return b"%d" % image_id if type(image_id) is int else json.dumps(image_id).encode()
+
+
 def encode_segmentation(segmentation: Any) -> bytes:
     """A COCO segmentation as JSON."""
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], bytes):
@@ -171,7 +176,7 @@ class Records(Sequence[Record]):
         has_maps = bool(maps) and len(maps) == len(records)
         sources = ["" if record.source is None else str(record.source) for record in records]
         return cls(
-            ids=Packed.pack([json.dumps(record.image_id).encode() for record in records]),
+            ids=Packed.pack([encode_id(record.image_id) for record in records]),
             paths=Packed.pack_texts(str(record.path) for record in records),
             heights_N=np.array([record.height for record in records], np.int64),
             widths_N=np.array([record.width for record in records], np.int64),
