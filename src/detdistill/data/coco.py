@@ -381,7 +381,7 @@ def _size(row: _Image, path: str, source: Path, findings: list[Finding]) -> tupl
 # --- objects ---------------------------------------------------------------------------------------------
 
 
-_NO_OBJECTS = np.zeros(0, [
+_OBJECT = np.dtype([
     ("place", np.int64),  # in the file's list
     ("image", np.int64),
     ("label", np.int64),  # the place of its category
@@ -396,7 +396,7 @@ class _Objects(NamedTuple):
 
     Attributes:
         ids: of all annotations, also of those that were dropped.
-        rows_M: as ``_NO_OBJECTS``.
+        rows_M: of ``_OBJECT``.
         masks: JSON of their segmentations, empty where there is no usable one; None where they are not read.
         used: the places of all categories that occur.
     """
@@ -422,7 +422,8 @@ def _read_objects(
     odd: dict[str, list[str]] = defaultdict(list)
     masks: list[bytes] = []
     doubtful: list[int] = []
-    parts = [_NO_OBJECTS]
+    rows_M = np.empty(len(rows), _OBJECT)
+    count = 0
     decoder: Any = _ANNOTATIONS if with_masks else _BOXES
     for start, chunk in _chunks(rows, decoder, partial(_any_annotation, odd=odd), source):
         ids += [row.id for row in chunk]
@@ -440,23 +441,22 @@ def _read_objects(
             places = places[usable]
             chunk = [chunk[k] for k in places]
         numbers = np.fromiter(chain.from_iterable(row.bbox for row in chunk), np.float64, 4 * len(chunk))
-        part = np.empty(len(chunk), _NO_OBJECTS.dtype)
+        part = rows_M[count : count + len(chunk)]
+        count += len(chunk)
         part["place"] = start + places
         part["image"] = of_image[places]
         part["label"] = labels[places]
         part["box"] = numbers.reshape(-1, 4)
         part["ignore"] = [bool(row.iscrowd) for row in chunk]
         part["area"] = np.array([row.area for row in chunk], np.float64)  # None becomes NaN
-        parts.append(part)
         if with_masks:
             texts, unclear = _read_masks([row.segmentation for row in chunk])
             doubtful += [len(masks) + k for k in unclear]
             masks += texts
     _report_odd(odd, source, findings)
-    given = [value for value in ids if value is not None]
-    if len(set(given)) < len(given):
-        report_duplicates(given, "annotation id", source, findings)
-    objects = np.concatenate(parts)
+    if len(set(ids)) < len(ids):
+        report_duplicates((value for value in ids if value is not None), "annotation id", source, findings)
+    objects = rows_M[:count]
     for k in doubtful:
         image = objects["image"][k]
         name = f"{_name(ids, objects['place'][k])} of image {images.ids[image]}"
@@ -478,16 +478,20 @@ class _Lookup:
     def __init__(self, places: Mapping[int | str, int]) -> None:
         self._places = places
         self._spelled = {str(key): place for key, place in places.items()}
-        small = [key for key in places if isinstance(key, int) and abs(key) < 2**62]
-        self._keys = np.array(sorted(small), np.int64)
-        self._values = np.array([places[key] for key in self._keys.tolist()], np.int64)
+        # A table by id, where ids are integers and not far apart: in nearly all files.
+        numbers = [key for key in places if type(key) is int]
+        self._first, last = min(numbers, default=0), max(numbers, default=0)
+        small = abs(self._first) < 2**62 and last - self._first < 100 * len(numbers) + 1000
+        self._table = np.full(last - self._first + 1 if small else 0, _NO_PLACE)
+        if small:
+            self._table[np.array(numbers, np.int64) - self._first] = [places[key] for key in numbers]
 
     def __call__(self, ids: Sequence[int | str | None]) -> NDArray[np.int64]:
-        given = np.array(ids) if len(self._keys) else np.zeros(0)
-        if given.dtype == np.int64:  # all are integers: most files
-            at = np.searchsorted(self._keys, given).clip(max=len(self._keys) - 1)
-            found = np.where(self._keys[at] == given, self._values[at], _NO_PLACE)
-            if found.min() > _NO_PLACE or not self._spelled:
+        given = np.array(ids)
+        if given.dtype == np.int64 and len(self._table):
+            found: NDArray[np.int64] = self._table.take(given - self._first, mode="clip")
+            inside = (given >= self._first) & (given < self._first + len(self._table))
+            if inside.all() and found.min() > _NO_PLACE:
                 return found
         return np.array([self._place(value) for value in ids], np.int64)
 
