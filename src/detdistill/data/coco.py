@@ -610,19 +610,39 @@ def _records(images: _Images, objects: _Objects, source: Path, findings: list[Fi
 
 
 def find_coco(root: Path) -> dict[str, list[Path]]:
-    """The annotation files of each split ("train", "val", "test"); empty if the folder is not COCO."""
+    """The annotation files of each split ("train", "val", "test"); empty if the folder is not COCO.
+
+    Where no file has the name of a split, one that is COCO is train: CVAT's ``instances_default.json``, Label
+    Studio's ``result.json``.
+    """
+    folders = [folder for folder in (root / "annotations", root) if folder.is_dir()]
+    files = [file for folder in folders for file in sorted(folder.glob("*.json"))]
+    files = [file for file in files if not file.name.startswith(_OTHER_TASKS)]
     found: dict[str, list[Path]] = {}
     for split, names in _SPLIT_NAMES.items():
-        files: list[Path] = []
-        for name in names:
-            files.append(root / name / ROBOFLOW_NAME)
-            for folder in (root / "annotations", root):
-                files += [folder / f"{name}.json", *sorted(folder.glob(f"*_{name}.json"))]
-                files += sorted(folder.glob(f"*_{name}2*.json"))  # instances_train2017.json
-        files = [file for file in files if file.is_file() and not file.name.startswith(_OTHER_TASKS)]
-        if files:
-            found[split] = files
+        named = [root / name / ROBOFLOW_NAME for name in names if (root / name / ROBOFLOW_NAME).is_file()]
+        named += [file for file in files if any(_is_named(file.stem.lower(), name) for name in names)]
+        if named:
+            found[split] = named
+    if not found:
+        files = [file for file in files if _looks_like_coco(file)]
+        return {"train": files} if len(files) == 1 else {}
     return found
+
+
+def _is_named(stem: str, split: str) -> bool:
+    return stem == split or stem.endswith(f"_{split}") or f"_{split}2" in stem  # instances_train2017
+
+
+def _looks_like_coco(file: Path) -> bool:
+    """By its beginning: one of COCO's lists is the first thing in it, or nearly."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(4096)
+    except OSError:
+        return False
+    keys = (b'"images"', b'"annotations"', b'"categories"')
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(key in start for key in keys)
 
 
 def open_coco(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
