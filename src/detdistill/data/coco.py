@@ -714,7 +714,7 @@ def _image_folder(annotations: Path, name: str, file_names: Sequence[str], files
     candidates = list(dict.fromkeys(folder for folder in map(_any_case, candidates) if folder.is_dir()))
     samples = [file_name.replace("\\", "/") for file_name in file_names[:20]]
     for folder in candidates:
-        if any((folder / sample).is_file() for sample in samples):
+        if any(files.has(_join(folder, sample)) for sample in samples):
             return folder
     for folder in candidates:
         if any(files.has(_image_file(str(folder), sample, files)) for sample in samples):
