@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +24,11 @@ from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
 from detdistill.data.unlabelled import find_unlabelled
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 COUNTED_DETECTIONS = 100  # the last of COCO's maxDets
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+_PATHS = 256  # that a thread takes at a time: a few microseconds each
 _DARK = 64  # what 14 bits reach in a file of 16
 # How the last bytes of a whole file look; a download that was cut short lacks them.
 _ENDINGS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
@@ -145,7 +149,7 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     return Inspection(splits, findings, statistics, decoded, len(unlabelled))
 
 
-def _unlabelled_findings(files: list[Path], chosen: list[Path], val: Split | None) -> list[Finding]:
+def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
     with ThreadPoolExecutor(READERS) as pool:
         findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
@@ -175,17 +179,23 @@ def _decoded(path: Path, size: tuple[int, int] | None = None) -> Tensor | Findin
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     """Decode the sample, and look at the last bytes of all other images."""
     chosen = _chosen(split.records, sample)
-    decoded = {record.path for record in chosen}
-    others = [record for record in split.records if record.path not in decoded]
+    decoded = {str(record.path) for record in chosen}
+    others = [(i, path) for i, path in enumerate(split.records.paths.texts()) if path not in decoded]
+    whole = _in_threads(_is_whole, [path for _, path in others])
+    suspects = [split.records[i] for (i, _), ends in zip(others, whole, strict=True) if not ends]
     with ThreadPoolExecutor(READERS) as pool:
-        results = [
-            *pool.map(partial(_decode_finding, source=split.source), chosen),
-            *pool.map(partial(_tail_finding, source=split.source), others),
-        ]
-    return [finding for finding in results if finding is not None]
+        results = pool.map(partial(_decode_finding, source=split.source), [*chosen, *suspects])
+        return [finding for finding in results if finding is not None]
 
 
-def _chosen(records: list[Item], sample: int | None) -> list[Item]:
+def _in_threads(function: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
+    """What a function says of each path, by threads that take many at a time."""
+    parts = [paths[start : start + _PATHS] for start in range(0, len(paths), _PATHS)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
+
+
+def _chosen(records: Sequence[Item], sample: int | None) -> Sequence[Item]:
     if sample is None or sample >= len(records):
         return records
     places = np.random.default_rng(0).choice(len(records), sample, replace=False)
@@ -198,7 +208,8 @@ def _decode_finding(record: Record, source: Path) -> Finding | None:
         return image
     if tuple(image.shape[1:]) == (record.height, record.width):
         return _dark_finding(record.path, int(image.max()))
-    message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
+    declares = f"{record.source or source} says {record.width}×{record.height}"
+    message = f"is {image.shape[2]}×{image.shape[1]}, but {declares}"
     return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
 
 
@@ -213,18 +224,17 @@ def _dark_finding(path: Path, brightest: int) -> Finding | None:
     return Finding("warning", "dark image", path, message, fix)
 
 
-def _tail_finding(record: Record, source: Path) -> Finding | None:
-    """Decode only where the file's last bytes make it suspect: cameras may write more after the end."""
-    ending = _ENDINGS.get(record.path.suffix.lower())
+def _is_whole(path: str) -> bool:
+    """Whether its last bytes are those of a whole file; cameras may write more after the end."""
+    ending = _ENDINGS.get(Path(path).suffix.lower())
     if ending is None:
-        return None
+        return True
     try:
-        with record.path.open("rb") as file:
-            file.seek(max(0, record.path.stat().st_size - 64))
-            whole = ending in file.read()
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
+            return ending in file.read()
     except OSError:
-        whole = False
-    return None if whole else _decode_finding(record, source)
+        return False
 
 
 def _look_at_label_maps(split: Split, sample: int | None) -> tuple[dict[str, float], list[Finding]]:
@@ -260,15 +270,14 @@ def _count_numbers(label_map: LabelMap) -> NDArray[np.int64] | Finding:
 
 
 def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
-    labels = np.concatenate([np.zeros(0, np.int64), *(record.labels_K for record in split.records)])
-    boxes_K4 = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes_K4 for record in split.records)])
-    counts = np.bincount(labels, minlength=len(split.classes)).tolist()
-    sizes = np.sqrt((boxes_K4[:, 2:] - boxes_K4[:, :2]).prod(axis=1))
+    records = split.records
+    counts = np.bincount(records.labels_M, minlength=len(split.classes)).tolist()
+    sizes = np.sqrt((records.boxes_M4[:, 2:] - records.boxes_M4[:, :2]).prod(axis=1))
     return Statistics(
-        images=len(split.records),
-        background=sum(len(record.labels_K) == 0 for record in split.records),
-        objects=len(labels),
-        ignored=int(sum(record.ignore_K.sum() for record in split.records)),
+        images=len(records),
+        background=int((records.counts_N == 0).sum()),
+        objects=len(records.labels_M),
+        ignored=int(records.ignore_M.sum()),
         per_class=dict(zip(split.classes, counts, strict=True)),
         sizes=tuple(np.quantile(sizes, _QUANTILES).tolist()) if sizes.size else (),
         pixels=pixels,
@@ -291,7 +300,7 @@ def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
 
 def _repeated_images(split: Split) -> list[Finding]:
     """One file under two ids: each of them is background where the other's objects are."""
-    times = Counter(record.path for record in split.records)
+    times = Counter(split.records.paths.texts())
     repeated = [path for path, count in times.items() if count > 1]
     if not repeated:
         return []
@@ -301,7 +310,8 @@ def _repeated_images(split: Split) -> list[Finding]:
 
 def _crowded_images(val: Split) -> list[Finding]:
     """COCO's AP counts so many detections of an image and no more: further objects count as missed."""
-    counts = [int((~record.ignore_K).sum()) for record in val.records]
+    records = val.records
+    counts = np.bincount(records.images_M[~records.ignore_M], minlength=len(records)).tolist()
     crowded = [count for count in counts if count > COUNTED_DETECTIONS]
     if not crowded:
         return []
@@ -316,12 +326,11 @@ def _crowded_images(val: Split) -> list[Finding]:
 
 def _shared_images(train: Split, val: Split) -> list[Finding]:
     """The same image in both parts, also under another name, makes the numbers of val worthless."""
-    paths = [list(dict.fromkeys(record.path for record in split.records)) for split in (train, val)]
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = [dict(zip(part, pool.map(_bytes_of, part), strict=True)) for part in paths]
-        both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
-        suspects = [[path for path, size in part.items() if size in both] for part in sizes]
-        marks = [list(pool.map(_mark, part)) for part in suspects]
+    paths = [list(dict.fromkeys(split.records.paths.texts())) for split in (train, val)]
+    sizes = [dict(zip(part, _in_threads(_bytes_of, part), strict=True)) for part in paths]
+    both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
+    suspects = [[path for path, size in part.items() if size in both] for part in sizes]
+    marks = [_in_threads(_mark, part) for part in suspects]
     of_train = dict(zip(marks[0], suspects[0], strict=True))
     shared = [
         (path, of_train[mark])
@@ -335,18 +344,18 @@ def _shared_images(train: Split, val: Split) -> list[Finding]:
     return [Finding("warning", "shared images", val.source, message, "move them out of one of the two")]
 
 
-def _bytes_of(path: Path) -> int:
+def _bytes_of(path: str) -> int:
     try:
-        return path.stat().st_size
+        return Path(path).stat().st_size
     except OSError:
         return 0
 
 
-def _mark(path: Path) -> tuple[int, bytes]:
+def _mark(path: str) -> tuple[int, bytes]:
     """The file's size and its middle: what differs between two images, without reading them whole."""
     size = _bytes_of(path)
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             file.seek(size // 2)
             return size, file.read(1024)
     except OSError:

@@ -21,7 +21,7 @@ from PIL import Image
 from detdistill.config import DataConfig, UserError, nearest
 from detdistill.data.cleaning import report_duplicates, report_empty, select_classes
 from detdistill.data.images import READERS, UNREADABLE, files_below, image_sizes, is_image, labels_beside
-from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Records, Split
 from detdistill.data.voc import find_voc
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
@@ -103,7 +103,7 @@ def read_pairs(
             )
         )  # fmt: skip
     report_empty(name, len(records), len(records), source, findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), source, findings)
+    return Split(name, Records.pack(records), tuple(classes), tuple(range(len(classes))), source, findings)
 
 
 def _sizes(pair: Pair) -> tuple[int, int] | Finding:

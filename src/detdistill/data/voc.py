@@ -20,7 +20,7 @@ from detdistill.data.cleaning import (
     select_classes,
 )
 from detdistill.data.images import files_below, image_sizes, is_image
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.records import Finding, Record, Records, Split
 
 
 def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | None = None) -> Split:
@@ -61,7 +61,7 @@ def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | Non
         kept = [raw for raw in objects if raw is not None]
         records.append(make_record(stem, image, size, kept, source, findings, with_masks=False))
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), file, findings)
-    split = Split(name, records, tuple(names), tuple(range(len(names))), file, findings)
+    split = Split(name, Records.pack(records), tuple(names), tuple(range(len(names))), file, findings)
     return split if classes is None else select_classes(split, classes)
 
 
@@ -219,4 +219,4 @@ def _merge(parts: Sequence[Split], root: Path) -> Split:
             "name each once",
         )
         findings.append(Finding("error", "duplicate image id", root, message, fix))
-    return replace(merged[0], records=records, source=root, findings=findings)
+    return replace(merged[0], records=Records.pack(records), source=root, findings=findings)

@@ -24,7 +24,7 @@ from detdistill.data.cleaning import (
     settle_masks,
 )
 from detdistill.data.images import READERS, files_below, image_sizes, is_image, labels_beside
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.records import Finding, Record, Records, Split
 
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
 _NOT_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")
@@ -71,10 +71,9 @@ def read_yolo(
         objects = _objects(rows, size, len(classes), keypoints, source, findings)
         records.append(make_record(image_id, path, size, objects, source, findings, with_masks))
     _report_orphans([source for source in sources if source.is_dir()], paths, findings)
-    if with_masks:
-        records = settle_masks(records, sources[0], findings)
-    report_empty(name, len(records), sum(len(r.labels_K) for r in records), sources[0], findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), sources[0], findings)
+    packed = settle_masks(records, sources[0], findings) if with_masks else Records.pack(records)
+    report_empty(name, len(packed), len(packed.labels_M), sources[0], findings)
+    return Split(name, packed, tuple(classes), tuple(range(len(classes))), sources[0], findings)
 
 
 def label_path(image: Path) -> Path:
