@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -139,11 +140,20 @@ def _filled(record: Record) -> tuple[Any, ...]:
     return tuple(mask or rectangle(box) for mask, box in zip(masks, record.boxes_K4, strict=True))
 
 
+def name_key(name: str) -> str:
+    """What two spellings of a file name have in common: letter case and Unicode form do not count.
+
+    macOS and some archives decompose characters, others compose them: the same name is two byte strings.
+    """
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 class FileIndex:
     """Which files there are, by one listing for each folder (a question for each file is slow on a network)."""
 
     def __init__(self) -> None:
         self._names: dict[Path, frozenset[str]] = {}
+        self._by_key: dict[Path, dict[str, list[str]]] = {}
 
     def names(self, folder: Path) -> frozenset[str]:
         """The files in a folder; none where there is no such folder."""
@@ -158,12 +168,29 @@ class FileIndex:
     def has(self, path: Path) -> bool:
         return path.name in self.names(path.parent)
 
-    def check(self, path: Path, source: Path, findings: list[Finding]) -> bool:
+    def find(self, path: Path) -> Path | None:
+        """The file of exactly this name, else the only one with the same :func:`name_key`."""
+        if self.has(path):
+            return path
+        if path.parent not in self._by_key:
+            by_key = defaultdict(list)
+            for name in self.names(path.parent):
+                by_key[name_key(name)].append(name)
+            self._by_key[path.parent] = by_key
+        spellings = self._by_key[path.parent].get(name_key(path.name), [])
+        return path.with_name(spellings[0]) if len(spellings) == 1 else None
+
+    def check(
+        self,
+        path: Path,
+        source: Path,
+        findings: list[Finding],
+        fix: str = "restore the file, correct data.images, or drop the entry",
+    ) -> bool:
         """Whether an image is there; if not, an error is added."""
         if self.has(path):
             return True
         message = f"its image {path} does not exist"
-        fix = "restore the file, correct data.images, or drop the entry"
         findings.append(Finding("error", "missing image", source, message, fix))
         return False
 

@@ -297,11 +297,11 @@ def _image_file(folder: Path, row: Mapping[str, Any], files: FileIndex) -> Path:
     given = str(row["file_name"]).replace("\\", "/")
     plain = unquote(given)
     for path in (folder / given, folder / plain):
-        if files.has(path):
-            return path
-    bare = folder / PurePosixPath(plain).name
+        if (found := files.find(path)) is not None:
+            return found
+    bare = files.find(folder / PurePosixPath(plain).name)
     elsewhere = not files.names((folder / given).parent)
-    return bare if elsewhere and files.has(bare) else folder / given
+    return bare if elsewhere and bare is not None else folder / given
 
 
 def _image_folder(annotations: Path, name: str, rows: Sequence[Mapping[str, Any]], files: FileIndex) -> Path:

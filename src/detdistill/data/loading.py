@@ -30,7 +30,8 @@ from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
 from detdistill.data.voc import find_voc, open_voc
-from detdistill.data.yolo import find_yolo, open_yolo
+from detdistill.data.yolo import open_yolo
+from detdistill.data.yolo_layout import find_yolo
 from detdistill.seeding import mix_seed
 
 _EXPECTED = (

@@ -54,6 +54,7 @@ class Record:
         areas_K: float32 area in pixels² (COCO's own ``area``, else that of the box).
         masks: per object a COCO segmentation (list of polygons, or RLE dict), or None if the source has none.
         label_map: of semantic segmentation, the class of each pixel.
+        source: the file that says so, where it is not ``Split.source`` but one of the image's own.
     """
 
     image_id: int | str
@@ -66,6 +67,7 @@ class Record:
     areas_K: NDArray[np.float32]
     masks: tuple[Any, ...] | None = None
     label_map: LabelMap | None = None
+    source: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
