@@ -29,7 +29,7 @@ from detdistill.data.label_maps import (
 from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
-from detdistill.data.voc import find_voc, open_voc
+from detdistill.data.voc import find_voc, find_voc_folders, open_voc
 from detdistill.data.yolo import open_yolo
 from detdistill.data.yolo_layout import find_yolo
 from detdistill.seeding import mix_seed
@@ -137,6 +137,8 @@ def tell_format(config: DataConfig) -> Format:
         found.append("voc")
     elif find_voc(root, "Segmentation"):
         found.append("voc_segmentation")
+    elif find_voc_folders(root):
+        found.append("voc")
     if find_label_folders(root):
         found.append("label_maps")
     if find_cityscapes(root):
