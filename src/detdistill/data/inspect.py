@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from detdistill.config import DataConfig, UserError
 from detdistill.data.images import READERS, read_image
-from detdistill.data.label_maps import read_numbers
+from detdistill.data.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.loading import open_data
-from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, Record, Split
 from detdistill.data.unlabelled import find_unlabelled
 
 Item = TypeVar("Item")
@@ -121,8 +121,9 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     pixels = {}
     for name, split in splits.items():
         findings += _file_findings(split, sample)
-        pixels[name], wrong = _look_at_label_maps(split, sample)
-        findings += wrong
+        counts = count_pixels(split, sample) if split.has_label_maps else None
+        pixels[name] = {} if counts is None else _shares(split, counts)
+        findings += [] if counts is None else counts.findings
     statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
     if "train" in splits:
         findings += _unlearnable_classes(splits["train"], statistics["train"])
@@ -136,16 +137,16 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         message, fix = f"there is no {name} part", f"set data.{name}" + ", perhaps to 20%" * (name == "val")
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
-    decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
+    decoded = sum(len(sampled(split.records, sample)) for split in splits.values())
     unlabelled = find_unlabelled(config) if config.unlabelled is not None else []
     if unlabelled:
-        chosen = _chosen(unlabelled, sample)
+        chosen = sampled(unlabelled, sample)
         decoded += len(chosen)
         findings += _unlabelled_findings(unlabelled, chosen, splits.get("val"))
     return Inspection(splits, findings, statistics, decoded, len(unlabelled))
 
 
-def _unlabelled_findings(files: list[Path], chosen: list[Path], val: Split | None) -> list[Finding]:
+def _unlabelled_findings(files: list[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
     with ThreadPoolExecutor(READERS) as pool:
         findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
@@ -174,7 +175,7 @@ def _decoded(path: Path, size: tuple[int, int] | None = None) -> Tensor | Findin
 
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     """Decode the sample, and look at the last bytes of all other images."""
-    chosen = _chosen(split.records, sample)
+    chosen = sampled(split.records, sample)
     decoded = {record.path for record in chosen}
     others = [record for record in split.records if record.path not in decoded]
     with ThreadPoolExecutor(READERS) as pool:
@@ -183,13 +184,6 @@ def _file_findings(split: Split, sample: int | None) -> list[Finding]:
             *pool.map(partial(_tail_finding, source=split.source), others),
         ]
     return [finding for finding in results if finding is not None]
-
-
-def _chosen(records: list[Item], sample: int | None) -> list[Item]:
-    if sample is None or sample >= len(records):
-        return records
-    places = np.random.default_rng(0).choice(len(records), sample, replace=False)
-    return [records[int(place)] for place in sorted(places)]
 
 
 def _decode_finding(record: Record, source: Path) -> Finding | None:
@@ -227,36 +221,10 @@ def _tail_finding(record: Record, source: Path) -> Finding | None:
     return None if whole else _decode_finding(record, source)
 
 
-def _look_at_label_maps(split: Split, sample: int | None) -> tuple[dict[str, float], list[Finding]]:
-    """The share of each class in the sample's pixels, and the maps with numbers that mean nothing."""
-    maps = [record.label_map for record in _chosen(split.records, sample) if record.label_map is not None]
-    if not maps:
-        return {}, []
-    findings = []
-    counts_256 = np.zeros(256, np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        for label_map, seen in zip(maps, pool.map(_count_numbers, maps), strict=True):
-            if isinstance(seen, Finding):
-                findings.append(seen)
-                continue
-            code = label_map.code
-            unknown = np.flatnonzero((seen > 0) & ~code.declared_256).tolist()
-            if unknown:
-                message = f"has numbers that mean no class ({', '.join(map(str, unknown[:5]))})"
-                fix = f"name them in the classes, or write {UNLABELLED} where nothing is to be learnt"
-                findings.append(Finding("error", "unknown number", label_map.path, message, fix))
-            np.add.at(counts_256, code.classes_256, seen)
-    shares = (counts_256 / max(1, counts_256.sum())).tolist()
-    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}, findings
-
-
-def _count_numbers(label_map: LabelMap) -> NDArray[np.int64] | Finding:
-    """How often each number occurs, (256,); or why that cannot be told."""
-    try:
-        return np.bincount(read_numbers(label_map.path).ravel(), minlength=256)
-    except UserError as error:
-        message, _, fix = str(error).removeprefix(f"{label_map.path}: ").partition("; ")
-        return Finding("error", "undecodable label map", label_map.path, message, fix)
+def _shares(split: Split, counts: PixelCounts) -> dict[str, float]:
+    """The share of each class in the sample's pixels, and of those without."""
+    shares = (counts.counts_256 / max(1, counts.counts_256.sum())).tolist()
+    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}
 
 
 def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:

@@ -19,6 +19,7 @@ from detdistill.data.digits import digits_root
 from detdistill.data.holdout import hold_out, share_of
 from detdistill.data.images import read_image
 from detdistill.data.label_maps import (
+    count_pixels,
     find_cityscapes,
     find_label_folders,
     open_cityscapes,
@@ -90,6 +91,9 @@ def usable_splits(config: DataConfig, names: Sequence[str], with_masks: bool = F
         if name not in splits:
             raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
     errors = [finding for name in names for finding in splits[name].errors]
+    for name in names:
+        if splits[name].has_label_maps:
+            errors += count_pixels(splits[name], sample=64).findings
     if errors:
         more = f" (and {len(errors) - 1} more errors: run `detdistill check`)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}")

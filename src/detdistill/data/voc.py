@@ -66,7 +66,7 @@ def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | Non
     images = _Images([*folders, xmls])
     if not images:
         raise UserError(
-            f"{root}: no images in JPEGImages or images; {root} holds {describe_folder(root)}; restore JPEGImages"
+            f"{root}: no images in JPEGImages or images; it holds {describe_folder(root)}; restore JPEGImages"
         )
     annotations = FileIndex()
     pairs = []
@@ -259,7 +259,7 @@ def find_voc(root: Path, sets: str = "Main") -> list[Path]:
 
 
 def find_voc_folders(root: Path) -> dict[str, Path]:
-    """Without ImageSets: the folder of XML files of each split; all files are "train" where none is a split's."""
+    """Without ImageSets: the folder of XML files of each split; "train" has all where none is a split's."""
     found = {}
     for split, names in SPLIT_NAMES.items():
         places = [place for name in names for place in _xml_places(name)]
@@ -268,11 +268,10 @@ def find_voc_folders(root: Path) -> dict[str, Path]:
         if folder is not None:
             found[split] = folder
     if not found:
-        folders = (
-            find_folder(root, *place) for place in [*((part,) for part in _XML_FOLDERS), (), ("images",)]
-        )
-        whole = next((folder for folder in folders if folder is not None and _has_voc_xml(folder)), None)
-        found = {"train": whole} if whole is not None else {}
+        whole = [*((part,) for part in _XML_FOLDERS), (), ("images",)]
+        candidates = (folder for place in whole if (folder := find_folder(root, *place)) is not None)
+        for folder in filter(_has_voc_xml, candidates):
+            return {"train": folder}
     return found
 
 
@@ -341,8 +340,8 @@ def _open_folders(config: DataConfig, root: Path) -> dict[str, Split]:
             folders[name] = folder
     if not folders:
         raise UserError(
-            f"{root}: no VOC data: no ImageSets/Main, and no XML files in Annotations, train, images or the folder "
-            f"itself; it holds {describe_folder(root)}; set data.root to the folder of the data set"
+            f"{root}: no VOC data: no ImageSets/Main, and no XML files in Annotations, train, images or the "
+            f"folder itself; it holds {describe_folder(root)}; set data.root to the folder of the data set"
         )
     return {name: read_voc_folder(folder, root, name) for name, folder in folders.items()}
 

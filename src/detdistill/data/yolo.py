@@ -239,7 +239,7 @@ def open_yolo(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
     if not images:
         raise UserError(
             f"{root}: no images with YOLO labels in images/train, train/images, train, images or the folder "
-            f"itself; it holds {describe_folder(root)}; set data.train and data.val to folders or lists of images"
+            f"itself; it holds {describe_folder(root)}; set data.train and data.val to folders or lists"
         )
     classes = layout.classes or class_names(base, images) or config.classes
     if classes is None:
