@@ -21,6 +21,7 @@ from detdistill.evaluation.detector import DetectionEvaluation
 from detdistill.evaluation.difference import CHANGES, ImageDifference
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.segmentation import SegmentationEvaluation
+from detdistill.report.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,8 +123,7 @@ def save_gallery(
                 ax.set_title(title)
     if any("semantic" in detections for row in rows for _, detections in row.values()):
         _class_legend(figure, classes)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+    save_figure(figure, out, dpi=100)
 
 
 def _painted(image_3HW: Tensor, labels_HW: Tensor) -> Tensor:
