@@ -146,7 +146,7 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     return Inspection(splits, findings, statistics, decoded, len(unlabelled))
 
 
-def _unlabelled_findings(files: list[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
+def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
     with ThreadPoolExecutor(READERS) as pool:
         findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]

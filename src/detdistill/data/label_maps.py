@@ -31,7 +31,7 @@ from detdistill.data.layout import (
     find_folder,
     labels_folder,
 )
-from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Records, Split
 from detdistill.data.text import distinct_names, read_text
 from detdistill.data.voc import find_voc, read_image_set
 
@@ -228,7 +228,7 @@ def read_pairs(
             )
         )  # fmt: skip
     report_empty(name, len(records), len(records), source, findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), source, findings)
+    return Split(name, Records.pack(records), tuple(classes), tuple(range(len(classes))), source, findings)
 
 
 def _sizes(pair: Pair) -> tuple[int, int] | Finding:

@@ -87,10 +87,9 @@ class ListedImages:
         for start in range(len(given.parts)):
             tail = Path(*given.parts[start:])
             for folder in dict.fromkeys((base, self.root)):
-                path = folder / tail
-                found = self._files.find(path)
+                found = self._files.find(str(folder / tail))
                 if found is not None:
-                    return found
+                    return Path(found)
             if len(tail.parts) > 1 and any((folder / tail.parent).is_dir() for folder in (base, self.root)):
                 return None  # its folder is here, without the file
         return self._by_name(given)

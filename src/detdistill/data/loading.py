@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
-from detdistill.data.cleaning import relabel
+from detdistill.data.cleaning import relabel, report_ignored
 from detdistill.data.coco import find_coco, open_coco
 from detdistill.data.digits import digits_root
 from detdistill.data.holdout import hold_out, share_of
@@ -77,6 +78,8 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         splits["val"] = _agree(splits["train"], splits["val"], chosen=config.classes is not None)
     if "train" in splits and config.limit is not None:
         splits["train"] = splits["train"].evenly(config.limit)
+    for split in splits.values():
+        report_ignored(split, split.findings)
     return splits
 
 
@@ -176,13 +179,11 @@ def _agree(train: Split, val: Split, chosen: bool) -> Split:
     if val.classes == train.classes:
         return val
     findings = list(val.findings)
-    counts = np.bincount(
-        np.concatenate([record.labels_K for record in val.records] or [np.zeros(0, np.int64)]),
-        minlength=len(val.classes),
-    )
+    counts = np.bincount(val.records.labels_M, minlength=len(val.classes)).tolist()
+    known = frozenset(train.classes)
     for name, count in zip(val.classes, counts, strict=True):
-        if name not in train.classes and count and not chosen:
-            message = f"class {name!r} has {int(count)} objects in {val.name} and is unknown to {train.name}"
+        if name not in known and count and not chosen:
+            message = f"class {name!r} has {count} objects in {val.name} and is unknown to {train.name}"
             fix = f"{nearest(name, train.classes)} add it to {train.source} or set data.classes"
             findings.append(Finding("error", "unknown class", val.source, message, fix))
     own = dict(zip(val.classes, val.category_ids, strict=True))
@@ -225,8 +226,9 @@ class DetectionDataset(Dataset[Sample]):
         record = self.split.records[index]
         image = read_image(record.path, (record.height, record.width))
         if tuple(image.shape[1:]) != (record.height, record.width):
+            source = record.source or self.split.source
             raise UserError(
-                f"{record.path}: is {image.shape[2]}×{image.shape[1]}, but {self.split.source} says "
+                f"{record.path}: is {image.shape[2]}×{image.shape[1]}, but {source} says "
                 f"{record.width}×{record.height}; correct the size there or restore the image"
             )
         target = self._target(record)
@@ -249,10 +251,11 @@ class DetectionDataset(Dataset[Sample]):
         }
         if self.with_masks:
             size = (record.height, record.width)
-            masks = [
-                decode_mask(mask, *size) for mask, kept in zip(record.masks or (), kept_K, strict=True) if kept
-            ]
-            target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
+            masks_KHW = np.zeros((int(kept_K.sum()), *size), np.bool_)
+            kept = compress(record.masks or (), kept_K)
+            for mask_HW, segmentation in zip(masks_KHW, kept, strict=True):
+                mask_HW[:] = decode_mask(segmentation, *size)
+            target["masks"] = torch.from_numpy(masks_KHW)
         return target
 
 

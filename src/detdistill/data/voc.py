@@ -25,7 +25,7 @@ from detdistill.data.cleaning import (
 )
 from detdistill.data.images import files_below, image_sizes, is_image
 from detdistill.data.layout import SPLIT_NAMES, describe_folder, entry_names, find_entry, find_folder
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.records import Finding, Record, Records, Split
 from detdistill.data.text import decode_text, read_file, read_lines
 
 _IMAGE_FOLDERS = ("JPEGImages", "images")
@@ -68,12 +68,12 @@ def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | Non
         raise UserError(
             f"{root}: no images in JPEGImages or images; it holds {describe_folder(root)}; restore JPEGImages"
         )
-    annotations = FileIndex()
+    files = FileIndex()
     pairs = []
     for stem in dict.fromkeys(stems):
         xml = xmls / f"{stem}.xml"
         image = images.find(stem) or root / "JPEGImages" / f"{stem}.jpg"
-        pairs.append(_Pair(stem, annotations.find(xml) or xml, image))
+        pairs.append(_Pair(stem, Path(files.find(str(xml)) or xml), image))
     return _read_pairs(pairs, name, file, findings, classes)
 
 
@@ -129,7 +129,7 @@ def _read_pairs(
         record = make_record(pair.image_id, pair.image, size, kept, pair.xml, findings, with_masks=False)
         records.append(replace(record, source=pair.xml))
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), source, findings)
-    split = Split(name, records, tuple(names), tuple(range(len(names))), source, findings)
+    split = Split(name, Records.pack(records), tuple(names), tuple(range(len(names))), source, findings)
     return split if classes is None else select_classes(split, classes)
 
 
@@ -401,4 +401,4 @@ def _merge(parts: Sequence[Split], root: Path) -> Split:
             "name each once",
         )
         findings.append(Finding("error", "duplicate image id", root, message, fix))
-    return replace(merged[0], records=records, source=root, findings=findings)
+    return replace(merged[0], records=Records.pack(records), source=root, findings=findings)

@@ -21,7 +21,7 @@ from detdistill.data.cleaning import (
 )
 from detdistill.data.images import READERS, files_below, image_sizes, is_image
 from detdistill.data.layout import ListedImages, describe_folder, labels_folder
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.records import Finding, Record, Records, Split
 from detdistill.data.text import read_lines, read_text
 from detdistill.data.yolo_layout import (
     NAME_FILES,
@@ -83,13 +83,12 @@ def read_yolo(
         objects = _objects(rows, size, len(classes), keypoints, source, findings)
         records.append(make_record(image_id, path, size, objects, source, findings, with_masks))
     _report_orphans([source for source in sources if source.is_dir()], {*labels}, findings)
-    if with_masks:
-        records = settle_masks(records, sources[0], findings)
+    packed = settle_masks(records, sources[0], findings) if with_masks else Records.pack(records)
     if records and not any(labels):
         findings.append(_no_labels(paths[0], len(records), sources[0]))
     else:
-        report_empty(name, len(records), sum(len(r.labels_K) for r in records), sources[0], findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), sources[0], findings)
+        report_empty(name, len(packed), len(packed.labels_M), sources[0], findings)
+    return Split(name, packed, tuple(classes), tuple(range(len(classes))), sources[0], findings)
 
 
 def _folder_of_labels(images: Path) -> Path:
@@ -100,7 +99,8 @@ def _folder_of_labels(images: Path) -> Path:
 def _label_files(images: Sequence[Path], files: FileIndex) -> list[Path | None]:
     """The label file of each image, None where it has none."""
     folders = {folder: _folder_of_labels(folder) for folder in {path.parent for path in images}}
-    return [files.find(folders[path.parent] / f"{path.stem}.txt") for path in images]
+    found = (files.find(f"{folders[path.parent]}/{path.stem}.txt") for path in images)
+    return [None if path is None else Path(path) for path in found]
 
 
 def _no_labels(image: Path, images: int, source: Path) -> Finding:

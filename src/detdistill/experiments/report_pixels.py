@@ -81,7 +81,7 @@ def label_map_section(
     split = next(iter(found.values())).split
     accuracies = [100 * one.image_accuracies for one in found.values()]
     chosen = _most_telling(accuracies, most)
-    part = replace(split, records=[split.records[i] for i in chosen])
+    part = replace(split, records=split.records.take(chosen))
     maps = [
         evaluate_segmenter(model, part, batch_size=batch_size, workers=workers, keep=len(chosen)).label_maps
         for model in models.values()
