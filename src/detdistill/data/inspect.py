@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from detdistill.config import DataConfig, UserError
+from detdistill.data.box_checks import doubled_boxes
 from detdistill.data.images import READERS, read_image
 from detdistill.data.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.loading import open_data
@@ -125,10 +126,10 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         pixels[name] = {} if counts is None else _shares(split, counts)
         findings += [] if counts is None else counts.findings
     statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
-    if "train" in splits:
-        findings += _unlearnable_classes(splits["train"], statistics["train"])
-    for split in splits.values():
+    for name, split in splits.items():
+        findings += _absent_classes(split, statistics[name])
         findings += _repeated_images(split)
+        findings += doubled_boxes(split)
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
     if "val" in splits:
@@ -192,6 +193,7 @@ def _decode_finding(record: Record, source: Path) -> Finding | None:
         return image
     if tuple(image.shape[1:]) == (record.height, record.width):
         return _dark_finding(record.path, int(image.max()))
+    source = record.source or source
     message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
     return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
 
@@ -228,49 +230,50 @@ def _shares(split: Split, counts: PixelCounts) -> dict[str, float]:
 
 
 def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
-    labels = np.concatenate([np.zeros(0, np.int64), *(record.labels_K for record in split.records)])
-    boxes_K4 = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes_K4 for record in split.records)])
-    counts = np.bincount(labels, minlength=len(split.classes)).tolist()
-    sizes = np.sqrt((boxes_K4[:, 2:] - boxes_K4[:, :2]).prod(axis=1))
+    records = split.records
+    counts = np.bincount(records.labels_M, minlength=len(split.classes)).tolist()
+    sizes = np.sqrt((records.boxes_M4[:, 2:] - records.boxes_M4[:, :2]).prod(axis=1))
     return Statistics(
-        images=len(split.records),
-        background=sum(len(record.labels_K) == 0 for record in split.records),
-        objects=len(labels),
-        ignored=int(sum(record.ignore_K.sum() for record in split.records)),
+        images=len(records),
+        background=int((records.counts_N == 0).sum()),
+        objects=len(records.labels_M),
+        ignored=int(records.ignore_M.sum()),
         per_class=dict(zip(split.classes, counts, strict=True)),
         sizes=tuple(np.quantile(sizes, _QUANTILES).tolist()) if sizes.size else (),
         pixels=pixels,
     )
 
 
-def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
+def _absent_classes(split: Split, statistics: Statistics) -> list[Finding]:
+    """Classes of which nothing can be learnt or, of pixels, measured."""
     if statistics.pixels:
         empty = [name for name, share in statistics.pixels.items() if share == 0 and name != "unlabelled"]
-        if not empty:
+        message = f"{len(empty)} classes have no pixel in {split.name}'s sample: {', '.join(empty)}"
+    else:
+        empty = [name for name, count in statistics.per_class.items() if count == 0]
+        message = f"{len(empty)} classes have no objects in {split.name}: {', '.join(empty)}"
+        if statistics.objects == 0 or split.name != "train":
             return []
-        message = f"{len(empty)} classes have no pixel in train's sample: {', '.join(empty)}"
-        return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
-    empty = [name for name, count in statistics.per_class.items() if count == 0]
-    if not empty or statistics.objects == 0:
+    if not empty:
         return []
-    message = f"{len(empty)} classes have no objects in train: {', '.join(empty)}"
-    return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
+    return [Finding("warning", "empty class", split.source, message, "label some, or set data.classes")]
 
 
 def _repeated_images(split: Split) -> list[Finding]:
     """One file under two ids: each of them is background where the other's objects are."""
-    times = Counter(record.path for record in split.records)
+    times = Counter(split.records.paths)
     repeated = [path for path, count in times.items() if count > 1]
     if not repeated:
         return []
-    message = f"{len(repeated)} images are listed more than once, as {repeated[0]}"
+    example = repeated[0].decode("utf-8", "replace")
+    message = f"{len(repeated)} images are listed more than once, as {example}"
     return [Finding("warning", "repeated image", split.source, message, "put all objects of one under one id")]
 
 
 def _crowded_images(val: Split) -> list[Finding]:
     """COCO's AP counts so many detections of an image and no more: further objects count as missed."""
-    counts = [int((~record.ignore_K).sum()) for record in val.records]
-    crowded = [count for count in counts if count > COUNTED_DETECTIONS]
+    counts_N = np.bincount(val.records.images_M[~val.records.ignore_M], minlength=1)
+    crowded = counts_N[counts_N > COUNTED_DETECTIONS].tolist()
     if not crowded:
         return []
     message = (
