@@ -55,8 +55,9 @@ def small_objects(
     small_M = sides_M < stride / 2
     if not len(sides_M) or small_M.mean() < _TOO_SMALL:
         return []
-    # The factor at which all but so many have half a stride.
-    factor = stride / 2 / float(np.quantile(sides_M, _TOO_SMALL))
+    # The factor at which all have half a stride, but for fewer than are worth a warning.
+    still = math.ceil(_TOO_SMALL * len(sides_M)) - 1
+    factor = stride / 2 / float(np.partition(sides_M, still)[still])
     if size is None:
         shorts_N, longs_N = records.heights_N, records.widths_N
         size = (

@@ -41,9 +41,10 @@ from detdistill.seeding import mix_seed
 
 _EXPECTED = (
     "Expected: COCO (annotations/instances_train*.json, or train.json and val.json), "
-    "VOC (Annotations, ImageSets/Main, JPEGImages), or YOLO (a .yaml with "
-    "names and train, or images and labels); for segmentation images/train and labels/train with label maps, "
-    "or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and data.val"
+    "VOC (Annotations, ImageSets/Main, JPEGImages; or XML files with the images), YOLO (a .yaml with names and "
+    "train; obj.data; images and labels; or label files with the images); for segmentation images/train and "
+    "labels/train with label maps, or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and "
+    "data.val"
 )
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -95,7 +96,9 @@ def usable_splits(config: DataConfig, names: Sequence[str], with_masks: bool = F
     splits = open_data(config, with_masks)
     for name in names:
         if name not in splits:
-            raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
+            hints = {"train": "set data.train", "val": "set data.val, perhaps to 20% of train"}
+            hint = hints.get(name) or nearest(name, splits)
+            raise UserError(f"{config.root or config.format}: no split {name!r}; {hint}")
     errors = [finding for name in names for finding in splits[name].errors]
     for name in names:
         if splits[name].has_label_maps:
