@@ -88,7 +88,7 @@ def test_small_objects_are_counted_in_the_input():
 
 @pytest.mark.parametrize("count", [1, 49, 50, 51, 400])
 def test_the_size_that_is_advised_cures_it(count):
-    split = _split(_objects_of(np.random.default_rng(0).uniform(1, 60, count)))
+    split = _split(_objects_of(np.random.default_rng(0).uniform(1, 19, count)))
 
     def found(short, long):
         return small_objects(split, lambda height, width: (short / height,) * 2, 8, (short, long))
