@@ -30,7 +30,7 @@ class DataConfig(Section):
     )
     train: str | None = Field(
         None,
-        description="COCO: json file; VOC: image set, or folder of XML files; YOLO: images folder or list; label maps: the part",
+        description="COCO: json file; VOC: image set or folder; YOLO: folder or list; label maps: the part",
     )
     val: str | None = Field(
         None, description="as `train`, for evaluation; or `20%`: as much of train, held out"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from detdistill.data.records import UNLABELLED, Finding, Record, Split
 from detdistill.data.unlabelled import find_unlabelled
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 COUNTED_DETECTIONS = 100  # the last of COCO's maxDets
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -149,8 +151,7 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
 
 def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
-    with ThreadPoolExecutor(READERS) as pool:
-        findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
+    findings = [finding for finding in _in_threads(_undecodable, chosen) if finding is not None]
     measured = {record.path.resolve() for record in val.records} if val is not None else set()
     seen = [file for file in files if file.resolve() in measured]
     if val is not None and seen:
@@ -177,14 +178,24 @@ def _decoded(path: Path, size: tuple[int, int] | None = None) -> Tensor | Findin
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     """Decode the sample, and look at the last bytes of all other images."""
     chosen = sampled(split.records, sample)
-    decoded = {record.path for record in chosen}
-    others = [record for record in split.records if record.path not in decoded]
-    with ThreadPoolExecutor(READERS) as pool:
-        results = [
-            *pool.map(partial(_decode_finding, source=split.source), chosen),
-            *pool.map(partial(_tail_finding, source=split.source), others),
-        ]
+    decoded = {str(record.path) for record in chosen}
+    others = [(i, path) for i, path in enumerate(split.records.paths.texts()) if path not in decoded]
+    cut = [i for i, whole in _in_threads(_looks_whole, others) if not whole]
+    suspect = [*chosen, *(split.records[i] for i in cut)]
+    results = _in_threads(partial(_decode_finding, source=split.source), suspect)
     return [finding for finding in results if finding is not None]
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results in order; some items at a time, since a thread's task costs more than a look at a file."""
+    size = max(1, min(500, len(items) // (4 * READERS)))
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return [
+            result
+            for part in pool.map(lambda part: [function(item) for item in part], parts)
+            for result in part
+        ]
 
 
 def _decode_finding(record: Record, source: Path) -> Finding | None:
@@ -209,18 +220,18 @@ def _dark_finding(path: Path, brightest: int) -> Finding | None:
     return Finding("warning", "dark image", path, message, fix)
 
 
-def _tail_finding(record: Record, source: Path) -> Finding | None:
-    """Decode only where the file's last bytes make it suspect: cameras may write more after the end."""
-    ending = _ENDINGS.get(record.path.suffix.lower())
+def _looks_whole(item: tuple[int, str]) -> tuple[int, bool]:
+    """Whether the file's last bytes are those of a whole image; cameras may write more after the end."""
+    place, path = item
+    ending = _ENDINGS.get(os.path.splitext(path)[1].lower())  # noqa: PTH122 - a hundred thousand times
     if ending is None:
-        return None
+        return place, True
     try:
-        with record.path.open("rb") as file:
-            file.seek(max(0, record.path.stat().st_size - 64))
-            whole = ending in file.read()
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+            return place, ending in file.read()
     except OSError:
-        whole = False
-    return None if whole else _decode_finding(record, source)
+        return place, False
 
 
 def _shares(split: Split, counts: PixelCounts) -> dict[str, float]:
@@ -287,12 +298,11 @@ def _crowded_images(val: Split) -> list[Finding]:
 
 def _shared_images(train: Split, val: Split) -> list[Finding]:
     """The same image in both parts, also under another name, makes the numbers of val worthless."""
-    paths = [list(dict.fromkeys(record.path for record in split.records)) for split in (train, val)]
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = [dict(zip(part, pool.map(_bytes_of, part), strict=True)) for part in paths]
-        both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
-        suspects = [[path for path, size in part.items() if size in both] for part in sizes]
-        marks = [list(pool.map(_mark, part)) for part in suspects]
+    paths = [list(dict.fromkeys(split.records.paths.texts())) for split in (train, val)]
+    sizes = [dict(zip(part, _in_threads(_bytes_of, part), strict=True)) for part in paths]
+    both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
+    suspects = [[path for path, size in part.items() if size in both] for part in sizes]
+    marks = [_in_threads(_mark, part) for part in suspects]
     of_train = dict(zip(marks[0], suspects[0], strict=True))
     shared = [
         (path, of_train[mark])
@@ -306,18 +316,18 @@ def _shared_images(train: Split, val: Split) -> list[Finding]:
     return [Finding("warning", "shared images", val.source, message, "move them out of one of the two")]
 
 
-def _bytes_of(path: Path) -> int:
+def _bytes_of(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size  # noqa: PTH116 - a hundred thousand times
     except OSError:
         return 0
 
 
-def _mark(path: Path) -> tuple[int, bytes]:
+def _mark(path: str) -> tuple[int, bytes]:
     """The file's size and its middle: what differs between two images, without reading them whole."""
     size = _bytes_of(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123
             file.seek(size // 2)
             return size, file.read(1024)
     except OSError:

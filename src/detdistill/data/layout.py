@@ -33,12 +33,17 @@ def find_folder(folder: Path, *parts: str) -> Path | None:
     return found if found is not None and found.is_dir() else None
 
 
-def entry_names(folder: Path) -> list[str]:
-    """What a folder holds, sorted; nothing where there is no such folder."""
+def entry_names(folder: Path, suffix: str = "") -> list[str]:
+    """What a folder holds, sorted; nothing where there is no such folder.
+
+    Args:
+        suffix: only names that end with it, in any case.
+    """
     try:
-        return sorted(os.listdir(folder))  # noqa: PTH208 - names, a hundred thousand of them
+        names = os.listdir(folder)  # noqa: PTH208 - names, a hundred thousand of them
     except OSError:
         return []
+    return sorted(name for name in names if name.lower().endswith(suffix) and not name.startswith("._"))
 
 
 def describe_folder(folder: Path, most: int = 10) -> str:

@@ -99,7 +99,7 @@ def read_voc_folder(xmls: Path, root: Path, name: str, classes: Sequence[str] | 
         shared += [folder for folder in (find_folder(root, part),) if folder is not None]
     images, others = _Images(own, deep=False), _Images(shared)
     pairs = []
-    for file in (Path(file) for file in entry_names(xmls) if _is_xml(Path(file))):
+    for file in map(Path, entry_names(xmls, ".xml")):
         image = images.find(file.stem) or others.find(file.stem) or xmls / f"{file.stem}.jpg"
         pairs.append(_Pair(file.stem, xmls / file, image))
     left_out = images.paths - {pair.image for pair in pairs}
@@ -286,15 +286,11 @@ def _xml_places(name: str) -> list[tuple[str, ...]]:
 
 def _has_voc_xml(folder: Path) -> bool:
     """Whether its first XML file is one of VOC's."""
-    file = next((folder / name for name in entry_names(folder) if _is_xml(Path(name))), None)
-    if file is None or not file.is_file():
+    names = entry_names(folder, ".xml")
+    if not names or not (folder / names[0]).is_file():
         return False
-    with file.open("rb") as opened:
+    with (folder / names[0]).open("rb") as opened:
         return re.search(rb"<annotation[\s>]", opened.read(1024).replace(b"\0", b"")) is not None
-
-
-def _is_xml(file: Path) -> bool:
-    return file.suffix.lower() == ".xml" and not file.name.startswith("._")
 
 
 def open_voc(config: DataConfig) -> dict[str, Split]:

@@ -93,9 +93,8 @@ def _has_labels(images: Path) -> bool:
     if labels != images and labels.is_dir():
         # Not any folder of that name: those of segmentation sets hold pictures.
         return any(is_label_file(file) for file in files_below(labels))
-    names = [Path(name) for name in entry_names(images)]
-    stems = {name.stem for name in names if is_image(name)}
-    return any(name.stem in stems and is_label_file(name) for name in names)
+    stems = {name[:-4] for name in entry_names(images, ".txt") if is_label_file(Path(name))}
+    return bool(stems) and any(name.stem in stems and is_image(name) for name in map(Path, entry_names(images)))
 
 
 def _lists(root: Path) -> dict[str, list[Path]]:
