@@ -32,7 +32,8 @@ class DataConfig(Section):
         Field("auto", description="told by looking at the folder unless given; the last three are segmentation")
     )
     train: str | None = Field(
-        None, description="COCO: json file; VOC: image set; YOLO: images folder or list; label maps: the part"
+        None,
+        description="COCO: json file; VOC: image set or folder; YOLO: folder or list; label maps: the part",
     )
     val: str | None = Field(
         None, description="as `train`, for evaluation; or `20%`: as much of train, held out"

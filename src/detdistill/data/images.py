@@ -62,17 +62,6 @@ def find_images(source: Path) -> list[Path]:
     return found
 
 
-def labels_beside(images: Path) -> Path:
-    """The folder of labels beside one of images: the last ``images`` in its path replaced by ``labels``.
-
-    Where the path has no such part it is the folder of the images itself.
-    """
-    parts = list(images.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts)
-
-
 def image_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) as people see the image, and as the pixels are stored, from the file's header alone.
 

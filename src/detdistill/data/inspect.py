@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from detdistill.config import DataConfig, UserError
+from detdistill.data.box_checks import doubled_boxes
 from detdistill.data.images import READERS, read_image
-from detdistill.data.label_maps import read_numbers
+from detdistill.data.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.loading import open_data
-from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, Record, Split
 from detdistill.data.unlabelled import find_unlabelled
 
 Item = TypeVar("Item")
@@ -28,7 +28,6 @@ Result = TypeVar("Result")
 
 COUNTED_DETECTIONS = 100  # the last of COCO's maxDets
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
-_PATHS = 256  # that a thread takes at a time: a few microseconds each
 _DARK = 64  # what 14 bits reach in a file of 16
 # How the last bytes of a whole file look; a download that was cut short lacks them.
 _ENDINGS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
@@ -125,13 +124,14 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     pixels = {}
     for name, split in splits.items():
         findings += _file_findings(split, sample)
-        pixels[name], wrong = _look_at_label_maps(split, sample)
-        findings += wrong
+        counts = count_pixels(split, sample) if split.has_label_maps else None
+        pixels[name] = {} if counts is None else _shares(split, counts)
+        findings += [] if counts is None else counts.findings
     statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
-    if "train" in splits:
-        findings += _unlearnable_classes(splits["train"], statistics["train"])
-    for split in splits.values():
+    for name, split in splits.items():
+        findings += _absent_classes(split, statistics[name])
         findings += _repeated_images(split)
+        findings += doubled_boxes(split)
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
     if "val" in splits:
@@ -140,10 +140,10 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         message, fix = f"there is no {name} part", f"set data.{name}" + ", perhaps to 20%" * (name == "val")
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
-    decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
+    decoded = sum(len(sampled(split.records, sample)) for split in splits.values())
     unlabelled = find_unlabelled(config) if config.unlabelled is not None else []
     if unlabelled:
-        chosen = _chosen(unlabelled, sample)
+        chosen = sampled(unlabelled, sample)
         decoded += len(chosen)
         findings += _unlabelled_findings(unlabelled, chosen, splits.get("val"))
     return Inspection(splits, findings, statistics, decoded, len(unlabelled))
@@ -151,8 +151,7 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
 
 def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
-    with ThreadPoolExecutor(READERS) as pool:
-        findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
+    findings = [finding for finding in _in_threads(_undecodable, chosen) if finding is not None]
     measured = {record.path.resolve() for record in val.records} if val is not None else set()
     seen = [file for file in files if file.resolve() in measured]
     if val is not None and seen:
@@ -178,28 +177,25 @@ def _decoded(path: Path, size: tuple[int, int] | None = None) -> Tensor | Findin
 
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     """Decode the sample, and look at the last bytes of all other images."""
-    chosen = _chosen(split.records, sample)
+    chosen = sampled(split.records, sample)
     decoded = {str(record.path) for record in chosen}
     others = [(i, path) for i, path in enumerate(split.records.paths.texts()) if path not in decoded]
-    whole = _in_threads(_is_whole, [path for _, path in others])
-    suspects = [split.records[i] for (i, _), ends in zip(others, whole, strict=True) if not ends]
+    cut = [i for i, whole in _in_threads(_looks_whole, others) if not whole]
+    suspect = [*chosen, *(split.records[i] for i in cut)]
+    results = _in_threads(partial(_decode_finding, source=split.source), suspect)
+    return [finding for finding in results if finding is not None]
+
+
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results in order; some items at a time, since a thread's task costs more than a look at a file."""
+    size = max(1, min(500, len(items) // (4 * READERS)))
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
     with ThreadPoolExecutor(READERS) as pool:
-        results = pool.map(partial(_decode_finding, source=split.source), [*chosen, *suspects])
-        return [finding for finding in results if finding is not None]
-
-
-def _in_threads(function: Callable[[str], Result], paths: Sequence[str]) -> list[Result]:
-    """What a function says of each path, by threads that take many at a time."""
-    parts = [paths[start : start + _PATHS] for start in range(0, len(paths), _PATHS)]
-    with ThreadPoolExecutor(READERS) as pool:
-        return [result for part in pool.map(lambda part: [*map(function, part)], parts) for result in part]
-
-
-def _chosen(records: Sequence[Item], sample: int | None) -> Sequence[Item]:
-    if sample is None or sample >= len(records):
-        return records
-    places = np.random.default_rng(0).choice(len(records), sample, replace=False)
-    return [records[int(place)] for place in sorted(places)]
+        return [
+            result
+            for part in pool.map(lambda part: [function(item) for item in part], parts)
+            for result in part
+        ]
 
 
 def _decode_finding(record: Record, source: Path) -> Finding | None:
@@ -208,8 +204,8 @@ def _decode_finding(record: Record, source: Path) -> Finding | None:
         return image
     if tuple(image.shape[1:]) == (record.height, record.width):
         return _dark_finding(record.path, int(image.max()))
-    declares = f"{record.source or source} says {record.width}×{record.height}"
-    message = f"is {image.shape[2]}×{image.shape[1]}, but {declares}"
+    source = record.source or source
+    message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
     return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
 
 
@@ -224,49 +220,24 @@ def _dark_finding(path: Path, brightest: int) -> Finding | None:
     return Finding("warning", "dark image", path, message, fix)
 
 
-def _is_whole(path: str) -> bool:
-    """Whether its last bytes are those of a whole file; cameras may write more after the end."""
-    ending = _ENDINGS.get(Path(path).suffix.lower())
+def _looks_whole(item: tuple[int, str]) -> tuple[int, bool]:
+    """Whether the file's last bytes are those of a whole image; cameras may write more after the end."""
+    place, path = item
+    ending = _ENDINGS.get(os.path.splitext(path)[1].lower())  # noqa: PTH122 - a hundred thousand times
     if ending is None:
-        return True
+        return place, True
     try:
-        with Path(path).open("rb", buffering=0) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64))
-            return ending in file.read()
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+            return place, ending in file.read()
     except OSError:
-        return False
+        return place, False
 
 
-def _look_at_label_maps(split: Split, sample: int | None) -> tuple[dict[str, float], list[Finding]]:
-    """The share of each class in the sample's pixels, and the maps with numbers that mean nothing."""
-    maps = [record.label_map for record in _chosen(split.records, sample) if record.label_map is not None]
-    if not maps:
-        return {}, []
-    findings = []
-    counts_256 = np.zeros(256, np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        for label_map, seen in zip(maps, pool.map(_count_numbers, maps), strict=True):
-            if isinstance(seen, Finding):
-                findings.append(seen)
-                continue
-            code = label_map.code
-            unknown = np.flatnonzero((seen > 0) & ~code.declared_256).tolist()
-            if unknown:
-                message = f"has numbers that mean no class ({', '.join(map(str, unknown[:5]))})"
-                fix = f"name them in the classes, or write {UNLABELLED} where nothing is to be learnt"
-                findings.append(Finding("error", "unknown number", label_map.path, message, fix))
-            np.add.at(counts_256, code.classes_256, seen)
-    shares = (counts_256 / max(1, counts_256.sum())).tolist()
-    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}, findings
-
-
-def _count_numbers(label_map: LabelMap) -> NDArray[np.int64] | Finding:
-    """How often each number occurs, (256,); or why that cannot be told."""
-    try:
-        return np.bincount(read_numbers(label_map.path).ravel(), minlength=256)
-    except UserError as error:
-        message, _, fix = str(error).removeprefix(f"{label_map.path}: ").partition("; ")
-        return Finding("error", "undecodable label map", label_map.path, message, fix)
+def _shares(split: Split, counts: PixelCounts) -> dict[str, float]:
+    """The share of each class in the sample's pixels, and of those without."""
+    shares = (counts.counts_256 / max(1, counts.counts_256.sum())).tolist()
+    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}
 
 
 def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
@@ -284,35 +255,36 @@ def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
     )
 
 
-def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
+def _absent_classes(split: Split, statistics: Statistics) -> list[Finding]:
+    """Classes of which nothing can be learnt or, of pixels, measured."""
     if statistics.pixels:
         empty = [name for name, share in statistics.pixels.items() if share == 0 and name != "unlabelled"]
-        if not empty:
+        message = f"{len(empty)} classes have no pixel in {split.name}'s sample: {', '.join(empty)}"
+    else:
+        empty = [name for name, count in statistics.per_class.items() if count == 0]
+        message = f"{len(empty)} classes have no objects in {split.name}: {', '.join(empty)}"
+        if statistics.objects == 0 or split.name != "train":
             return []
-        message = f"{len(empty)} classes have no pixel in train's sample: {', '.join(empty)}"
-        return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
-    empty = [name for name, count in statistics.per_class.items() if count == 0]
-    if not empty or statistics.objects == 0:
+    if not empty:
         return []
-    message = f"{len(empty)} classes have no objects in train: {', '.join(empty)}"
-    return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
+    return [Finding("warning", "empty class", split.source, message, "label some, or set data.classes")]
 
 
 def _repeated_images(split: Split) -> list[Finding]:
     """One file under two ids: each of them is background where the other's objects are."""
-    times = Counter(split.records.paths.texts())
+    times = Counter(split.records.paths)
     repeated = [path for path, count in times.items() if count > 1]
     if not repeated:
         return []
-    message = f"{len(repeated)} images are listed more than once, as {repeated[0]}"
+    example = repeated[0].decode("utf-8", "replace")
+    message = f"{len(repeated)} images are listed more than once, as {example}"
     return [Finding("warning", "repeated image", split.source, message, "put all objects of one under one id")]
 
 
 def _crowded_images(val: Split) -> list[Finding]:
     """COCO's AP counts so many detections of an image and no more: further objects count as missed."""
-    records = val.records
-    counts = np.bincount(records.images_M[~records.ignore_M], minlength=len(records)).tolist()
-    crowded = [count for count in counts if count > COUNTED_DETECTIONS]
+    counts_N = np.bincount(val.records.images_M[~val.records.ignore_M], minlength=1)
+    crowded = counts_N[counts_N > COUNTED_DETECTIONS].tolist()
     if not crowded:
         return []
     message = (
@@ -346,7 +318,7 @@ def _shared_images(train: Split, val: Split) -> list[Finding]:
 
 def _bytes_of(path: str) -> int:
     try:
-        return Path(path).stat().st_size
+        return os.stat(path).st_size  # noqa: PTH116 - a hundred thousand times
     except OSError:
         return 0
 
@@ -355,7 +327,7 @@ def _mark(path: str) -> tuple[int, bytes]:
     """The file's size and its middle: what differs between two images, without reading them whole."""
     size = _bytes_of(path)
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123
             file.seek(size // 2)
             return size, file.read(1024)
     except OSError:

@@ -23,6 +23,7 @@ from detdistill.data.digits import digits_root
 from detdistill.data.holdout import hold_out, share_of
 from detdistill.data.images import read_image
 from detdistill.data.label_maps import (
+    count_pixels,
     find_cityscapes,
     find_label_folders,
     open_cityscapes,
@@ -33,15 +34,17 @@ from detdistill.data.label_maps import (
 from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
-from detdistill.data.voc import find_voc, open_voc
-from detdistill.data.yolo import find_yolo, open_yolo
+from detdistill.data.voc import find_voc, find_voc_folders, open_voc
+from detdistill.data.yolo import open_yolo
+from detdistill.data.yolo_layout import find_yolo
 from detdistill.seeding import mix_seed
 
 _EXPECTED = (
     "Expected: COCO (annotations/instances_train*.json, or train.json and val.json), "
-    "VOC (Annotations, ImageSets/Main, JPEGImages), or YOLO (a .yaml with "
-    "names and train, or images and labels); for segmentation images/train and labels/train with label maps, "
-    "or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and data.val"
+    "VOC (Annotations, ImageSets/Main, JPEGImages; or XML files with the images), YOLO (a .yaml with names and "
+    "train; obj.data; images and labels; or label files with the images); for segmentation images/train and "
+    "labels/train with label maps, or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and "
+    "data.val"
 )
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -93,8 +96,13 @@ def usable_splits(config: DataConfig, names: Sequence[str], with_masks: bool = F
     splits = open_data(config, with_masks)
     for name in names:
         if name not in splits:
-            raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
+            hints = {"train": "set data.train", "val": "set data.val, perhaps to 20% of train"}
+            hint = hints.get(name) or nearest(name, splits)
+            raise UserError(f"{config.root or config.format}: no split {name!r}; {hint}")
     errors = [finding for name in names for finding in splits[name].errors]
+    for name in names:
+        if splits[name].has_label_maps:
+            errors += count_pixels(splits[name], sample=64).findings
     if errors:
         more = f" (and {len(errors) - 1} more errors: run `detdistill check`)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}")
@@ -142,6 +150,8 @@ def tell_format(config: DataConfig) -> Format:
         found.append("voc")
     elif find_voc(root, "Segmentation"):
         found.append("voc_segmentation")
+    elif find_voc_folders(root):
+        found.append("voc")
     if find_label_folders(root):
         found.append("label_maps")
     if find_cityscapes(root):

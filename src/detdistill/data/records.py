@@ -24,7 +24,7 @@ class LabelCode:
 
     Attributes:
         classes_256: uint8; by number, the label, or 255 where it is none.
-        declared_256: bool; the numbers that may occur. Others are read as 255, and the doctor reports them.
+        declared_256: bool; the numbers that may occur. Others are refused.
     """
 
     classes_256: NDArray[np.uint8]

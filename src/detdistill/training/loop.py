@@ -362,6 +362,8 @@ class _Trainer:
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
         if self.ema is not None:  # the caller's student object is to be what was measured
             self.pair.student.load_state_dict(self.ema.module.state_dict())
+        for warning in evaluation.warnings():
+            self.display.note(warning)
         metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
