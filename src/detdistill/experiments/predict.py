@@ -20,7 +20,8 @@ from detdistill.data.images import find_images, read_image
 from detdistill.data.masks import encode_masks
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models.base import Detections, Model
-from detdistill.report.gallery import CELL, draw_detections
+from detdistill.report.drawing import draw_detections
+from detdistill.report.gallery import CELL
 from detdistill.training.run_folder import write_atomically
 
 PREDICTIONS_FILE = "predictions.json"
