@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from detdistill.config import Recipe, UserError, dump_recipe, load_recipe, parse_recipe
 from detdistill.recipe_file import sections_in
+from detdistill.text import require_folder_name
 
 MINIMAL = "data: digits\nstudent: {backbone: resnet18}\n"
 PAIR = "data: /data/pcb\nstudent: {backbone: resnet18}\nteacher: runs/teacher\nmethods: [ima]\n"
@@ -330,12 +331,19 @@ def test_any_text_is_a_recipe_or_an_error_of_the_user(tmp_path: Path, text: str)
     loads_or_complains(write(tmp_path, text), [f"data={text}"])
 
 
+def is_folder_name(name: str) -> bool:
+    try:
+        return bool(require_folder_name(name, "name"))
+    except ValueError:
+        return False
+
+
 @st.composite
 def recipes(draw: st.DrawFn) -> dict[str, Any]:
     """Trees of which every one is right."""
     share = st.floats(0, 1, exclude_max=True)
     tree: dict[str, Any] = {
-        "name": draw(st.text(max_size=10)),
+        "name": draw(st.text(max_size=10).filter(is_folder_name)),
         "data": draw(st.sampled_from(["digits", "/data", {"root": "/data", "classes": ["a", "no", "1"]}])),
         "student": {
             "strides": draw(st.sampled_from([None, [4, 8], [8, 16, 32, 64, 128]])),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from detdistill.recipe_file import (
     UserError,
@@ -33,6 +33,7 @@ from detdistill.recipe_sections import (
     Section,
     TrainingConfig,
 )
+from detdistill.text import require_folder_name
 
 __all__ = [
     "AugmentConfig",
@@ -68,6 +69,11 @@ class Recipe(Section):
         (), description="`[ima]`, `[{ima: {weight: 1, alpha: 5}}]`, or sections as below"
     )
     training: TrainingConfig = Field(default_factory=lambda: TrainingConfig(), description="see below")
+
+    @field_validator("name")
+    @classmethod
+    def _folder_below_runs(cls, value: str) -> str:
+        return require_folder_name(value, "the name")
 
     @model_validator(mode="before")
     @classmethod

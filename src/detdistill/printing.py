@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from detdistill.text import printable
+
 if TYPE_CHECKING:
     from detdistill.evaluation.efficiency import Efficiency
     from detdistill.evaluation.measure import Evaluation
@@ -31,7 +33,9 @@ STYLES = {"error": "red", "warning": "yellow"}
 
 def say(text: str, style: str | None = None) -> None:
     """A line of text, never cut or wrapped: it may be a path to copy."""
-    Console(highlight=False, markup=False).print(text, style=style, soft_wrap=True)
+    Console(highlight=False, markup=False, emoji=False).print(
+        printable(text, sys.stdout), style=style, soft_wrap=True
+    )
 
 
 def show(
@@ -41,11 +45,15 @@ def show(
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=whole is not None)
     for i, column in enumerate(columns):
         side: Literal["left", "right"] = "left" if i < text_columns else "right"
-        table.add_column(column, justify=side, overflow="fold", no_wrap=column == whole)
+        table.add_column(_cell(column), justify=side, overflow="fold", no_wrap=column == whole)
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*map(_cell, row))
     # A file or a pipe has no width, and a table there is not to be squeezed into 80 columns.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value: Any) -> Text:
+    return Text(printable(str(value), sys.stdout))  # and not a string, which rich would search for markup
 
 
 def first_line(docstring: str | None) -> str:
@@ -69,9 +77,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(printable(what, sys.stderr), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

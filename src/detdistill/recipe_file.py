@@ -20,6 +20,10 @@ Lines = dict[tuple[str, ...], str]
 """Where each key of a tree was written: ``{("training", "epochs"): "recipe.yaml:7"}``."""
 
 
+MOST_VALUES = 100_000
+"""Of a YAML file, aliases written out."""
+
+
 class UserError(Exception):
     """Something that the user can mend; the message is one line that says what and how."""
 
@@ -149,6 +153,10 @@ def _parse(text: str, source: str) -> tuple[Any, Lines]:
 
 
 def _collect_lines(node: yaml.Node, at: tuple[str, ...], source: str, lines: Lines) -> None:
+    if (
+        len(lines) > MOST_VALUES
+    ):  # aliases within aliases: a line of text for each of them would fill the memory
+        raise UserError(f"{source}: more than {MOST_VALUES:,} values, with aliases written out; write fewer")
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:

@@ -10,6 +10,7 @@ answered at once.
 from __future__ import annotations
 
 import errno
+import io
 import sys
 import traceback
 import warnings
@@ -22,6 +23,7 @@ import typer
 from detdistill.cli import training  # isort: skip - the verbs are listed in this order
 from detdistill.cli import comparing, using  # isort: skip
 from detdistill.cli.app import BUG, INTERRUPTED, USER_ERROR, app
+from detdistill.text import printable
 
 __all__ = ["app", "comparing", "main", "training", "using"]
 
@@ -34,6 +36,9 @@ _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see the head of this file)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another code page shows escapes
+            stream.reconfigure(errors="backslashreplace")
     command = typer.main.get_command(app)
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -52,7 +57,7 @@ def _explain(error: Exception) -> int:
     """Say on stderr what went wrong; returns the exit code."""
     message = _message_for_user(error)
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message, sys.stderr)}", file=sys.stderr)
         return USER_ERROR
     traceback.print_exception(error)
     print(ISSUES, file=sys.stderr)
@@ -93,4 +98,5 @@ def _show_warning(
     text = (
         f"warning: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno, line)
     )
-    print(text, end="", file=file or sys.stderr)
+    stream = file or sys.stderr
+    print(printable(text, stream), end="", file=stream)

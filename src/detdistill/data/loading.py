@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +276,7 @@ def make_loader(
         workers: processes that decode and augment; 0 does it in this one.
     """
     sequential = isinstance(batches, int)
+    workers = workers if _can_start_processes() else 0
     return _Loader(
         dataset,
         batch_size=cast(int, batches) if sequential else 1,
@@ -283,6 +287,29 @@ def make_loader(
         persistent_workers=workers > 0,
         worker_init_fn=_one_thread,
     )
+
+
+def _can_start_processes() -> bool:
+    """Whether worker processes would not run the user's script anew.
+
+    With the start methods spawn and forkserver they import it, and without a guard they end up here again.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None)
+    # The first of all is the default; asking for the method itself would fix it for the user's program.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if script is None or method == "fork":
+        return True
+    try:
+        guarded = "__name__" in Path(script).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    if not guarded:
+        warnings.warn(
+            f'{script} has no `if __name__ == "__main__":`, which worker processes need: images are loaded in '
+            "this process",
+            stacklevel=3,
+        )
+    return guarded
 
 
 def _one_thread(worker: int) -> None:

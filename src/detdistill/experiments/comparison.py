@@ -15,6 +15,7 @@ from detdistill.config import UserError
 from detdistill.evaluation.paired import Paired, paired
 from detdistill.experiments.studies import STUDY_FILE, Study
 from detdistill.experiments.study_teachers import UsedTeacher, changed_teachers
+from detdistill.text import markdown_table
 from detdistill.training.run_folder import write_atomically
 
 Runs = dict[str, dict[int, Path]]
@@ -120,8 +121,7 @@ class Comparison:
         return ("arm", *seeds, "mean", f"paired difference in {self.metric} (95%)", "wins", "verdict")
 
     def markdown(self) -> str:
-        lines = [self.columns(), ("---",) * len(self.columns()), *self.rows()]
-        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return markdown_table([self.columns(), *self.rows()])
 
 
 def arms_of(

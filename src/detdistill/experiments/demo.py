@@ -27,6 +27,7 @@ from detdistill.experiments.studies import ALONE, Study
 from detdistill.models.checkpoints import load_model
 from detdistill.report.gallery import save_gallery
 from detdistill.report.plots import plot_comparison
+from detdistill.text import markdown_table
 from detdistill.training.loop import TrainResult, train
 from detdistill.training.run_folder import RunFolder, write_atomically
 
@@ -76,7 +77,7 @@ def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool 
         fast: a few steps only, to see that everything works; the numbers then mean nothing.
     """
     out = Path(out)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print("1. A teacher: ResNet-18, trained on the digits")
     teacher = train(_recipe("teacher", TEACHER, epochs=12, lr=0.02, seed=0, fast=fast), out / "teacher")
     alone, distilled = {}, {}
@@ -125,9 +126,7 @@ def _show(console: Console, result: DemoResult, out: Path) -> None:
         f" (seeds: {', '.join(f'{gain:+.1f}' for gain in gains)})" if len(gains) > 1 else ""
     )
     rows = _rows(result)
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    markdown = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    write_atomically(out / "table.md", f"{markdown}\n\n{verdict}\n")
+    write_atomically(out / "table.md", f"{markdown_table([COLUMNS, *rows])}\n\n{verdict}\n")
     runs = {"teacher": result.teacher, "alone": result.alone[first], "distilled": result.distilled[first]}
     plot_comparison({name: RunFolder(run.run).metrics() for name, run in runs.items()}, out / "curves.png")
     _gallery(runs, out / "gallery.png")
@@ -146,7 +145,7 @@ def _report(console: Console, result: DemoResult, out: Path) -> None:
     taught = (f"teacher={result.teacher.student}", 'methods=["ima"]')
     study = Study(recipe, {ALONE: ("teacher=null", "methods=[]"), DISTILLED: taught}, tuple(result.alone), out)
     write_comparison(read_comparison(study))
-    try_report(out, lambda line: console.print(line, soft_wrap=True, markup=False))
+    try_report(out, lambda line: console.print(line, soft_wrap=True))
 
 
 def _gallery(runs: dict[str, TrainResult], out: Path) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from detdistill.config import UserError, load_recipe
 from detdistill.recipe_file import read_yaml
+from detdistill.text import require_folder_name
 
 ALONE = "alone"
 STUDY_FILE = "study.yaml"
@@ -48,6 +49,22 @@ class Study:
     unequal: tuple[str, ...] = ()
     inheriting: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse arms whose runs would lie outside ``out`` or in one folder.
+
+        Raises:
+            UserError: the name of such an arm.
+        """
+        taken: dict[str, str] = {}
+        for arm in self.arms:
+            try:
+                folder = require_folder_name(_folder_name(arm), "arm")
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            other = taken.setdefault(folder.casefold(), arm)
+            if other != arm:
+                raise UserError(f"the arms {other!r} and {arm!r} would share a folder: rename one")
+
     @property
     def baseline(self) -> str:
         return next(iter(self.arms))
@@ -60,7 +77,11 @@ class Study:
         return f"not the same start: {', '.join(self.inheriting)} began with the teacher's neck and head"
 
     def run_folder(self, arm: str, seed: int) -> Path:
-        return self.out / arm.replace("/", "÷") / str(seed)
+        return self.out / _folder_name(arm) / str(seed)
+
+
+def _folder_name(arm: str) -> str:
+    return arm.replace("/", "÷").replace("\\", "÷")
 
 
 def plan_methods(

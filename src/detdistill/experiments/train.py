@@ -20,6 +20,7 @@ from detdistill.config import (
 )
 from detdistill.models.base import Model
 from detdistill.models.checkpoints import describe
+from detdistill.text import printable
 from detdistill.training import loop
 from detdistill.training.loop import TrainResult
 
@@ -78,7 +79,7 @@ def distill(
     """
     recipe = parse_recipe(
         {
-            "name": Path(out).name,
+            "name": printable(Path(out).resolve().name) or "run",
             "data": data,
             "teacher": _section(teacher, frozen=True),
             "student": _section(student, frozen=False),

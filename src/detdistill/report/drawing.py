@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detdistill.data.records import UNLABELLED
+from detdistill.text import printable
 
 CROWD = 30  # boxes from which their labels would hide the image
 MASK_OPACITY = 0.4
@@ -85,7 +86,7 @@ def draw_detections(
     height, width = image.shape[-2:]
     # Far outside the image one place is as good as another, and Pillow counts in 32 bits.
     boxes = (boxes_K4[strongest_first] * factor).clamp(-width - height, width + height).long().tolist()
-    names = [classes[label] for label in labels]
+    names = [" ".join(printable(classes[label]).split()) for label in labels]  # on one line
     scores = [""] * len(labels)
     if scores_K is not None:
         scores = [f" {score:.2f}" for score in scores_K[strongest_first].tolist()]

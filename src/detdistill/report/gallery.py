@@ -18,6 +18,7 @@ from detdistill.evaluation.difference import CHANGES, ImageDifference
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.segmentation import SegmentationEvaluation
 from detdistill.report.drawing import class_color, draw_detections
+from detdistill.report.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,8 +59,7 @@ def save_gallery(
                 ax.set_title(title)
     if any("semantic" in detections for row in rows for _, detections in row.values()):
         _class_legend(figure, classes)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
+    save_figure(figure, out, dpi=100)
 
 
 def _class_legend(figure: Figure, classes: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from detdistill.config import UserError
 from detdistill.evaluation.errors import KINDS, RECALLS, ErrorCurves
+from detdistill.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -281,5 +282,15 @@ def _finish(ax: Axes, title: str, xlabel: str = "step") -> None:
 
 
 def _save(figure: Figure, out: Path | str) -> None:
+    save_figure(figure, out, dpi=130)
+
+
+def save_figure(figure: Figure, out: Path | str, dpi: int) -> None:
+    """Write a figure; its folder is made. Text is drawn as it is, also with a ``$``, which starts a formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=dpi)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from detdistill.text import printable
 from detdistill.training.run_folder import Row
 
 
@@ -16,7 +17,7 @@ class Display:
     """Shows one run; silent unless ``enabled`` (one process of many)."""
 
     def __init__(self, enabled: bool) -> None:
-        self.console = Console(quiet=not enabled, highlight=False)
+        self.console = Console(quiet=not enabled, highlight=False, markup=False, emoji=False)
         self.bar: Progress | None = None
         self.started = time.perf_counter()
         self.name, self.total = "", 0
@@ -25,14 +26,14 @@ class Display:
         self.name, self.total, self.started = name, total, time.perf_counter()
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}"),
+                TextColumn("{task.fields[losses]}", markup=False),
                 console=self.console,
             )
-            self.bar.add_task(name, total=total, completed=step, losses="")
+            self.bar.add_task(printable(name, self.console.file), total=total, completed=step, losses="")
             self.bar.start()
 
     def update(self, step: int, row: Row) -> None:
@@ -40,7 +41,7 @@ class Display:
             return
         terms = " ".join(f"{key[5:]} {value:.3g}" for key, value in row.items() if key.startswith("loss/"))
         share = f" distilled {row['distill_share']:.0%}" if row["distill_share"] else ""
-        losses = f"{row['images_per_second']:.0f} img/s  {terms}{share}"
+        losses = printable(f"{row['images_per_second']:.0f} img/s  {terms}{share}", self.console.file)
         self.bar.update(self.bar.task_ids[0], completed=step, losses=losses)
 
     def evaluated(self, row: Row, headline: Sequence[str]) -> None:
@@ -53,7 +54,7 @@ class Display:
 
     def note(self, text: str) -> None:
         prefix = f"{self.name}: " if self.name else ""
-        self.console.print(prefix + text, markup=False, soft_wrap=True)
+        self.console.print(printable(prefix + text, self.console.file), soft_wrap=True)
 
     def stop(self) -> None:
         if self.bar is not None:

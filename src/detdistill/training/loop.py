@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import util
 from pathlib import Path
 
@@ -319,7 +320,7 @@ class _Trainer:
                 save_model(exported, self.folder.best_file)
         if self.accelerator.is_main_process:
             self.folder.write_csv()
-            plot_curves(self.folder.metrics(), self.folder.path / "curves.png")
+            self._draw("curves.png", partial(plot_curves, self.folder.metrics()))
         self.log_started = time.perf_counter()
         return evaluation
 
@@ -345,11 +346,18 @@ class _Trainer:
         metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
-            save_samples(evaluation, self.folder.path / "samples.png")
             self.folder.write_result(status, metrics, evaluation.per_class, evaluation.main)
+            self._draw("samples.png", partial(save_samples, evaluation))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return TrainResult(status, metrics, self.folder.path, self.folder.student_file)
+
+    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Draw a picture of the run; one that fails does not cost the run its result."""
+        try:
+            draw(self.folder.path / name)
+        except Exception as error:
+            self.display.note(f"warning: {self.folder.path / name} was not drawn ({error!r})")
 
     def _exported(self) -> Model:
         """The student as it would be deployed now: averaged weights where there are any."""
