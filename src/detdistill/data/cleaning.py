@@ -203,7 +203,8 @@ def select_classes(split: Split, classes: Sequence[str]) -> Split:
     doubled = [name for name, times in Counter(classes).items() if times > 1]
     if doubled:
         raise UserError(f"data.classes names {doubled[0]!r} twice; name each class once")
-    return relabel(split, classes, lambda name: split.category_ids[split.classes.index(name)])
+    ids = dict(zip(split.classes, split.category_ids or range(len(split.classes)), strict=True))
+    return relabel(split, classes, lambda name: ids[name])
 
 
 def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], int]) -> Split:
@@ -215,7 +216,7 @@ def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], i
         split,
         records=[_relabelled(record, table, codes) for record in split.records],
         classes=tuple(classes),
-        category_ids=tuple(category_id(name) for name in classes),
+        category_ids=None if split.category_ids is None else tuple(category_id(name) for name in classes),
     )
 
 

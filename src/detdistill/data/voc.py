@@ -61,7 +61,7 @@ def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | Non
         kept = [raw for raw in objects if raw is not None]
         records.append(make_record(stem, image, size, kept, source, findings, with_masks=False))
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), file, findings)
-    split = Split(name, records, tuple(names), tuple(range(len(names))), file, findings)
+    split = Split(name, records, tuple(names), None, file, findings)
     return split if classes is None else select_classes(split, classes)
 
 

@@ -74,7 +74,7 @@ def read_yolo(
     if with_masks:
         records = settle_masks(records, sources[0], findings)
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), sources[0], findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), sources[0], findings)
+    return Split(name, records, tuple(classes), None, sources[0], findings)
 
 
 def label_path(image: Path) -> Path:

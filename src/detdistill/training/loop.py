@@ -131,6 +131,7 @@ class _Trainer:
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
+        student.category_ids = self.train_split.category_ids
         if recipe.inherit and not folder.checkpoint_file.exists():  # a run that goes on has learnt since
             assert teacher is not None
             self.display.note(inherit(student, teacher))
