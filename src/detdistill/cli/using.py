@@ -44,7 +44,7 @@ def evaluate(
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Write the detections here, as COCO's results files have them.")
+        Path | None, typer.Option(help="Write the detections here, in COCO's results format.")
     ] = None,
 ) -> None:
     """Measure a detector or segmenter on a dataset."""

@@ -306,7 +306,7 @@ def select_classes(split: Split, classes: Sequence[str]) -> Split:
     Raises:
         UserError: a class that the split does not have, with the nearest name it has.
     """
-    category_ids = dict(zip(split.classes, split.category_ids, strict=True))
+    category_ids = dict(zip(split.classes, split.category_ids or range(len(split.classes)), strict=True))
     for name in classes:
         if name not in category_ids:
             raise UserError(
@@ -330,7 +330,7 @@ def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], i
         split,
         records=replace(records, labels_M=labels_M, codes=codes).keep(labels_M >= 0),
         classes=tuple(classes),
-        category_ids=tuple(category_id(name) for name in classes),
+        category_ids=None if split.category_ids is None else tuple(category_id(name) for name in classes),
     )
 
 

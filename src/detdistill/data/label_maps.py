@@ -228,7 +228,7 @@ def read_pairs(
             )
         )  # fmt: skip
     report_empty(name, len(records), len(records), source, findings)
-    return Split(name, Records.pack(records), tuple(classes), tuple(range(len(classes))), source, findings)
+    return Split(name, Records.pack(records), tuple(classes), None, source, findings)
 
 
 def _sizes(pair: Pair) -> tuple[int, int] | Finding:

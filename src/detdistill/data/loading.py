@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import sys
 import warnings
@@ -189,9 +190,20 @@ def _agree(train: Split, val: Split, chosen: bool) -> Split:
             message = f"class {name!r} has {count} objects in {val.name} and is unknown to {train.name}"
             fix = f"{nearest(name, train.classes)} add it to {train.source} or set data.classes"
             findings.append(Finding("error", "unknown class", val.source, message, fix))
-    own = dict(zip(val.classes, val.category_ids, strict=True))
-    others = dict(zip(train.classes, train.category_ids, strict=True))
-    return replace(relabel(val, train.classes, lambda name: own.get(name, others[name])), findings=findings)
+    ids = _category_ids(train, val)
+    return replace(relabel(val, train.classes, lambda name: ids[name]), findings=findings)
+
+
+def _category_ids(train: Split, val: Split) -> dict[str, int]:
+    """Val's own by train's classes; of a class that val lacks train's, where val has no other use for it."""
+    own = dict(zip(val.classes, val.category_ids or (), strict=False))
+    others = dict(zip(train.classes, train.category_ids or (), strict=False))
+    taken = set(own.values())
+    unused = itertools.count(max([*taken, *others.values()], default=0) + 1)
+    return {
+        name: own[name] if name in own else next(unused) if others[name] in taken else others[name]
+        for name in others
+    }
 
 
 class DetectionDataset(Dataset[Sample]):

@@ -315,7 +315,7 @@ class Split:
     name: str
     records: Records
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # the ids the source used, in the order of ``classes``
+    category_ids: tuple[int, ...] | None  # the source's own, in the order of ``classes``; None: it has none
     source: Path  # the annotation file or folder
     findings: list[Finding] = field(default_factory=list)
 

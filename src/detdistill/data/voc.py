@@ -129,7 +129,7 @@ def _read_pairs(
         record = make_record(pair.image_id, pair.image, size, kept, pair.xml, findings, with_masks=False)
         records.append(replace(record, source=pair.xml))
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), source, findings)
-    split = Split(name, Records.pack(records), tuple(names), tuple(range(len(names))), source, findings)
+    split = Split(name, Records.pack(records), tuple(names), None, source, findings)
     return split if classes is None else select_classes(split, classes)
 
 

@@ -88,7 +88,7 @@ def read_yolo(
         findings.append(_no_labels(paths[0], len(records), sources[0]))
     else:
         report_empty(name, len(packed), len(packed.labels_M), sources[0], findings)
-    return Split(name, packed, tuple(classes), tuple(range(len(classes))), sources[0], findings)
+    return Split(name, packed, tuple(classes), None, sources[0], findings)
 
 
 def _folder_of_labels(images: Path) -> Path:

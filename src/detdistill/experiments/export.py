@@ -213,6 +213,7 @@ def _facts(graph: DetectionGraph | SegmentationGraph, size: tuple[int, int]) -> 
     shared: dict[str, Any] = {
         "version": importlib.metadata.version("detdistill"),
         "classes": graph.model.classes,
+        "category_ids": graph.model.category_ids,
         "size": size,
         "keep_ratio": convention.keep_ratio,
         "padding": (red, green, blue),

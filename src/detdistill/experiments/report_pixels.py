@@ -13,7 +13,7 @@ from detdistill.data.loading import DetectionDataset
 from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.experiments.studies import ALONE
 from detdistill.models.base import Segmenter
-from detdistill.report.gallery import class_color
+from detdistill.report.drawing import class_color
 from detdistill.report.page import Cell, Section, Slide, Table, number
 from detdistill.report.pictures import draw_pairs
 

@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +40,8 @@ def save_model(model: Model, path: str | Path) -> None:
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, Tensor)}
     metadata = {"detdistill": importlib.metadata.version("detdistill")}
     if model.spec is not None:
-        metadata["spec"] = json.dumps(model.spec)
+        ids = {} if model.category_ids is None else {"category_ids": model.category_ids}
+        metadata["spec"] = json.dumps({**model.spec, **ids})
     else:
         metadata["python"] = describe(model)
         tensors = {n: t.clone() for n, t in tensors.items()}  # tied weights, which the format has no word for
@@ -94,8 +96,23 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         )
     config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
     model = construct(config, spec["classes"], spec)
+    model.category_ids = _category_ids(spec, path)
     load_weights(model, read_state_dict(path), source=str(path))
     return model.to(device).eval()
+
+
+def _category_ids(spec: dict[str, Any], path: Path) -> tuple[int, ...] | None:
+    ids = spec.get("category_ids")
+    if ids is None:
+        return None
+    if (
+        not isinstance(ids, list)
+        or not all(type(one) is int for one in ids)
+        or len(set(ids)) != len(spec["classes"])
+        or len(ids) != len(spec["classes"])
+    ):
+        raise UserError(f"{path}: category_ids in its spec are not an integer for each class; save it again")
+    return tuple(ids)
 
 
 def describe(model: Model, *, values: bool = False) -> str:

@@ -42,6 +42,7 @@ class ExportFacts(BaseModel):
         format: of these facts.
         version: of the detdistill that wrote the file.
         classes: label i means ``classes[i]``.
+        category_ids: by label, those of the data that it was trained on; None: they had none.
         size: (height, width) of the input.
         keep_ratio: images are resized to fit in, and lie in the upper left corner; else stretched, antialiased.
         padding: RGB, 0…255, of the rest of the input.
@@ -53,6 +54,7 @@ class ExportFacts(BaseModel):
     format: Literal[1] = 1
     version: str
     classes: tuple[str, ...]
+    category_ids: tuple[int, ...] | None = None
     size: tuple[int, int]
     keep_ratio: bool
     padding: tuple[float, float, float]
@@ -115,6 +117,7 @@ class _Exported(Model):
         super().__init__()
         self.any_batch = any_batch
         self.classes = facts.classes
+        self.category_ids = facts.category_ids
         self.spec = facts.spec
         self.pyramid_channels = {}
         # 255 · x - padding, filled with 0: adding the padding afterwards gives each channel its own.
