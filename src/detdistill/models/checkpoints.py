@@ -37,11 +37,12 @@ def save_model(model: Model, path: str | Path) -> None:
     path = Path(path)
     state = model.exported.state_dict()
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, Tensor)}
-    metadata = {"detdistill": importlib.metadata.version("detdistill")}
+    # One entry: safetensors writes several in random order, and equal models are to be equal bytes.
     if model.spec is not None:
-        metadata["spec"] = json.dumps(model.spec)
+        version = importlib.metadata.version("detdistill")
+        metadata = {"spec": json.dumps({**model.spec, "detdistill": version})}
     else:
-        metadata["python"] = describe(model)
+        metadata = {"python": describe(model)}
         tensors = {n: t.clone() for n, t in tensors.items()}  # tied weights, which the format has no word for
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
