@@ -30,14 +30,13 @@ from detdistill.models.base import (
 )
 from detdistill.models.graph import Letterbox, suppress
 from detdistill.models.spec import ClassNames, first_fault, require_spec
-from detdistill.recipe_sections import LARGEST_SIDE
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")
 INSTALL = 'pip install "detdistill[export]"'
 
 
-_Side = Annotated[int, Field(gt=0, le=LARGEST_SIDE)]
+_Side = Annotated[int, Field(gt=0, le=2**15)]
 
 
 class ExportFacts(BaseModel):
