@@ -38,12 +38,13 @@ def save_model(model: Model, path: str | Path) -> None:
     path = Path(path)
     state = model.exported.state_dict()
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, Tensor)}
-    metadata = {"detdistill": importlib.metadata.version("detdistill")}
+    # One entry: safetensors writes several in random order, and equal models are to be equal bytes.
     if model.spec is not None:
+        version = importlib.metadata.version("detdistill")
         ids = {} if model.category_ids is None else {"category_ids": model.category_ids}
-        metadata["spec"] = json.dumps({**model.spec, **ids})
+        metadata = {"spec": json.dumps({**model.spec, **ids, "detdistill": version})}
     else:
-        metadata["python"] = describe(model)
+        metadata = {"python": describe(model)}
         tensors = {n: t.clone() for n, t in tensors.items()}  # tied weights, which the format has no word for
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -96,23 +97,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         )
     config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
     model = construct(config, spec["classes"], spec)
-    model.category_ids = _category_ids(spec, path)
+    ids = spec.get("category_ids")
+    model.category_ids = None if ids is None else tuple(ids)
     load_weights(model, read_state_dict(path), source=str(path))
     return model.to(device).eval()
-
-
-def _category_ids(spec: dict[str, Any], path: Path) -> tuple[int, ...] | None:
-    ids = spec.get("category_ids")
-    if ids is None:
-        return None
-    if (
-        not isinstance(ids, list)
-        or not all(type(one) is int for one in ids)
-        or len(set(ids)) != len(spec["classes"])
-        or len(ids) != len(spec["classes"])
-    ):
-        raise UserError(f"{path}: category_ids in its spec are not an integer for each class; save it again")
-    return tuple(ids)
 
 
 def describe(model: Model, *, values: bool = False) -> str:
