@@ -176,6 +176,7 @@ class Model(nn.Module, ABC):
 
     Attributes:
         task: what it is for.
+        family: its name in recipes (`family`); None: a model of no family here.
         kind: what it answers from; None, something else: methods then have their plain defaults.
         classes: class names; label i means ``classes[i]``.
         preprocessor: the input convention.
@@ -190,6 +191,7 @@ class Model(nn.Module, ABC):
     """
 
     task: ClassVar[Task]
+    family: str | None = None
     kind: Kind | None = None
     needs_masks: bool = False
     classes: tuple[str, ...]
