@@ -17,7 +17,6 @@ from detdistill.models.build import FAMILIES
 from .pairs import DETECTION, make_pair
 from .table_of_pairs import SEGMENTERS, build
 
-
 NAMED = {
     "adversarial": {"cirkd"},
     "cofd": {"cifar"},
