@@ -285,7 +285,7 @@ class MethodConfig(Section):
         None,
         gt=0,
         description="`weight: auto`: the method's gradient over the task's, at the student's pyramid. "
-        "None: 10, for a query-based student 1",
+        "None: 10, for a query-based student 0.3",
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
     decay_from: float | None = Field(

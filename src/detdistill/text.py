@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import PureWindowsPath
-from typing import TextIO
+from typing import IO
 
 # Control characters except newline and tab, overrides of the writing direction, and lone surrogates, which
 # stand for bytes of a file name that are not UTF-8.
@@ -13,7 +13,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e
 _LONGEST = 200  # bytes of a folder's name; file systems take 255
 
 
-def printable(text: str, stream: TextIO | None = None) -> str:
+def printable(text: str, stream: IO[str] | None = None) -> str:
     """The text with what a terminal would obey or cannot show as escapes (``\\x1b``).
 
     Args:

@@ -129,7 +129,7 @@ def test_a_method_that_drowns_the_task_is_told_once(make_recipe, teacher_file, t
         train(make_recipe(teacher=str(teacher_file), methods=[method]), tmp_path / str(alpha))
         said = capsys.readouterr().out
         assert said.count("the detection loss has little effect") == warnings
-        assert said.count("`mimic: {weight: auto, ratio: 1}`") == warnings
+        assert said.count("`mimic: {weight: auto, ratio: 0.3}`") == warnings
 
 
 def test_max_steps_replaces_epochs_and_the_log_says_which(make_recipe, tmp_path, capsys):

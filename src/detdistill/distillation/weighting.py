@@ -12,7 +12,7 @@ from detdistill.models.base import Kind, Pyramid
 
 AUTO_EVERY = 50  # steps between measurements: each costs one more backward pass through the head
 AUTO_STEP = 0.5  # of the way, in logarithms, to what the newest measurement asks for
-RATIO, QUERIES_RATIO = 10.0, 1.0  # of the method's gradient to the task's, where a recipe gives none
+RATIO, QUERIES_RATIO = 10.0, 0.3  # of the method's gradient to the task's, where a recipe gives none
 FP16_SCALE = 4096.0  # lifts small gradients over the smallest half-precision number; cancels in the ratio
 
 
@@ -44,7 +44,7 @@ def build_weight(config: MethodConfig, kind: Kind | None) -> tuple[Weight, AutoW
 
     Query-based students are trained by AdamW with a gradient norm clipped to 0.1. Both make the step
     independent of the gradient's scale, so a method whose gradient is many times the task's replaces the task
-    instead of adding to it. Their default is therefore ``auto`` at the ratio 1; that of other students is 1.
+    instead of adding to it. Their default is therefore ``auto`` at the ratio 0.3; that of others is 1.
     """
     of_queries = kind == "queries"
     value = config.weight

@@ -36,7 +36,7 @@ from detdistill.training.batches import micro_batches
 from detdistill.training.display import Display
 from detdistill.training.models import models_of
 from detdistill.training.precision import computes_bf16, resolve_precision
-from detdistill.training.preemption import PREEMPTED, preemption_flag
+from detdistill.training.preemption import PREEMPTED, Stop, StopRequest, stop_request
 from detdistill.training.run_folder import Row, RunFolder
 from detdistill.training.sampler import steps_per_epoch
 from detdistill.training.schedules import learning_rate_factor
@@ -83,23 +83,31 @@ def train(
     Raises:
         UserError: the recipe, data, teacher or folder is not usable, or a loss is not finite.
         SystemExit: with code 75, after saving, on SIGTERM or SIGUSR1.
+        KeyboardInterrupt: after saving, on Ctrl-C; at once on a second one.
     """
     folder = RunFolder(run)
-    with folder.held(), preemption_flag() as preempted:
+    with folder.held(), stop_request() as request:
         folder.open(recipe, resume=resume)
         done = folder.ended(recipe)
         if done is not None:
             if student is not None:
                 student.exported.load_state_dict(load_file(folder.student_file))
             return TrainResult(done["status"], done["metrics"], run, folder.student_file)
-        return _Trainer(recipe, folder, student, teacher).run(preempted)
+        return _Trainer(recipe, folder, student, teacher, request).run()
 
 
 class _Trainer:
     """The state of one run, and its loop."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, student: Model | None, teacher: Model | None) -> None:
-        self.recipe, self.config, self.folder = recipe, recipe.training, folder
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        student: Model | None,
+        teacher: Model | None,
+        request: StopRequest,
+    ) -> None:
+        self.recipe, self.config, self.folder, self.request = recipe, recipe.training, folder, request
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         folder.keep_to_data(splits)
@@ -131,7 +139,7 @@ class _Trainer:
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
-        if recipe.inherit and not folder.checkpoint_file.exists():  # a run that goes on has learnt since
+        if recipe.inherit and not folder.has_checkpoint:  # a run that goes on has learnt since
             assert teacher is not None
             self.display.note(inherit(student, teacher))
         if self.config.sync_batchnorm and self.accelerator.num_processes > 1:
@@ -148,7 +156,7 @@ class _Trainer:
         self.datasets = self._datasets()
         self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
         self.total_steps = self.config.max_steps or max(1, round(self.config.epochs * self.steps_per_epoch))
-        self.step = self.saved = 0
+        self.step = self.saved = self.evaluated = 0
         self.best, self.evaluations_since_best = -1.0, 0
         self.seconds = 0.0
         self.pending: list[StepOutcome] = []
@@ -156,7 +164,7 @@ class _Trainer:
 
     # --- the loop --------------------------------------------------------------------------------------
 
-    def run(self, preempted: Callable[[], bool]) -> TrainResult:
+    def run(self) -> TrainResult:
         try:
             self._resume()
             status = "finished"
@@ -168,30 +176,36 @@ class _Trainer:
             self.display.start(self.recipe.name, self.step, self.total_steps)
             self.display.note(self._budget())
             while self.step < self.total_steps:
+                if self._due(self.config.evaluate_every) and self.evaluated < self.step:
+                    self._evaluate()
+                if self.config.patience and self.evaluations_since_best >= self.config.patience:
+                    self._save()
+                    return self._finish("stopped early", self._back_to_best())
                 self._step(list(itertools.islice(loader, self.config.accumulate)))
                 self.seconds = time.perf_counter() - started
                 if self.step % LOG_EVERY == 0:
                     self._flush()
-                if self._due(self.config.evaluate_every) and self.step < self.total_steps:
-                    self._evaluate()
-                    if self.config.patience and self.evaluations_since_best >= self.config.patience:
-                        self._save()
-                        return self._finish("stopped early", self._back_to_best())
-                stop, late = self._agree(preempted(), started)
+                stop, late = self._agree(bool(self.request), started)
                 if stop or self.step % self.config.checkpoint_every == 0 or self._due(1):
                     self._save()
                 if stop:
-                    self.display.note(f"stopped at step {self.step}; the same command goes on from there")
-                    raise SystemExit(PREEMPTED)
+                    raise Stop
                 if late:
                     status = "out of time"
                     break
             evaluation = self._evaluate()
             self._save()
             return self._finish(status, evaluation)
+        except Stop:
+            if self.saved < self.step:
+                self._save()
+            if self.request.interrupted:
+                raise KeyboardInterrupt from None
+            self.display.note(f"stopped at step {self.step}; the same command resumes from there")
+            raise SystemExit(PREEMPTED) from None
         except KeyboardInterrupt:
             self.display.note(
-                f"interrupted at step {self.step}; the same command goes on from step {self.saved}"
+                f"interrupted at step {self.step}; the same command resumes from step {self.saved}"
             )
             raise
         finally:
@@ -280,7 +294,7 @@ class _Trainer:
         self.display.note(
             f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to {limit:g} "
             f"and {share:.0%} of the loss is distillation, so the detection loss has little effect. Lower the "
-            f"weight of {worst}, or give `{worst}: {{weight: auto, ratio: 1}}`"
+            f"weight of {worst}, or give `{worst}: {{weight: auto, ratio: 0.3}}`"
         )
 
     def _refuse_non_finite(self, values: Tensor, names: list[str]) -> None:
@@ -288,7 +302,7 @@ class _Trainer:
             bad = [name for name, value in zip(names, row.tolist(), strict=True) if not math.isfinite(value)]
             if bad:
                 ids = [str(self.train_split.records[int(i)].image_id) for i in outcome.indices]
-                saved = self.folder.checkpoint_file if self.folder.checkpoint_file.exists() else "none yet"
+                saved = self.folder.checkpoint_file if self.folder.has_checkpoint else "none yet"
                 raise UserError(
                     f"loss term {', '.join(bad)} is not finite at step {outcome.step} (images "
                     f"{', '.join(ids)}); lower training.optimizer.lr or training.clip_norm, or train in fp32; "
@@ -308,6 +322,7 @@ class _Trainer:
             for buffer in exported.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         evaluation = self._evaluation(exported)
+        self.evaluated = self.step
         numbers = evaluation.numbers()
         row: Row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **numbers}
         self._log(row)
@@ -331,6 +346,7 @@ class _Trainer:
             batch_size=max(1, self.config.batch_size // self.accelerator.num_processes),
             workers=self.config.workers,
             precision="bf16" if self.precision == "bf16" else "fp32",
+            progress=self.request.raise_if_asked,
         )
 
     def _back_to_best(self) -> Evaluation:
@@ -375,6 +391,8 @@ class _Trainer:
             scaler = self.accelerator.scaler
             self.folder.save_checkpoint({
                 "step": self.step,
+                "evaluated": self.evaluated,
+                "processes": self.accelerator.num_processes,
                 "pair": self.pair.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None,
@@ -398,12 +416,19 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.saved = self.step
+        self.saved, self.evaluated = self.step, state.get("evaluated", self.step)
         self.best, self.evaluations_since_best = state["best"], state["evaluations_since_best"]
         if self.accelerator.is_main_process:
-            self.folder.forget_after(self.step)
+            again = self.evaluated < self.step or self.step == self.total_steps
+            self.folder.forget_after(self.step, evaluation=again)
         self.accelerator.wait_for_everyone()
         self.display.note(f"resumed at step {self.step}")
+        before, now = state.get("processes"), self.accelerator.num_processes
+        if before not in (None, now):
+            self.display.note(
+                f"warning: {now} processes resume what {before} began: each sees other images and random "
+                "numbers, so the result is not exactly that of an uninterrupted run"
+            )
 
     # --- what it sees ----------------------------------------------------------------------------------
 

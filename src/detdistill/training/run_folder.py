@@ -6,7 +6,7 @@
     RUN/environment.json       versions, machine, command
     RUN/metrics.jsonl, .csv    a row for each log interval and each evaluation
     RUN/curves.png, samples.png
-    RUN/checkpoints/last.pt    to resume (tensors and plain values only)
+    RUN/checkpoints/last.pt    to resume (tensors and plain values only); previous.pt is the one before
     RUN/data.sha256, teacher.sha256   what it began with, wherever that lies now
     RUN/student.safetensors    the student alone: what is deployed
     RUN/best.safetensors       the student at its best evaluation
@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
 from detdistill.distillation.weighting import RATIO
 from detdistill.models.weights import file_hash, find_weights
+from detdistill.training.checkpoint import PREVIOUS, load_checkpoint, save_checkpoint
 
 try:
     import fcntl
@@ -97,11 +97,14 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: choose another run folder")
         if not resume:
-            old = (self.metrics_file, self.checkpoint_file, self.result_file, self.student_file, self.best_file)
+            old = (
+                self.metrics_file, self.checkpoint_file, self.checkpoint_file.with_name(PREVIOUS),
+                self.result_file, self.student_file, self.best_file, self.data_file, self.teacher_file,
+            )  # fmt: skip
             for file in old:
                 file.unlink(missing_ok=True)
         elif self.recipe_file.exists() and (
-            self.checkpoint_file.exists() or self.result_file.exists() or self.metrics_file.exists()
+            self.has_checkpoint or self.result_file.exists() or self.metrics_file.exists()
         ):
             differing = self.differences(recipe)
             if differing:
@@ -109,6 +112,8 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({', '.join(differing[:5])} differ): choose "
                     "another folder with --out, or --fresh to start it anew"
                 )
+            if self.ended(recipe) is not None:
+                return  # nothing of an ended run is written again
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, dump_recipe(recipe))
         if (teacher := _teacher_weights(recipe)) is not None:
@@ -116,7 +121,19 @@ class RunFolder:
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2))
 
     def recipe(self) -> Recipe:
-        return load_recipe(self.recipe_file)
+        """What the run trains.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            return load_recipe(self.recipe_file)
+        except UserError as error:
+            raise UserError(f"{error}; the run cannot go on: start it anew with --fresh") from None
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return self.checkpoint_file.exists() or self.checkpoint_file.with_name(PREVIOUS).exists()
 
     def differences(self, recipe: Recipe) -> list[str]:
         """The settings in which the run differs from a recipe; and its teacher's file, if that has changed.
@@ -143,7 +160,7 @@ class RunFolder:
             UserError: the run goes on, and they have changed.
         """
         mark = fingerprint(splits)
-        if self.checkpoint_file.exists() and _text(self.data_file) not in (None, mark):
+        if self.has_checkpoint and _text(self.data_file) not in (None, mark):
             raise UserError(
                 f"{self.path} began with other annotations than those of {splits['train'].source} now: choose "
                 "another folder with --out, or --fresh to start it anew"
@@ -157,14 +174,26 @@ class RunFolder:
             file.write(json.dumps(defined) + "\n")
 
     def metrics(self) -> list[Row]:
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        """The rows; the last line may be a half one, of a killed run, and is then left out.
 
-    def forget_after(self, step: int) -> None:
-        """Drop the rows that a resumed run will write again."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
+        Raises:
+            UserError: another line is damaged.
+        """
+        rows = [_row(line) for line in (_text(self.metrics_file) or "").splitlines()]
+        if None in rows[:-1]:
+            raise UserError(
+                f"{self.metrics_file}:{rows.index(None) + 1}: damaged; delete the line, or start the run anew "
+                "with --fresh"
+            )
+        return [row for row in rows if row is not None]
+
+    def forget_after(self, step: int, evaluation: bool = False) -> None:
+        """Drop the rows that a resumed run will write again; with ``evaluation`` also that of this step's."""
+        rows = [
+            row
+            for row in self.metrics()
+            if row["step"] < step or (row["step"] == step and ("loss" in row or not evaluation))
+        ]
         write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_csv(self) -> None:
@@ -178,23 +207,10 @@ class RunFolder:
         temporary.replace(self.path / "metrics.csv")
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        temporary = self.checkpoint_file.with_suffix(".tmp")
-        try:
-            torch.save(dict(state), temporary)
-            temporary.replace(self.checkpoint_file)
-        except (OSError, RuntimeError) as error:  # torch tells a full disk by the latter
-            temporary.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.path).free / 2**20
-            raise UserError(
-                f"{self.checkpoint_file}: cannot be written, with {free:.0f} MiB free there "
-                f"({str(error).splitlines()[0]}): make room, and the same command goes on from the last one"
-            ) from error
+        save_checkpoint(self.checkpoint_file, state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        if not self.checkpoint_file.exists():
-            return None
-        state: dict[str, Any] = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
-        return state
+        return load_checkpoint(self.checkpoint_file)
 
     def result(self) -> dict[str, Any] | None:
         """What came out; None of a run that has not ended.
@@ -232,14 +248,30 @@ class RunFolder:
         write_atomically(self.result_file, json.dumps({"status": status, "main": main, **tables}, indent=2))
 
 
+def _row(line: str) -> Row | None:
+    """A row of metrics.jsonl; None of what is none."""
+    try:
+        row: Row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # every process of a run opens its folder
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files that are no UTF-8
     temporary.replace(path)
 
 
 def _text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.exists() else None
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file}: damaged, it is no text; delete it, or start the run anew with --fresh"
+        ) from None
 
 
 def environment() -> dict[str, Any]:
