@@ -21,11 +21,12 @@ NAMED = {
     "adversarial": {"cirkd"},
     "cofd": {"cifar"},
     "cwd": {"retinanet_x101"},
-    "defeat": {"neck"},
+    "defeat": {"head"},
     "fgd": {"yolox"},
     "fkd": {"mean"},
     "ifvd": {"cirkd"},
     "ima": {"paper", "literal"},
+    "maskd": {"retinanet_x101"},
     "skds": {"cirkd"},
 }
 """Presets that only `preset: NAME` chooses."""

@@ -17,11 +17,11 @@ each image, or the sum of their centre-ness, at least 1 for the batch.
 
 Paper and code: the scale is aligned as in the published code (the paper hardly says so). The code leaves out
 anchors that the assignment ignores, and weights FCOS 0.4 and 0.75, with -log IoU, over the sum of centre-ness;
-we follow. Without any object that sum is 1e-6 there, which makes the loss explode, and 1 here. Boxes without area
-are as far apart as in the code, 13.8 by -log IoU and 1 by GIoU, also where both are equal; their gradient is 0
-here, and up to a side over 1e-7 there where only one side is 0. Not taken over: ATSS's centre-ness term, and the
-GIoU that a later configuration for GFL adds (weight 2, and 3 for the distributions). A student's tower shorter
-than i blocks gives its last map.
+we follow. Without any object that sum is 1e-6 there, which makes the loss explode, and 1 here. Boxes without
+area are as far apart as in the code, 13.8 by -log IoU and 1 by GIoU, also where both are equal; their gradient
+is 0 here, and up to a side over 1e-7 there where only one side is 0. Not taken over: ATSS's centre-ness term,
+and the GIoU that a later configuration for GFL adds (weight 2, and 3 for the distributions). A student's tower
+shorter than i blocks gives its last map.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class ScaleAlign(nn.Module):
 
 
 def _std_mean(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each channel (1, C, 1, 1), with n - 1; the gradient is 0, not infinite, where a channel is constant."""
+    """Of each channel, (1, C, 1, 1), with n - 1; of a constant one the gradient is 0, not infinite."""
     values = x_NCHW.numel() // x_NCHW.shape[1]
     variance, mean = torch.var_mean(x_NCHW, (0, 2, 3), correction=min(1, values - 1), keepdim=True)
     return variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt(), mean
@@ -262,7 +262,8 @@ def box_distance(a: Tensor, b: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
     iou = torch.where(union > least, overlap, overlap.detach()) / union.clamp(min=least)
     if kind == "iou":
         return -iou.clamp(min=1e-6).log()
-    hull = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=least)
+    hull = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    hull = hull.clamp(min=least)
     return 1 - iou + (hull - union.clamp(min=least)) / hull
 
 
