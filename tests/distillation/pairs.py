@@ -16,6 +16,11 @@ DETECTION = [name for name, method in METHODS.items() if "detection" in method.t
 SEGMENTATION = [name for name, method in METHODS.items() if "segmentation" in method.tasks]
 
 
+def with_head(name):
+    """A recipe's entry for a method, with its term on predictions where that is not its default."""
+    return {name: {"preset": "head"} if name == "defeat" else {}}
+
+
 def detector(family="fcos", channels=16, seed=0, **options):
     torch.manual_seed(seed)
     if family not in SEGMENTERS:

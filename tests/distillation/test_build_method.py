@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import get_args
 
 import pytest
 
 from detdistill.config import UserError
 from detdistill.distillation.methods import METHODS, build_method, method_options, option_table
+from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Setting
+from detdistill.models.base import Kind
+from detdistill.models.build import FAMILIES
 
 from .pairs import DETECTION, make_pair
+from .table_of_pairs import SEGMENTERS, build
+
+NAMED = {
+    "adversarial": {"cirkd"},
+    "cofd": {"cifar"},
+    "cwd": {"retinanet_x101"},
+    "defeat": {"head"},
+    "fgd": {"yolox"},
+    "fkd": {"mean"},
+    "ifvd": {"cirkd"},
+    "ima": {"paper", "literal"},
+    "maskd": {"retinanet_x101"},
+    "skds": {"cirkd"},
+}
+"""Presets that only `preset: NAME` chooses."""
 
 
 @lru_cache
@@ -26,6 +45,29 @@ def test_a_name_alone_is_the_published_setting_for_the_students_kind():
     assert (free.loss.tau, free.loss.foreground_weight) == (0.8, 1.6e-3)
     assert two_stage.loss.foreground_weight == 5e-5
     assert [level.student_stride for level in two_stage.align.levels] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_preset_for_a_family_comes_before_that_for_its_kind(family, monkeypatch):
+    if family in SEGMENTERS:
+        setting = setting_of(family)
+    else:
+        pair = Pair(build(family, 16), build(family, 24, seed=1), [])
+        setting = Setting(pair.student, pair.teacher, pair.matching)
+    student = setting.student
+    assert student.family == family
+    presets = {student.kind: {"alpha": 2.0}, "recommended": {"alpha": 1.0}}
+    monkeypatch.setattr(METHODS["mimic"], "presets", presets)
+    assert build_method("mimic", setting).loss.alpha == 2
+    monkeypatch.setitem(presets, family, {"alpha": 3.0})
+    assert build_method("mimic", setting).loss.alpha == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_preset_is_out_of_reach(name):
+    """A key is a family, a kind or "recommended", and chosen by itself; or a recipe must name it."""
+    automatic = {*FAMILIES, *get_args(Kind), "recommended"}
+    assert METHODS[name].presets.keys() - automatic == NAMED.get(name, set())
 
 
 def test_a_preset_and_options_over_it():

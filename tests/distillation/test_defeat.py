@@ -48,7 +48,9 @@ def test_no_background_or_no_object(everything):
 
 def test_regions_that_are_all_background():
     logits = torch.randn(6, 4, requires_grad=True)
-    loss = DeFeatLoss().head(logits, torch.randn(6, 4), torch.zeros(6, dtype=torch.bool))
+    loss = DeFeatLoss(head_background_weight=2.0).head(
+        logits, torch.randn(6, 4), torch.zeros(6, dtype=torch.bool)
+    )
     loss.backward()
     assert loss > 0
     assert logits.grad.isfinite().all()
@@ -57,10 +59,10 @@ def test_regions_that_are_all_background():
 @pytest.mark.parametrize(
     ("student", "teacher", "preset", "expected"),
     [
-        ("faster_rcnn", "faster_rcnn", None, True),
-        ("faster_rcnn", "faster_rcnn", "neck", False),
-        ("faster_rcnn", "retinanet", None, False),
-        ("fcos", "fcos", None, False),
+        ("faster_rcnn", "faster_rcnn", None, False),
+        ("faster_rcnn", "faster_rcnn", "head", True),
+        ("faster_rcnn", "retinanet", "head", False),
+        ("fcos", "fcos", "head", False),
     ],
 )
 def test_the_head_has_a_term_between_two_stage_detectors(student, teacher, preset, expected):
@@ -73,7 +75,7 @@ def test_the_head_has_a_term_between_two_stage_detectors(student, teacher, prese
 
 
 def test_the_teacher_is_asked_about_the_students_regions():
-    pair = make_pair(["defeat"], "faster_rcnn").train()
+    pair = make_pair([{"defeat": {"preset": "head"}}], "faster_rcnn").train()
     seen = []
     classify = pair.teacher.classify
     pair.teacher.classify = lambda pyramid, proposals, *rest: (
@@ -87,7 +89,7 @@ def test_the_teacher_is_asked_about_the_students_regions():
 
 
 def head_alone(regions, **options):
-    weights = {"object_weight": 0.0, "background_weight": 0.0}
+    weights = {"preset": "head", "object_weight": 0.0, "background_weight": 0.0}
     return make_pair([{"defeat": {**weights, "regions": regions}}], "faster_rcnn", **options).train()
 
 
@@ -147,6 +149,6 @@ def test_other_classes_are_refused_until_the_head_is_left_out():
         family="faster_rcnn", backbone="mobilenetv3_small_050", channels=24, strides=(8, 16, 32)
     )
     teacher = build_model(config, ("x", "y"))
-    with pytest.raises(UserError, match="use `preset: neck`"):
-        Pair(detector("faster_rcnn"), teacher, ["defeat"])
-    Pair(detector("faster_rcnn"), teacher, [{"defeat": {"preset": "neck"}}])
+    with pytest.raises(UserError, match="use it without `preset: head`"):
+        Pair(detector("faster_rcnn"), teacher, [{"defeat": {"preset": "head"}}])
+    Pair(detector("faster_rcnn"), teacher, ["defeat"])

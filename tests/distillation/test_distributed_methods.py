@@ -23,7 +23,10 @@ PAIRS = {
         {"crosskd": {"align_scale": False}}, {"ima": {"instance": "box", "mask_ratio": 0.0}},
     ],
     "gfl": ["ld", {"crosskd": {"align_scale": False}}],
-    "faster_rcnn": ["kd", "frs", "fgfi", "defeat", {"defeat": {"regions": "teacher"}}],
+    "faster_rcnn": [
+        "kd", "frs", "fgfi", {"defeat": {"preset": "head"}},
+        {"defeat": {"preset": "head", "regions": "teacher"}},
+    ],
     "pspnet": ["kd", "ifvd", "ima"],
 }
 world, rank, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]

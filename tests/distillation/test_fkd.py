@@ -64,10 +64,21 @@ def test_presets_are_the_two_public_variants():
     one_stage = make_pair(["fkd"]).methods["fkd"].loss
     assert (one_stage.feature_weight, one_stage.channel_mask) == (4.2e-4, True)
     assert (one_stage.pooled_weight, one_stage.relation_weight) == (2.4e-2, 4.2e-4)
+    assert one_stage.tau == 0.1
     two_stage = make_pair(["fkd"], "faster_rcnn").methods["fkd"].loss
     assert (two_stage.feature_weight, two_stage.channel_mask) == (7e-5, False)
     assert (two_stage.pooled_weight, two_stage.relation_weight) == (4e-3, 7e-5)
+    assert two_stage.tau == 0.5
     assert make_pair([{"fkd": {"preset": "mean"}}]).methods["fkd"].loss.reduction == "mean"
+
+
+def test_keys_are_pooled_by_8_4_2_2_2_from_the_finest_level():
+    pair = make_pair(["fkd"], "faster_rcnn", strides=(4, 8, 16, 32, 64))
+    parts = list(pair.methods["fkd"].parts.values())
+    assert [part.student_relation.pool for part in parts] == [8, 4, 2, 2, 2]
+    assert [part.teacher_relation.pool for part in parts] == [8, 4, 2, 2, 2]
+    # 24 channels of the teacher: a quarter of them on the two finest levels, half of them on the others
+    assert [part.teacher_relation.query.out_channels for part in parts] == [6, 6, 12, 12, 12]
 
 
 def test_without_relations_there_are_no_blocks():

@@ -123,6 +123,19 @@ def test_the_students_masks_count_from_their_share_of_training_on():
     assert values[1] == values[2]
 
 
+def test_student_masks_from_1_is_never_also_where_the_length_of_training_is_unknown():
+    values = []
+    for start in (0.5, 1.0):
+        pair = make_pair([{"maskd": {"student_masks_from": start}}]).train()
+        values.append(pair(*batch())["maskd"].item())  # no step is told
+    assert values[0] == pytest.approx(values[1] / 2, rel=0.1)
+
+
+def test_segmenters_never_use_the_students_masks():
+    pair = make_pair(["maskd"], "pspnet").train()
+    assert pair.methods["maskd"].student_masks_from == 1.0
+
+
 def test_where_the_length_of_training_is_unknown_tokens_always_learn():
     pair = make_pair([{"maskd": {"token_fraction": 0.01}}]).train()
     pair(*batch())["maskd"].backward()

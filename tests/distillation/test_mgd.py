@@ -39,6 +39,11 @@ def test_presets(family, alpha, ratio):
     assert (method.loss.alpha, method.mask_ratio) == (alpha, ratio)
 
 
+def test_a_two_stage_students_four_finest_levels_are_used():
+    method = make_pair(["mgd"], "faster_rcnn", strides=(4, 8, 16, 32, 64)).methods["mgd"]
+    assert list(method.generators) == ["4", "8", "16", "32"]
+
+
 def test_generators_have_the_teachers_width():
     method = make_pair(["mgd"]).methods["mgd"]
     assert list(method.generators) == ["8", "16", "32"]

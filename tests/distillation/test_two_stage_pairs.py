@@ -7,7 +7,7 @@ import torch
 
 from detdistill.distillation.pair import Pair
 
-from .pairs import batch, detector
+from .pairs import batch, detector, with_head
 
 FEATURES = ("ima", "mimic", "pkd", "fgd", "mgd")
 
@@ -45,7 +45,7 @@ def test_features_are_taught_across_two_stage_families(student, teacher, method)
 @pytest.mark.parametrize("method", ["kd", "dist", "defeat", "scalekd"])
 @pytest.mark.parametrize("family", ["mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
 def test_responses_of_the_first_head_are_taught_within_a_family(family, method):
-    pair = Pair(detector(family), detector(family, channels=24, seed=1), [method]).train()
+    pair = Pair(detector(family), detector(family, channels=24, seed=1), [with_head(method)]).train()
     losses = pair(*with_masks(*batch()))
     assert losses[method].isfinite()
     sum(losses.values()).backward()

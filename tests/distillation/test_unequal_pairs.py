@@ -18,7 +18,7 @@ from detdistill.distillation.regions import boxes_in_cells
 from detdistill.models import Preprocess, fcos, retinanet, wrap
 from detdistill.models.base import Batch
 
-from .pairs import DETECTION, assert_same, snapshot
+from .pairs import DETECTION, assert_same, snapshot, with_head
 from .table_of_pairs import CLASSES, NAMES, PAGE, all_models, build, outcomes, page
 
 SMALL, LARGE = (64, 64), (128, 128)
@@ -247,7 +247,7 @@ def test_a_teacher_that_sees_more_pixels(method, empty):
 @pytest.mark.parametrize("student", ["faster_rcnn", "cascade_rcnn"])
 def test_two_stage_detectors_of_unequal_inputs(method, student):
     teacher = build("faster_rcnn", 24, size=LARGE, seed=1)
-    assert step(Pair(build(student, 16), teacher, [method]))[method].isfinite()
+    assert step(Pair(build(student, 16), teacher, [with_head(method)]))[method].isfinite()
 
 
 @pytest.mark.parametrize("zoom", [0.7, 1.3])
@@ -363,7 +363,7 @@ def test_order_does_not_matter(method, family):
     values = []
     for one in (teacher, shuffled):
         torch.manual_seed(0)
-        pair = Pair(build(family, 16), one, [method]).train()
+        pair = Pair(build(family, 16), one, [with_head(method)]).train()
         pair.at_step(1, 10)
         torch.manual_seed(0)
         values.append(pair(*examples())[method].item())
@@ -389,7 +389,7 @@ def test_the_teachers_other_classes_do_not_count(method, family):
 def test_missing_classes_are_told_once_and_the_others_are_taught(method, family, caplog):
     teacher = build(family, 24, seed=1, classes=("b", "z"))
     with caplog.at_level(logging.WARNING, "detdistill"):
-        pair = Pair(build(family, 16), teacher, [method])
+        pair = Pair(build(family, 16), teacher, [with_head(method)])
     assert pair.classes.pairs == ((1, 0),)
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
@@ -414,7 +414,7 @@ def test_a_feature_method_says_nothing_of_classes(caplog):
 def test_no_shared_class_is_refused_with_what_would_do(method, family):
     teacher = build(family, 24, seed=1, classes=("x", "y"))
     with pytest.raises(UserError, match=r"none is shared .*: use "):
-        Pair(build(family, 16), teacher, [method])
+        Pair(build(family, 16), teacher, [with_head(method)])
 
 
 def test_gid_without_responses_needs_no_shared_class():
@@ -448,7 +448,7 @@ def test_the_choice_of_classes_is_neither_saved_nor_learnt():
 @pytest.mark.parametrize("teacher", ["mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
 def test_what_is_built_on_faster_rcnn_teaches_it_by_its_first_head(teacher, method):
     taught_by = build(teacher, 24, seed=1)
-    losses = step(Pair(build("faster_rcnn", 16), taught_by, [method]))
+    losses = step(Pair(build("faster_rcnn", 16), taught_by, [with_head(method)]))
     assert losses[method].item() > 0
 
 

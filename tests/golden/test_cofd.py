@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from detdistill.distillation.methods.cofd import COFDLoss, batch_norm_margin
+from detdistill.distillation.methods.cofd import COFD, COFDLoss, batch_norm_margin
 
 from .differences import assert_golden, random_maps
 
@@ -28,6 +28,13 @@ def test_value_and_gradient():
     below = (student <= np.maximum(teacher, MARGIN[:, None, None])) & (teacher <= 0)
     assert 0.05 < below.mean() < 0.95  # both branches are tried
     assert_golden(COFDLoss(), cofd, student, teacher, MARGIN, coordinates=20, also=np.flatnonzero(below)[:3])
+
+
+def test_the_map_before_a_segmenters_classifier():
+    """The published divider of that map is 16, and its weight 1e-5."""
+    student, teacher = random_maps((3, 4, 5, 6))
+    loss = COFDLoss(**COFD.presets["segmentation"])
+    assert_golden(loss, lambda s, t, m: cofd(s, t, m, 1e-5) / 16, student, teacher, MARGIN)
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(1.0, 0.0), (0.5, 0.7), (-2.0, -1.0), (1.0, 3.0), (0.1, -5.0)])

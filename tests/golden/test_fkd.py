@@ -88,7 +88,10 @@ def test_value_and_gradient(reduction, channel_mask, student_channels, moved):
 
 @pytest.mark.parametrize("pool", [1, 2, 4])
 def test_non_local_block(pool):
-    """F + out(sum over keys of (query · key) value / keys), keys pooled by their maximum."""
+    """F + out(sum over keys of (query · key) value / keys), keys pooled by their maximum.
+
+    A window is no larger than the map, and what no whole window covers is dropped.
+    """
     torch.manual_seed(0)
     block = NonLocal(C, reduction=2, pool=pool).double()
     x = np.random.default_rng(0).normal(size=(C, H, W))
@@ -98,8 +101,11 @@ def test_non_local_block(pool):
 
     def pooled(part):
         y = np.stack([[layer(part, x[:, i, j]) for j in range(W)] for i in range(H)])
+        h, w = min(pool, H), min(pool, W)
         return [
-            y[i : i + pool, j : j + pool].max(axis=(0, 1)) for i in range(0, H, pool) for j in range(0, W, pool)
+            y[i : i + h, j : j + w].max(axis=(0, 1))
+            for i in range(0, H - h + 1, h)
+            for j in range(0, W - w + 1, w)
         ]
 
     keys, values = pooled(block.key), pooled(block.value)

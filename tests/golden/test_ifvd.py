@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from detdistill.distillation.methods.ifvd import IFVDLoss
+from detdistill.distillation.methods.kd import KDLoss
 
 from .differences import assert_golden, random_maps
 
@@ -43,6 +45,20 @@ def test_value_and_gradient():
         return IFVDLoss()(s, t, torch.tensor(LABELS), 3)
 
     assert_golden(loss, lambda s, t: ifvd(s, t, LABELS), student, teacher)
+
+
+@pytest.mark.parametrize("classes", [3, 19])
+def test_the_kd_of_the_published_whole_has_weight_10_over_the_classes(classes):
+    """The published divergence is torch's with its default reduction, a mean over pixels and classes."""
+    student, teacher = random_maps((2, classes, 4, 5))
+
+    def published(s, t):
+        s, t = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (s, t))
+        return 10 * np.mean(t * np.log(t / s))
+
+    kd = KDLoss(cls_weight=10 / classes)
+    everywhere = torch.ones(2, 4, 5, dtype=torch.bool)
+    assert_golden(lambda s, t: kd.pixels(s, t, everywhere), published, student, teacher)
 
 
 def test_without_a_label_there_is_nothing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from detdistill.distillation.methods.skds import SKDSLoss
 
@@ -36,8 +37,20 @@ def pairs(student, teacher, rows, columns, weight):
 
 def test_pairs_of_the_published_grid():
     student, teacher = random_maps((2, 3, 6, 8), teacher_shape=(2, 5, 6, 8))
-    loss = SKDSLoss(pair_weight=3.0)
-    assert_golden(loss, lambda s, t: pairs(s, t, 3, 4, 3.0), student, teacher)
+    assert_golden(SKDSLoss(), lambda s, t: pairs(s, t, 3, 4, 0.5), student, teacher)
+
+
+def test_pixels_of_the_published_script():
+    """Its cross-entropy is summed over a batch of 8 images, and divided by H·W, with weight 10."""
+    student, teacher = random_maps((8, 3, 4, 5))
+
+    def published(s, t):
+        s, t = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (s, t))
+        entropy = -np.sum(t * np.log(t))  # of the teacher: no gradient
+        return 10 * (-np.sum(t * np.log(s)) - entropy) / (4 * 5)
+
+    everywhere = torch.ones(8, 4, 5, dtype=torch.bool)
+    assert_golden(lambda s, t: SKDSLoss().pixel_loss.pixels(s, t, everywhere), published, student, teacher)
 
 
 def test_pairs_of_pooled_windows():

@@ -176,6 +176,7 @@ class Model(nn.Module, ABC):
 
     Attributes:
         task: what it is for.
+        family: its name in recipes (`family`); None: a model of no family here.
         kind: what it answers from; None, something else: methods then have their plain defaults.
         classes: class names; label i means ``classes[i]``.
         category_ids: by label, those of the data that it was trained on; None: they had none, or are unknown.
@@ -191,6 +192,7 @@ class Model(nn.Module, ABC):
     """
 
     task: ClassVar[Task]
+    family: str | None = None
     kind: Kind | None = None
     needs_masks: bool = False
     classes: tuple[str, ...]

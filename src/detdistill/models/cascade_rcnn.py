@@ -51,6 +51,8 @@ class CascadeRCNN(FasterRCNN):
         mask_branch: with a head for each stage; none without masks.
     """
 
+    family = "cascade_rcnn"
+
     def __init__(
         self, parts: TwoStageParts, stages: Sequence[Stage] = STAGES, mask_branch: MaskBranch | None = None
     ) -> None:
@@ -129,6 +131,7 @@ class CascadeRCNN(FasterRCNN):
 class CascadeMaskRCNN(CascadeRCNN):
     """A Cascade R-CNN with a mask head for each stage; build it with :func:`cascade_mask_rcnn`."""
 
+    family = "cascade_mask_rcnn"
     needs_masks = True
 
 

@@ -91,6 +91,7 @@ def rtdetr_v2(
     """
     scale = RTDETR_SCALES.get(backbone, Scale())
     return _build(
+        "rtdetr_v2",
         "RTDetrV2",
         "loss_rt_detr.RTDetrForObjectDetectionLoss",
         backbone,
@@ -147,6 +148,7 @@ def d_fine(
     """
     scale = D_FINE_SCALES.get(backbone, Scale())
     return _build(
+        "d_fine",
         "DFine",
         "loss_d_fine.DFineForObjectDetectionLoss",
         backbone,
@@ -190,6 +192,7 @@ def _sizes(channels: int, depth: int) -> dict[str, Any]:
 
 
 def _build(
+    family: str,
     prefix: str,
     criterion: str,
     backbone: str,
@@ -242,7 +245,7 @@ def _build(
     del model.encoder_input_proj, model.encoder
     module, _, function = criterion.partition(".")
     mean, std = (body.mean, body.std) if pretrained_backbone else (NO_MEAN, NO_STD)
-    return DETR(
+    detector = DETR(
         body,
         neck,
         model,
@@ -252,6 +255,8 @@ def _build(
         score_threshold=score_threshold,
         max_detections=max_detections,
     )
+    detector.family = family
+    return detector
 
 
 def _initialise(network: Any) -> None:

@@ -83,6 +83,7 @@ class FasterRCNN(ExportableDetector):
     and anchors in ``losses``, both from torch's global random state.
     """
 
+    family = "faster_rcnn"
     kind = "two_stage"
     needs_sizes = True
     any_batch = False

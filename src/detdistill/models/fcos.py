@@ -97,6 +97,7 @@ class FCOS(OneStage):
     processes equal one process on the same images; every process must then call ``losses``.
     """
 
+    family = "fcos"
     kind = "anchor_free"
     head: FCOSHead
 

@@ -84,6 +84,7 @@ class GFL(OneStage):
     equal one process on the same images; every process must then call ``losses``.
     """
 
+    family = "gfl"
     kind = "anchor"
     convention = "mmdet"
     head: GFLHead

@@ -17,6 +17,7 @@ from detdistill.models.two_stage import build_parts
 class MaskRCNN(FasterRCNN):
     """A Faster R-CNN with a mask branch; build it with :func:`mask_rcnn`."""
 
+    family = "mask_rcnn"
     needs_masks = True
 
 

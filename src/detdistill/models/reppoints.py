@@ -131,6 +131,7 @@ class RepPoints(OneStage):
     every process must then call ``losses``.
     """
 
+    family = "reppoints"
     kind = "anchor_free"
     convention = "mmdet"
 

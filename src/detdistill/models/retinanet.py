@@ -64,6 +64,7 @@ class RetinaNet(OneStage):
     the images. The mean over images makes N processes with equal local batches equal to one process.
     """
 
+    family = "retinanet"
     kind = "anchor"
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:

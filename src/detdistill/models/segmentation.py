@@ -265,7 +265,7 @@ def pspnet(
     """
     body = _dilated(backbone, norm, freeze_stages, stride_in_1x1, pretrained_backbone)
     neck = PyramidPooling(list(body.channels.values())[-1], channels)
-    return _segmenter(body, neck, channels, _names(classes, num_classes), preprocess, window)
+    return _segmenter("pspnet", body, neck, channels, _names(classes, num_classes), preprocess, window)
 
 
 def deeplabv3(
@@ -293,7 +293,7 @@ def deeplabv3(
     """
     body = _dilated(backbone, norm, freeze_stages, stride_in_1x1, pretrained_backbone)
     neck = AtrousPooling(list(body.channels.values())[-1], channels)
-    return _segmenter(body, neck, channels, _names(classes, num_classes), preprocess, window)
+    return _segmenter("deeplabv3", body, neck, channels, _names(classes, num_classes), preprocess, window)
 
 
 def _dilated(name: str, norm: str, freeze_stages: int, stride_in_1x1: bool, pretrained: bool) -> Backbone:
@@ -313,6 +313,7 @@ def _names(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
 
 
 def _segmenter(
+    family: str,
     body: Backbone,
     neck: nn.Module,
     channels: int,
@@ -324,4 +325,6 @@ def _segmenter(
         raise UserError(f"window is {list(window)}; give (side, stride) in pixels, the stride no larger")
     head = SegmentationHead(channels, next(iter(body.channels.values())), len(names))
     preprocess = preprocess or Preprocess(mean=body.mean, std=body.std, divisor=OUTPUT_STRIDE)
-    return EncoderDecoder(body, neck, head, names, preprocess, window=window)
+    segmenter = EncoderDecoder(body, neck, head, names, preprocess, window=window)
+    segmenter.family = family
+    return segmenter

@@ -198,6 +198,7 @@ class TorchvisionOneStage(OneStage):
 class TorchvisionRetinaNet(TorchvisionOneStage):
     """The five steps of a RetinaNet object."""
 
+    family = "retinanet"
     kind = "anchor"
     model: detection.RetinaNet
 
@@ -221,6 +222,7 @@ class TorchvisionRetinaNet(TorchvisionOneStage):
 class TorchvisionFCOS(TorchvisionOneStage):
     """The five steps of an FCOS object."""
 
+    family = "fcos"
     kind = "anchor_free"
     model: detection.FCOS
 
@@ -253,6 +255,7 @@ class TorchvisionFCOS(TorchvisionOneStage):
 class TorchvisionFasterRCNN(Detector):
     """The five steps of a FasterRCNN object; ``predict`` runs its proposals and regions, losses and all."""
 
+    family = "faster_rcnn"
     kind = "two_stage"
     opaque = True
     model: detection.FasterRCNN
@@ -314,6 +317,7 @@ class TorchvisionFasterRCNN(Detector):
 class TorchvisionMaskRCNN(TorchvisionFasterRCNN):
     """The five steps of a MaskRCNN object."""
 
+    family = "mask_rcnn"
     needs_masks = True
 
 

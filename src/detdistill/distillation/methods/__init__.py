@@ -230,7 +230,7 @@ def _hints(of: type[Any]) -> dict[str, Any]:
 
 def _preset(method: type[Method], setting: Setting, given: str | None) -> Mapping[str, Any]:
     if given is None:
-        wanted = (type(setting.student).__name__.lower(), setting.student.kind or "", "recommended")
+        wanted = (setting.student.family or "", setting.student.kind or "", "recommended")
         return next((method.presets[key] for key in wanted if key in method.presets), {})
     return method.presets[given]
 

@@ -14,6 +14,10 @@ for CIFAR (preset "cifar"). The code taps the ends of the backbone's stages befo
 pyramid's levels, which no ReLU follows. Connectors stand on every level, as published, even between equal
 numbers of channels.
 
+Of segmenters the code taps six maps of DeepLabV3+ with weight 1e-5 and dividers 8, 4, 2, 1 (the backbone's
+stages), 1 (after ASPP) and 16 (before the classifier); here there is the last of them alone, with 1e-5 / 16
+(preset "segmentation"). Ours is taken behind its ReLU, where no answer is negative and the margin is 0.
+
 Shape legend: N images, C channels, H W rows and columns, L levels.
 """
 
@@ -117,7 +121,10 @@ class COFD(Method):
     """Sum of :class:`COFDLoss` over the matched levels, each level counting twice the next finer one."""
 
     tasks = EVERY_TASK
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"cifar": {"alpha": 1e-3}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "cifar": {"alpha": 1e-3},
+        "segmentation": {"alpha": 1e-5 / 16},
+    }
 
     def __init__(self, setting: Setting, loss: COFDLoss, *, adapt: Adapt = "always") -> None:
         super().__init__()

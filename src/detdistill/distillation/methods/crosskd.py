@@ -6,20 +6,22 @@ the ground truth pulls elsewhere, are left alone. Gradient flows through the tea
 
 ::
 
-    f̂ = (f_S - mean(f_S)) · √((var(f_T) + eps) / (var(f_S) + eps)) + mean(f_T)     per channel, over N·H·W
+    f̂ = (f_S - mean(f_S)) / (std(f_S) + 1e-6) · std(f_T) + mean(f_T)     per channel, over N·H·W
     L_cls = cls_weight · Σ_NPQ BCE(p̂, σ(p)) · |σ(p̂) - σ(p)|^beta / n
     L_box = box_weight · Σ_NP w · (1 - GIoU(b̂, b)) / n,  w = max_Q σ(p);  or -log IoU
     L_box = box_weight · Σ_NP4 w · KL(b || b̂) / (4 · Σ w)                          where a head predicts bins
 
 Shape legend: N images, P anchors of the teacher's crossed levels, Q shared classes, B bins of a box side.
-Reduction: "sum/n" with n the anchors that answer for an object by the teacher's own assignment, or the sum of
-their centre-ness; at least 1.
+Reduction: "sum/n" with n the anchors that answer for an object by the teacher's own assignment, at least 1 for
+each image, or the sum of their centre-ness, at least 1 for the batch.
 
-Paper and code: the scale is aligned as in the published code (the paper hardly says so), though with an eps
-that makes it exactly nothing for equal maps. The code leaves out anchors that the assignment ignores, and
-weights FCOS 0.4 and 0.75, with -log IoU, over the sum of centre-ness; we follow. Without any object that sum is
-1e-6 there, which makes the loss explode, and 1 here. Not taken over: the GIoU beside the distributions, and
-ATSS's centre-ness term. A student's tower shorter than i blocks gives its last map.
+Paper and code: the scale is aligned as in the published code (the paper hardly says so). The code leaves out
+anchors that the assignment ignores, and weights FCOS 0.4 and 0.75, with -log IoU, over the sum of centre-ness;
+we follow. Without any object that sum is 1e-6 there, which makes the loss explode, and 1 here. Boxes without
+area are as far apart as in the code, 13.8 by -log IoU and 1 by GIoU, also where both are equal; their gradient
+is 0 here, and up to a side over 1e-7 there where only one side is 0. Not taken over: ATSS's centre-ness term,
+and the GIoU that a later configuration for GFL adds (weight 2, and 3 for the distributions). A student's tower
+shorter than i blocks gives its last map.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from detdistill.models.heads import IGNORED, flatten_maps, normaliser, take_obje
 from detdistill.models.one_stage import OneStage
 
 EPS = 1e-7
+LEAST = {"iou": 1e-6, "giou": 1e-7}  # area that counts as one: the published code's
 
 
 class CrossKDLoss(nn.Module):
@@ -108,10 +111,10 @@ class CrossKDLoss(nn.Module):
 
 
 class ScaleAlign(nn.Module):
-    """Gives each channel of a map the mean and variance of another's, over N·H·W.
+    """Gives each channel of a map the mean and standard deviation of another's, over N·H·W.
 
     Args:
-        eps: added to both variances, so that a silent channel is not blown up and equal maps stay as they are.
+        eps: added to the student's standard deviation, by which its map is divided.
     """
 
     def __init__(self, eps: float = 1e-6) -> None:
@@ -121,11 +124,17 @@ class ScaleAlign(nn.Module):
     @in_full_precision
     def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor) -> Tensor:
         """The student's map, (N, C, H, W), as the teacher's are; the teacher's is detached."""
-        dims = (0, 2, 3)
-        variance_s, mean_s = torch.var_mean(student_NCHW, dims, correction=0, keepdim=True)
-        variance_t, mean_t = torch.var_mean(teacher_NCHW.detach(), dims, correction=0, keepdim=True)
-        gain = ((variance_t + self.eps) / (variance_s + self.eps)).sqrt()
+        std_s, mean_s = _std_mean(student_NCHW)
+        std_t, mean_t = _std_mean(teacher_NCHW.detach())
+        gain = std_t / (std_s + self.eps)
         return student_NCHW * gain + (mean_t - mean_s * gain)
+
+
+def _std_mean(x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel, (1, C, 1, 1), with n - 1; of a constant one the gradient is 0, not infinite."""
+    values = x_NCHW.numel() // x_NCHW.shape[1]
+    variance, mean = torch.var_mean(x_NCHW, (0, 2, 3), correction=min(1, values - 1), keepdim=True)
+    return variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt(), mean
 
 
 class CrossKD(Method):
@@ -137,7 +146,8 @@ class CrossKD(Method):
         depth: block i of the teacher's towers at which the student comes in, from 1; None: three quarters of
             them where the teacher has anchors, half of them where it has none (3 and 2 of 4, as published).
         align_scale: as above; off, the teacher's head sees the student's maps as they are.
-        normalise: n is the number of matched anchors ("positives") or the sum of their "centerness".
+        normalise: n is the number of matched anchors ("positives", at least 1 for each image) or the sum of
+            their "centerness".
     """
 
     needs = frozenset({"raw", "hidden", "labels"})
@@ -217,8 +227,10 @@ class CrossKD(Method):
         s_cls, t_cls, s_box, t_box, valid_NP = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         share_NP = (matched_NP >= 0).float()
         if self.normalise == "centerness":
-            share_NP = share_NP * _centerness(matched_NP, objects, torch.cat(anchors))
-        return self.loss(s_cls, t_cls, s_box, t_box, normaliser(share_NP.sum()), valid_NP)
+            count = (share_NP * _centerness(matched_NP, objects, torch.cat(anchors))).sum()
+        else:
+            count = share_NP.sum(dim=1).clamp(min=1).sum()
+        return self.loss(s_cls, t_cls, s_box, t_box, normaliser(count), valid_NP)
 
     def _cross(self, tower: str, student_NCHW: Tensor, teacher_NCHW: Tensor, overlay: Overlay) -> Tensor:
         """The student's map as the teacher's head can take it."""
@@ -242,15 +254,17 @@ def _boxes(raw: DenseRaw, stride: int, model: OneStage, anchors_P4: Tensor) -> T
 
 
 def box_distance(a: Tensor, b: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
-    """1 - GIoU or -log IoU of boxes (..., 4) xyxy, one by one; 0 for equal boxes, also those without area."""
+    """1 - GIoU or -log IoU of boxes (..., 4) xyxy, one by one; of two without area 1 or 13.8, without gradient."""
+    least = LEAST[kind]
     top_left, bottom_right = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     overlap = _area((bottom_right - top_left).clamp(min=0))
     union = _area(a[..., 2:] - a[..., :2]) + _area(b[..., 2:] - b[..., :2]) - overlap
-    iou = (overlap + EPS) / (union + EPS)
+    iou = torch.where(union > least, overlap, overlap.detach()) / union.clamp(min=least)
     if kind == "iou":
         return -iou.clamp(min=1e-6).log()
     hull = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
-    return 1 - iou + (hull - union) / (hull + EPS)
+    hull = hull.clamp(min=least)
+    return 1 - iou + (hull - union.clamp(min=least)) / hull
 
 
 def _area(sides: Tensor) -> Tensor:

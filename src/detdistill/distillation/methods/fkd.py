@@ -14,10 +14,14 @@ what the published weights are for. reduction "mean" takes mean squares instead;
 preset "mean". The levels are summed. Shape legend: N images, C channels, H W rows and columns, P pixels.
 
 The official repository holds no code; the two variants in circulation are the presets. Of two-stage detectors
-the mask is of pixels only. Of one-stage detectors channels are masked too, and weights are six times as large.
-Where the student has other channels than the teacher, A_c(S) is that of φ(S). In circulating code non-local
-blocks end in a BatchNorm that starts at 0; ours have none (it would mix images), and start as any convolution
-does, so that all of their parts learn from the first step.
+the mask is of pixels only, and τ 0.5. Of one-stage detectors channels are masked too, τ is 0.1, and weights are
+six times as large. Where the student has other channels than the teacher, A_c(S) is that of φ(S).
+
+Keys are pooled by a maximum over windows of 8, 4, 2, 2 and 2 cells from the finest level; what is left at the
+border is dropped, as in circulating code, which fails on maps smaller than a window: here the window is then the
+map. In that code non-local blocks end in a BatchNorm that starts at 0; ours have none (it would mix images), and
+start as any convolution does, so that all of their parts learn from the first step. Copies of the authors' code
+distill all five levels of a two-stage detector, as here; MMRazor's configuration the four finest (`finest: 4`).
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 
 REDUCTIONS = (4, 4)  # channels over a non-local block's own, from the finest level; 2 on the others
-POOLS = (8, 4, 2)  # side over which it pools its keys; 1 on the others
+POOLS = (8, 4)  # side over which it pools its keys; 2 on the others
 
 
 class FKDLoss(nn.Module):
@@ -57,7 +61,7 @@ class FKDLoss(nn.Module):
         feature_weight: float = 4.2e-4,
         pooled_weight: float = 2.4e-2,
         relation_weight: float = 4.2e-4,
-        tau: float = 0.5,
+        tau: float = 0.1,
         channel_mask: bool = True,
         reduction: Literal["paper", "mean"] = "paper",
     ) -> None:
@@ -134,9 +138,9 @@ class NonLocal(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         query_NDP = self.query(x_NCHW).flatten(2)
+        window = [min(self.pool, side) for side in x_NCHW.shape[2:]]
         key_NDK, value_NDK = (
-            F.max_pool2d(layer(x_NCHW), self.pool, ceil_mode=True).flatten(2)
-            for layer in (self.key, self.value)
+            F.max_pool2d(layer(x_NCHW), window).flatten(2) for layer in (self.key, self.value)
         )
         # Without a softmax (V Kᵀ) Q is V (Kᵀ Q): a D×D table in place of one of keys by pixels
         table_NDD = value_NDK @ (key_NDK / key_NDK.shape[2]).transpose(1, 2)
@@ -152,7 +156,7 @@ class LevelParts(nn.Module):
         self.pixels = nn.Conv2d(1, 1, kernel_size=3, padding=1)
         if relations:
             reduction = REDUCTIONS[position] if position < len(REDUCTIONS) else 2
-            pool = POOLS[position] if position < len(POOLS) else 1
+            pool = POOLS[position] if position < len(POOLS) else 2
             self.student_relation = NonLocal(student_channels, reduction, pool)
             self.teacher_relation = NonLocal(teacher_channels, reduction, pool)
             self.relation_adapter = conv1x1(student_channels, teacher_channels)
@@ -184,6 +188,7 @@ class FKD(Method):
         "feature_weight": 4.2e-4,
         "pooled_weight": 2.4e-2,
         "relation_weight": 4.2e-4,
+        "tau": 0.1,
         "channel_mask": True,
     }
     presets: ClassVar = {
@@ -193,9 +198,16 @@ class FKD(Method):
             "feature_weight": 7e-5,
             "pooled_weight": 4e-3,
             "relation_weight": 7e-5,
+            "tau": 0.5,
             "channel_mask": False,
         },
-        "mean": {"reduction": "mean", "feature_weight": 1.0, "pooled_weight": 1.0, "relation_weight": 1.0},
+        "mean": {
+            "reduction": "mean",
+            "feature_weight": 1.0,
+            "pooled_weight": 1.0,
+            "relation_weight": 1.0,
+            "tau": 0.5,
+        },
     }
 
     def __init__(self, setting: Setting, loss: FKDLoss, *, adapt: Adapt = "always") -> None:

@@ -9,8 +9,12 @@ Shape legend: N images, C channels, H W rows and columns, P pixels, Q classes.
 Reduction: "mean" over the labelled pixels; levels are summed.
 
 We leave pixels without a label out; the published code gives them a cosine of 1 on both sides, which adds
-nothing but counts in the mean. The published weight is 200, beside `kd` with weight 10 and `adversarial`;
-CIRKD's repetition has 20 (preset "cirkd"). Channels need no adapter.
+nothing but counts in the mean. The published weight is 200; CIRKD's repetition has 20 (preset "cirkd").
+Channels need no adapter.
+
+The published whole adds a pixel-wise KL divergence with weight 10 and an adversarial loss with weight 0.001.
+That divergence is the mean over pixels *and classes*, so that in `kd`, whose mean is over pixels, its weight is
+10 / Q, 0.53 with 19 classes: ``methods: [ifvd, {kd: {cls_weight: 0.53}}, {adversarial: {alpha: 0.001}}]``.
 """
 
 from __future__ import annotations

@@ -24,9 +24,12 @@ Reduction: "sum/mask"; the levels are summed.
 
 Paper and code: we follow the code, which squares masks (they multiply both maps) but divides by their plain
 sum; the weights are for that. It first trains the tokens for 2000 steps with Adam at 0.01, in a program of its
-own, where here they share the student's optimiser, and uses the student's masks from step 5000 to 7330 on, of
-180000. The code's p has a 3×3 convolution before the mean, which but for the border is again a linear map of
-the mean. Some of its configurations add an L1 term on box outputs: put `kd` with `cls_weight: 0` beside it.
+own, where here they share the student's optimiser. Its detectors use the student's masks from a step on, of
+175920: 5000 (FCOS, RepPoints, Faster R-CNN with a Cascade R-CNN as teacher), 7000 and 8500 (RetinaNet with a
+ResNet-101 and an X101 as teacher), 7330 (Faster R-CNN). Its segmentation loss never uses them, nor does the
+preset "segmentation"; its 0.4 times the same loss on the auxiliary head is left out, as a teacher in evaluation
+mode has none here. The code's p has a 3×3 convolution before the mean, which but for the border is again a
+linear map of the mean. Some of its configurations add an L1 term on box outputs: add `kd` with `cls_weight: 0`.
 """
 
 from __future__ import annotations
@@ -136,10 +139,11 @@ class MasKD(Method):
     tasks = EVERY_TASK
     needs = frozenset({"labels"})
     presets: ClassVar = {
-        "anchor": {"alpha": 7.0},
-        "anchor_free": {"alpha": 10.0},
-        "two_stage": {"alpha": 1.0},
-        "segmentation": {"alpha": 0.5, "tokens": 8, "token_shares": False},
+        "anchor": {"alpha": 7.0, "student_masks_from": 0.04},
+        "anchor_free": {"alpha": 10.0, "student_masks_from": 0.028},
+        "two_stage": {"alpha": 1.0, "student_masks_from": 0.042},
+        "retinanet_x101": {"alpha": 7.0, "student_masks_from": 0.048},
+        "segmentation": {"alpha": 0.5, "tokens": 8, "token_shares": False, "student_masks_from": 1.0},
     }
 
     def __init__(
@@ -199,7 +203,7 @@ class MasKD(Method):
             assert isinstance(tokens, ReceptiveTokens)
             with torch.no_grad():
                 masks_NTHW = tokens.masks(teacher)
-                if progress is None or progress > self.student_masks_from:
+                if self.student_masks_from < 1 and (progress is None or progress > self.student_masks_from):
                     masks_NTHW = masks_NTHW * tokens.masks(student)
                 shares_NT = tokens.shares(teacher)
             terms.append(self.loss(student, teacher, masks_NTHW, shares_NT))

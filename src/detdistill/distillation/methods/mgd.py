@@ -10,7 +10,8 @@ Shape legend: N images, C channels, H W rows and columns.
 Reduction: "sum/N" for each level; the levels are summed. The loss grows with the size of the image.
 
 Paper and code agree; α (2e-5 one-stage, 5e-7 two-stage, 2e-5 segmentation) and mask_ratio (0.65, 0.45, 0.75; λ
-there) are theirs. Of segmenters they take the backbone's last stage, here the last map before the classifier.
+there) are theirs, and so are the levels: all of a one-stage detector's, the four finest of a two-stage one's.
+Of segmenters they take the backbone's last stage, here the last map before the classifier.
 φ is a 1×1 convolution where channels differ. Their runs clip gradients at a norm of 35, and some start from the
 teacher's neck and head ("inheriting"): here `inherit: true` in the recipe, of no method.
 """
@@ -60,7 +61,7 @@ class MGD(Method):
     presets: ClassVar = {
         "anchor": {"alpha": 2e-5, "mask_ratio": 0.65},
         "anchor_free": {"alpha": 2e-5, "mask_ratio": 0.65},
-        "two_stage": {"alpha": 5e-7, "mask_ratio": 0.45},
+        "two_stage": {"alpha": 5e-7, "mask_ratio": 0.45, "finest": 4},
         "segmentation": {"alpha": 2e-5, "mask_ratio": 0.75},
     }
 

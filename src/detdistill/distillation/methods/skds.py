@@ -9,12 +9,12 @@ Shape legend: N images, C channels, H W rows and columns, Q classes, G cells of 
 Reduction: "mean".
 
 Settings: the published code sums its cross-entropy over the batch (of 8) and divides by H·W, with weight 10:
-a mean with weight 80 (the cross-entropy's own part, the teacher's entropy, has no gradient); pairs have
-weight 1 on a grid of 2×2 cells by max-pooling. CIRKD's repetition (preset "cirkd") takes weights 1 and 10,
-and pools by 2 instead of to 2×2: many more pairs. The published code lets no gradient through the lengths
-of its cosines, and its windows make 3×3 cells of a map with odd sides; here the gradient is whole, and the grid
-is 2×2. The holistic term, a discriminator of whole label maps, is a method of its own, `adversarial`; the
-published whole is ``methods: [skds, adversarial]``.
+a mean with weight 80 (the cross-entropy's own part, the teacher's entropy, has no gradient); pairs have weight
+0.5 in its script (its options default to 1), on a grid of 2×2 cells by max-pooling. CIRKD's repetition (preset
+"cirkd") takes weights 1 and 10, and pools by 2 instead of to 2×2: many more pairs. The published code lets no
+gradient through the lengths of its cosines, and its windows make 3×3 cells of a map with odd sides; here the
+gradient is whole, and the grid is 2×2. The holistic term, a discriminator of whole label maps, is a method of
+its own, `adversarial`; the published whole is ``methods: [skds, adversarial]``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SKDSLoss(nn.Module):
     """
 
     def __init__(
-        self, *, pixel_weight: float = 80.0, pair_weight: float = 1.0, grid: int = 2, pool: int = 2
+        self, *, pixel_weight: float = 80.0, pair_weight: float = 0.5, grid: int = 2, pool: int = 2
     ) -> None:
         super().__init__()
         if grid < 0 or pool < 1:
@@ -75,7 +75,7 @@ class SKDS(Method):
 
     tasks = frozenset({"segmentation"})
     presets: ClassVar = {
-        "segmentation": {"pixel_weight": 80.0, "pair_weight": 1.0, "grid": 2},
+        "segmentation": {"pixel_weight": 80.0, "pair_weight": 0.5, "grid": 2},
         "cirkd": {"pixel_weight": 1.0, "pair_weight": 10.0, "grid": 0, "pool": 2},
     }
 
