@@ -102,7 +102,9 @@ def test_text_that_is_no_spec_is_refused(text: str, good: Path, tmp_path: Path) 
 
 def test_a_spec_that_says_little_is_completed_by_defaults(good: Path, tmp_path: Path) -> None:
     spec = spec_of(good)
-    spec["model"] = {key: spec["model"][key] for key in ("family", "backbone", "channels", "head_depth", "strides")}
+    spec["model"] = {
+        key: spec["model"][key] for key in ("family", "backbone", "channels", "head_depth", "strides")
+    }
     file = with_spec(good, json.dumps(spec), tmp_path / "x.safetensors")
     assert load_model(file).classes == CLASSES
     spec["model"] = {"backbone": "mobilenetv3_small_050"}  # a RetinaNet, which these weights are not

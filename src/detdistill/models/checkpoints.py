@@ -11,7 +11,6 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
