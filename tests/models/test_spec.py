@@ -55,6 +55,8 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "two means": ({"mean": [0, 0]}, "mean"),
     "a mean that is no number": ({"mean": [0, 0, nan()]}, "mean.2"),
     "an infinite mean": ({"mean": [0, 0, float("inf")]}, "mean.2"),
+    "an id that is text": ({"category_ids": [1, 2, "3"]}, "category_ids.2"),
+    "two equal ids": ({"category_ids": [1, 2, 2]}, "category_ids"),
     "std of 0": ({"std": [1, 1, 0]}, "std.2"),
     "a negative std": ({"std": [1, 1, -1]}, "std.2"),
     "an unknown family": ({"model": {"family": "yolo"}}, "model.family"),
@@ -162,3 +164,9 @@ def test_a_file_that_holds_itself_is_refused(length: int, tmp_path: Path) -> Non
     torch.save(outer, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x\.pt: holds itself"):
         read_state_dict(tmp_path / "x.pt")
+
+
+def test_numbers_written_as_text_are_numbers(good: Path, tmp_path: Path) -> None:
+    spec = {**spec_of(good), "mean": ["0.5", 0, 0]}
+    file = with_spec(good, json.dumps(spec), tmp_path / "x.safetensors")
+    assert load_model(file).preprocessor.mean == (0.5, 0.0, 0.0)
