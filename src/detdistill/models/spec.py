@@ -124,9 +124,8 @@ def require_spec(tree: Any, source: str) -> dict[str, Any]:
             f"{source}: what it says of its model cannot be used ({first_fault(error)}); "
             "save the model again with this version of detdistill"
         ) from None
-    values = spec.model_dump(
-        mode="json", exclude_unset=True, exclude={"model"}
-    )  # as numbers where they were text
+    # As validated: numbers that were written as text are numbers now.
+    values = spec.model_dump(mode="json", exclude_unset=True, exclude={"model"})
     return {**values, "model": spec.model.model_dump(mode="json")}
 
 
