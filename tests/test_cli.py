@@ -292,7 +292,7 @@ def test_evaluate_with_the_voc_metric(weights: Path, recipe: Path, capsys: Any) 
     assert main([*arguments, "--limit", "2", "--results", "out/found.json"]) == 0
     assert "mAP50" in capsys.readouterr().out
     rows = json.loads(Path("out/found.json").read_text())
-    assert {"image_id", "category_id", "bbox", "score"} == set(rows[0])
+    assert {"image_id", "category_id", "category", "bbox", "score"} == set(rows[0])
     assert len({row["image_id"] for row in rows}) == 2
 
 

@@ -103,6 +103,8 @@ def print_evaluation(
         show(boxes, [[percent(value) for value in boxes.values()]], text_columns=0)
         number = evaluation.main.removeprefix("m")  # a class has no mean over classes
         show(("class", number), [(n, percent(value)) for n, value in by_class.items()])
+    for warning in evaluation.warnings():
+        say(warning, style=STYLES["warning"])
     say(f"{evaluation.seconds:.1f} s, {evaluation.images_per_second:.1f} images/s with loading")
 
 

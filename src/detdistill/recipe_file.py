@@ -107,6 +107,8 @@ def read_yaml(path: Path) -> Any:
 
 def _read(path: Path) -> tuple[Any, Lines]:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: no file but a folder, a pipe or a device; give a recipe")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe") from None

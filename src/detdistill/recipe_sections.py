@@ -16,6 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+# Beyond these a number is a slip: they are above what any machine serves.
+LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
@@ -29,7 +32,8 @@ class DataConfig(Section):
         Field("auto", description="told by looking at the folder unless given; the last three are segmentation")
     )
     train: str | None = Field(
-        None, description="COCO: json file; VOC: image set; YOLO: images folder or list; label maps: the part"
+        None,
+        description="COCO: json file; VOC: image set or folder; YOLO: folder or list; label maps: the part",
     )
     val: str | None = Field(
         None, description="as `train`, for evaluation; or `20%`: as much of train, held out"
@@ -42,9 +46,13 @@ class DataConfig(Section):
     unlabelled: str | None = Field(
         None, description="images without labels, by which methods teach: a folder, a list, or a COCO json"
     )
-    train_size: int = Field(600, gt=0, description="digits only: images to generate for training")
-    val_size: int = Field(200, gt=0, description="digits only: images to generate for evaluation")
-    image_size: int = Field(128, ge=64, description="digits only: side in pixels")
+    train_size: int = Field(
+        600, gt=0, le=MOST_IMAGES, description="digits only: images to generate for training"
+    )
+    val_size: int = Field(
+        200, gt=0, le=MOST_IMAGES, description="digits only: images to generate for evaluation"
+    )
+    image_size: int = Field(128, ge=64, le=LONGEST_SIDE, description="digits only: side in pixels")
 
     @field_validator("root")
     @classmethod
@@ -90,15 +98,19 @@ class AugmentConfig(Section):
     @field_validator("crop_size")
     @classmethod
     def _at_least_one_pixel(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and min(value) < 1:
-            raise ValueError(f"give height and width in pixels, as [512, 1024]; got {list(value)}")
+        if value is not None and not 1 <= min(value) <= max(value) <= LONGEST_SIDE:
+            raise ValueError(
+                f"give height and width in pixels, at most {LONGEST_SIDE}, as [512, 1024]; got {list(value)}"
+            )
         return value
 
     @field_validator("multi_scale", "scale")
     @classmethod
     def _low_high(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 < value[0] <= value[1]:
-            raise ValueError(f"give (smallest, largest) factor above 0, as [0.8, 1.2]; got {list(value)}")
+        if value is not None and not 0.01 <= value[0] <= value[1] <= 100:
+            raise ValueError(
+                f"give (smallest, largest) factor from 0.01 to 100, as [0.8, 1.2]; got {list(value)}"
+            )
         return value
 
 
@@ -122,11 +134,16 @@ class ModelConfig(Section):
     weights: str | None = Field(
         None, description="the whole detector: a run folder, a .safetensors or .pt file, or `torchvision`"
     )
-    channels: int = Field(256, gt=0, description="width of pyramid and head")
-    head_depth: int | None = Field(None, ge=0, description="convolutions in each head tower; family's default")
+    channels: int = Field(256, gt=0, le=2**16, description="width of pyramid and head")
+    head_depth: int | None = Field(
+        None, ge=0, le=100, description="convolutions in each head tower; family's default"
+    )
     strides: tuple[int, ...] | None = Field(None, description="pyramid levels; the family's own by default")
     anchor_scale: float | None = Field(
-        None, gt=0, description="smallest anchor side over its stride; 4 (RetinaNet) or 8 (RPN) by default"
+        None,
+        gt=0,
+        le=1000,
+        description="smallest anchor side over its stride; 4 (RetinaNet) or 8 (RPN) by default",
     )
     convention: Convention = Field(
         "torchvision", description="where these libraries differ, whose way a family takes: docs/mmdet.md"
@@ -144,7 +161,7 @@ class ModelConfig(Section):
     )
     score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
-    max_detections: int = Field(100, gt=0, description="detections kept of an image")
+    max_detections: int = Field(100, gt=0, le=10**5, description="detections kept of an image")
     window: tuple[int, int] | None = Field(
         None, description="segmenters: (side, stride) of the windows in which large images are evaluated"
     )
@@ -167,8 +184,10 @@ class ModelConfig(Section):
     @field_validator("size")
     @classmethod
     def _short_long(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and not 0 < value[0] <= value[1]:
-            raise ValueError(f"give (short, long) side in pixels, as [480, 800]; got {list(value)}")
+        if value is not None and not 0 < value[0] <= value[1] <= LONGEST_SIDE:
+            raise ValueError(
+                f"give (short, long) side in pixels, at most {LONGEST_SIDE}, as [480, 800]; got {list(value)}"
+            )
         return value
 
     @field_validator("strides")
@@ -183,15 +202,17 @@ class ModelConfig(Section):
 
 class OptimizerConfig(Section):
     name: Literal["sgd", "adamw"] = Field("sgd", description="which optimiser")
-    lr: float = Field(0.01, gt=0, description="learning rate after the warm-up; AdamW's default is 1e-4")
+    lr: float = Field(
+        0.01, gt=0, le=1000, description="learning rate after the warm-up; AdamW's default is 1e-4"
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     nesterov: bool = Field(False, description="SGD only")
-    weight_decay: float = Field(1e-4, ge=0, description="not applied to norms and biases")
+    weight_decay: float = Field(1e-4, ge=0, le=1000, description="not applied to norms and biases")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="AdamW only"
     )
     backbone_lr_factor: float = Field(
-        1.0, ge=0, description="learning rate of the backbone over that of the rest"
+        1.0, ge=0, le=1000, description="learning rate of the backbone over that of the rest"
     )
 
     @model_validator(mode="before")
@@ -218,7 +239,9 @@ class ScheduleConfig(Section):
     )
     gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
     power: float = Field(0.9, gt=0, description="poly: (1 - progress) to this power")
-    warmup: int = Field(500, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
+    warmup: int = Field(
+        500, ge=0, le=MOST_STEPS, description="steps of linear warm-up (at most a tenth of the run)"
+    )
     warmup_factor: float = Field(0.001, ge=0, le=1, description="the first rate over the learning rate")
     final_factor: float = Field(0.0, ge=0, le=1, description="cosine, poly: the last rate over the first")
 
@@ -233,15 +256,20 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """The budget and how it is spent; equal for everything that is compared."""
 
-    epochs: float = Field(24, gt=0, description="passes over the training images")
+    epochs: float = Field(24, gt=0, le=MOST_EPOCHS, description="passes over the training images")
     max_steps: int | None = Field(
-        None, gt=0, description="number of optimizer steps; replaces `epochs` as the budget"
+        None, gt=0, le=MOST_STEPS, description="number of optimizer steps; replaces `epochs` as the budget"
     )
     max_time: float | None = Field(None, gt=0, description="stop, and save, after so many minutes")
-    batch_size: int = Field(16, gt=0, description="images of one optimiser step, over all processes")
-    accumulate: int = Field(1, gt=0, description="forward passes that make one step")
+    batch_size: int = Field(
+        16, gt=0, le=MOST_IMAGES, description="images of one optimiser step, over all processes"
+    )
+    accumulate: int = Field(1, gt=0, le=MOST_IMAGES, description="forward passes that make one step")
     unlabelled_batch: int | None = Field(
-        None, gt=0, description="images of `data.unlabelled` in a step beside those; none: as many as those"
+        None,
+        gt=0,
+        le=MOST_IMAGES,
+        description="images of `data.unlabelled` in a step beside those; none: as many as those",
     )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="see below")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="see below")
@@ -255,12 +283,19 @@ class TrainingConfig(Section):
     )
     channels_last: bool = Field(False, description="memory format that suits tensor cores")
     sync_batchnorm: bool = Field(False, description="BatchNorm statistics over all processes")
-    workers: int = Field(2, ge=0, description="processes that decode and augment")
+    workers: int = Field(2, ge=0, le=1024, description="processes that decode and augment")
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, order, augmentation and methods")
-    evaluate_every: float = Field(1, ge=0, description="epochs between evaluations; 0: only at the end")
-    checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints; also at each epoch's end")
+    evaluate_every: float = Field(
+        1, ge=0, le=MOST_EPOCHS, description="epochs between evaluations; 0: only at the end"
+    )
+    checkpoint_every: int = Field(
+        500, gt=0, le=MOST_STEPS, description="steps between checkpoints; also at each epoch's end"
+    )
     patience: int | None = Field(
-        None, gt=0, description="stop after so many evaluations without a better one, and export the best"
+        None,
+        gt=0,
+        le=MOST_STEPS,
+        description="stop after so many evaluations without a better one, and export the best",
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator where there is one")
 

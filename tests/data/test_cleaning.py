@@ -64,7 +64,7 @@ def test_a_few_missing_masks_are_filled_with_the_box_and_many_end_all_masks():
     findings: list[Finding] = []
     few, _ = _record(boxes, [square, square, [[1, 2]]])
     (settled,) = settle_masks([few], _SOURCE, findings)
-    assert settled.masks == (tuple([square] * 3))
+    assert list(settled.masks) == [square] * 3
     many, _ = _record(boxes, [square, None, None])
     (settled,) = settle_masks([many], _SOURCE, findings)
     assert settled.masks is None

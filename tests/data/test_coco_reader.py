@@ -152,7 +152,7 @@ def test_val_gets_trains_classes_and_an_unknown_one_is_an_error(tmp_path, write_
     write_coco(tmp_path / "test.json", tmp_path, categories=other, annotations=boxes)
     val = open_data(DataConfig(root=tmp_path))["val"]
     assert val.classes == ("cat", "dog")
-    assert val.category_ids == (7, 7)
+    assert val.category_ids == (10, 7)  # cat's 7 of train is dog's in val: a number that neither file has
     assert val.records[0].labels_K.tolist() == [1]
     assert [finding.kind for finding in val.errors] == ["unknown class"]
     chosen = open_data(DataConfig(root=tmp_path, classes=("dog",)))["val"]

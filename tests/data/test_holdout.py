@@ -62,11 +62,22 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path, write_coco, val):
         open_data(DataConfig(root=tmp_path, val=val))
 
 
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("annotations/instances_default.json", "images/default"),  # CVAT
+        ("annotations/instances_default.json", "IMAGES"),
+        ("result.json", "images"),  # Label Studio
+    ],
+)
+def test_a_lone_file_is_train_whatever_its_name(tmp_path, write_coco, file, folder):
+    write_coco(tmp_path / file, tmp_path / folder, images=9)
+    assert sorted(open_data(DataConfig(root=tmp_path))) == ["train"]
+    assert len(open_data(DataConfig(root=tmp_path, val="20%"))["train"]) < 9
+
+
 def test_a_file_whose_name_says_nothing_is_pointed_out(tmp_path, write_coco):
-    write_coco(tmp_path / "annotations" / "instances_default.json", tmp_path / "images" / "default", images=9)
-    with pytest.raises(UserError, match=r"If annotations/instances_default\.json is COCO, set data\.train"):
+    for name in ("first", "second"):
+        write_coco(tmp_path / f"{name}.json", tmp_path / "images", images=9)
+    with pytest.raises(UserError, match=r"If first\.json is COCO, set data\.train"):
         open_data(DataConfig(root=tmp_path))
-    config = DataConfig(
-        root=tmp_path, train="annotations/instances_default.json", val="20%", images="images/default"
-    )
-    assert len(open_data(config)["train"]) < 9

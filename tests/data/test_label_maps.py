@@ -12,8 +12,8 @@ from PIL import Image
 
 from detdistill.config import AugmentConfig, DataConfig, UserError
 from detdistill.data.inspect import inspect_data
-from detdistill.data.label_maps import CITYSCAPES, VOC, read_labels, read_numbers
-from detdistill.data.loading import DetectionDataset, open_data
+from detdistill.data.label_maps import CITYSCAPES, VOC, count_pixels, read_labels, read_numbers
+from detdistill.data.loading import DetectionDataset, open_data, usable_splits
 
 RNG = np.random.default_rng(0)
 
@@ -158,8 +158,19 @@ def test_files_of_other_kinds(tmp_path: Path) -> None:
     write(tmp_path / "colours.png", picture())
     with pytest.raises(UserError, match="holds colours, not class numbers"):
         read_numbers(tmp_path / "colours.png")
-    Image.fromarray(np.array([[1, 300]], np.uint16)).save(tmp_path / "wide.png")
+    Image.fromarray(np.array([[1, 255]], np.uint16)).save(tmp_path / "wide.png")
     assert read_numbers(tmp_path / "wide.png").tolist() == [[1, 255]]
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    assert read_numbers(tmp_path / "bits.png").tolist() == [[1, 0]]
+    for name, values in (
+        ("more.png", np.array([[1, 300]], np.uint16)),
+        ("half.tif", np.array([[0.5, 1]], np.float32)),
+        ("minus.tif", np.array([[-1, 1]], np.int32)),
+        ("none.tif", np.array([[np.nan]], np.float32)),
+    ):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(UserError, match=r"holds numbers from .*write class numbers 0…254"):
+            read_numbers(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="cannot be decoded"):
         read_numbers(tmp_path / "broken.png")
@@ -203,13 +214,110 @@ def test_the_doctor_reads_the_numbers(folders: Path) -> None:
     assert "holds colours" in str(inspect_data(data(folders)).errors[0])
 
 
+@pytest.mark.parametrize("number", [7, 300])
+def test_a_run_refuses_numbers_that_check_refuses(folders: Path, number: int) -> None:
+    labels = np.full((12, 20), 2, np.uint16)
+    labels[0, :3] = number
+    Image.fromarray(labels).save(folders / "labels" / "train" / "b.png")
+    assert len(inspect_data(data(folders)).errors) == 1
+    with pytest.raises(
+        UserError, match=r"b\.png: (has numbers that mean no class \(7\)|holds numbers from 2 to 300)"
+    ):
+        usable_splits(data(folders), ["train", "val"])
+    dataset = DetectionDataset(open_data(data(folders))["train"], None)  # as a step outside the sample would
+    with pytest.raises(UserError, match=r"b\.png"):
+        dataset[1]
+
+
+def binary(folder: Path, numbers: list[int], classes: list[str]) -> DataConfig:
+    """Four images a part, the left half of each map one number, the right half the next one."""
+    (folder / "classes.json").write_text(json.dumps({"classes": classes}))
+    for part in ("train", "val"):
+        for i in range(4):
+            write(folder / "images" / part / f"{i}.png", picture())
+            halves = np.array([numbers[i % len(numbers)], numbers[(i + 1) % len(numbers)]])
+            write(folder / "labels" / part / f"{i}.png", np.tile(np.repeat(halves, 10), (12, 1)))
+    return data(folder)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes", "message"),
+    [
+        (
+            [0, 255],
+            ["background", "polyp"],
+            "'polyp' has no pixel, and every answer is right; write the number 1",
+        ),
+        (
+            [1, 255],
+            ["background", "polyp"],
+            "'background' has no pixel, and every answer is right; write the number 0",
+        ),
+        (
+            [255],
+            ["background", "polyp"],
+            r"no pixel of its label maps has a class \(only the numbers 255 occur\)",
+        ),
+        ([0], ["polyp"], "'polyp' is the only class"),
+        ([0, 255], ["polyp"], "'polyp' is the only class"),
+    ],
+)
+def test_masks_in_which_every_answer_is_right_are_refused(
+    tmp_path: Path, numbers: list[int], classes: list[str], message: str
+) -> None:
+    config = binary(tmp_path, numbers, classes)
+    assert [finding.kind for finding in inspect_data(config).errors] == ["nothing to learn"] * 2
+    with pytest.raises(UserError, match=message):
+        usable_splits(config, ["train", "val"])
+
+
+def test_masks_of_two_numbers_that_say_something_are_not_refused(tmp_path: Path) -> None:
+    for numbers in ([0, 1], [0, 1, 255]):
+        config = binary(tmp_path, numbers, ["background", "polyp"])
+        assert not inspect_data(config).errors
+        usable_splits(config, ["train", "val"])
+
+
+def test_a_rare_class_is_looked_for_in_all_maps(tmp_path: Path) -> None:
+    config = binary(tmp_path, [0, 255], ["background", "polyp"])
+    split = open_data(config)["train"]
+    assert count_pixels(split, sample=1).findings
+    first = count_pixels(split, sample=1)
+    for i in range(4):  # one pixel, wherever the sample did not look
+        labels = np.zeros((12, 20))
+        labels[:, 10:], labels[0, 0] = 255, 1
+        write(tmp_path / "labels" / "train" / f"{i}.png", labels)
+        assert not count_pixels(split, sample=1).findings
+        labels[0, 0] = 0
+        write(tmp_path / "labels" / "train" / f"{i}.png", labels)
+    assert first.counts_256[1] == 0
+
+
+def test_a_class_without_a_pixel_is_reported_of_both_parts(folders: Path) -> None:
+    found = [str(f) for f in inspect_data(data(folders)).findings if f.kind == "empty class"]
+    assert len(found) == 1
+    assert "1 classes have no pixel in val's sample: car" in found[0]
+
+
+def test_folders_in_any_case(folders: Path) -> None:
+    for name in ("images/train", "labels/train", "images", "labels", "classes.json"):
+        (folders / name).rename((folders / name).with_name((folders / name).name.upper()))
+    splits = usable_splits(data(folders), ["train", "val"])
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3, "val": 1}
+
+
 def test_a_broken_classes_file(folders: Path) -> None:
     for content in (
         "{",
         "[]",
         '{"classes": []}',
         '{"classes": ["a", "a"]}',
+        '{"classes": ["a", ""]}',
+        '{"classes": ["a", 1.10]}',
+        '{"classes": ["a", null]}',
         '{"classes": ["a"], "ignore_index": 999}',
+        '{"classes": ["a"], "ignore_index": true}',
+        "[" * 100_000,
     ):
         (folders / "classes.json").write_text(content)
         with pytest.raises(UserError, match=r"classes\.json"):

@@ -159,3 +159,76 @@ def test_ids_do_not_depend_on_where_the_dataset_lies(tmp_path, write_image):
         for place in ("here", "there/deep")
     ]
     assert ids == [["a/1", "b/1"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("[02146, 1.10, null]", ["02146", "1.10", "null"]),
+        ("[yes, no, on, off, ~]", ["yes", "no", "on", "off", "~"]),
+        ("[0x1F, 1_000, 1e3, 12:30:00, 2024-01-02]", ["0x1F", "1_000", "1e3", "12:30:00", "2024-01-02"]),
+        ("[\"a b\", 'c: d', TRUE]", ["a b", "c: d", "TRUE"]),
+        ('{"0": yes, "1": no}', ["yes", "no"]),
+        ("{1: b, 0: a}", ["a", "b"]),
+    ],
+)
+def test_class_names_are_as_written(tmp_path, write_yolo, names, expected):
+    write_yolo(tmp_path, {"train": _ONE})
+    _yaml(tmp_path, f"names: {names}\ntrain: images/train\n")
+    assert list(open_data(DataConfig(root=tmp_path))["train"].classes) == expected
+
+
+def test_a_part_that_is_null_is_absent(tmp_path, write_yolo):
+    write_yolo(tmp_path, {"train": _ONE})
+    _yaml(tmp_path, "names: [cat]\ntrain: images/train\nval:\ntest: null\n")
+    assert set(open_data(DataConfig(root=tmp_path))) == {"train"}
+
+
+_HEAD = "names: [cat]\ntrain: images/train\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names:\n\t0: red\ntrain: images/train\n", r"data\.yaml:2: not YAML"),
+        (_HEAD + "date: 2024-13-45\n", r"data\.yaml: a value cannot be read: month"),
+        (_HEAD + "number: " + "9" * 5000 + "\n", r"data\.yaml: a value cannot be read"),
+        (_HEAD + "deep: " + "[" * 20000 + "]" * 20000 + "\n", r"data\.yaml: values are nested too deeply"),
+        (_HEAD + "names: [dog]\n", r"data\.yaml:3: names is written twice"),
+        (_HEAD + "open: [\n", r"data\.yaml:\d+: not YAML"),
+        ("names: [cat, dog, cat]\ntrain: images/train\n", "classes 0 and 2 have the same name 'cat'"),
+        ("names: {0: cat, 1: cat}\ntrain: images/train\n", "classes 0 and 1 have the same name 'cat'"),
+        ("names: {0: cat, 0: dog}\ntrain: images/train\n", "each number once"),
+        ("names: [[cat]]\ntrain: images/train\n", "names must list the classes"),
+        ("names: [cat, '']\ntrain: images/train\n", "class 1 has an empty name"),
+        ("names: &a [*a]\ntrain: images/train\n", "names must list the classes|nested too deeply"),
+    ],
+)
+def test_a_data_yaml_that_cannot_be_read_is_one_line_with_its_name(tmp_path, write_yolo, text, message):
+    write_yolo(tmp_path, {"train": _ONE})
+    (tmp_path / "classes.txt").write_text("cat\n")  # not to be taken instead
+    _yaml(tmp_path, text)
+    with pytest.raises(UserError, match=message) as error:
+        open_data(DataConfig(root=tmp_path))
+    assert "data.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_aliases_within_aliases_are_refused_at_once(tmp_path, write_yolo, merged):
+    write_yolo(tmp_path, {"train": _ONE})
+    lines = ["a0: &a0 {k: v}" if merged else "a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    for i in range(1, 9):
+        several = ", ".join([f"*a{i - 1}"] * 9)
+        lines.append(f"a{i}: &a{i} {{<<: [{several}], k{i}: v}}" if merged else f"a{i}: &a{i} [{several}]")
+    _yaml(tmp_path, "\n".join([*lines, "names: *a8", "train: images/train\n"]))
+    with pytest.raises(UserError, match="more than 20 aliases"):
+        open_data(DataConfig(root=tmp_path))
+
+
+def test_other_yaml_files_are_left_alone(tmp_path, write_yolo):
+    write_yolo(tmp_path, {"train": _ONE})
+    _yaml(tmp_path, _HEAD)
+    for name, text in (("mkdocs.yml", "extra: !!python/name:os.system\n"), ("tabs.yaml", "a:\n\tb: c\n")):
+        _yaml(tmp_path, text, name)
+    assert open_data(DataConfig(root=tmp_path))["train"].classes == ("cat",)

@@ -19,6 +19,7 @@ from detdistill.evaluation.coco import (
     coco_ap_from_files,
     coco_results,
     coco_truth,
+    result_rows,
 )
 
 BACKENDS = ["hotcoco", "pycocotools"]
@@ -106,6 +107,21 @@ def test_a_results_file_says_what_was_measured(random_split, random_detections, 
     of_file = coco_ap_from_files(tmp_path / "truth.json", tmp_path / "found.json")
     assert 0 < of_file.AP < 1
     assert math.isclose(of_file.AP, coco_ap(split, detections).AP)
+
+
+def test_results_say_which_category_is_which():
+    found = {
+        "boxes": torch.tensor([[1.0, 2, 4, 8], [0, 0, math.inf, 1], [5, 5, 6, 6]]),
+        "labels": torch.tensor([1, 0, 0]),
+        "scores": torch.tensor([0.5, 0.9, 0.25]),
+    }
+    rows = result_rows(7, found, ("nut", "bolt"), (30, 10))
+    assert rows == [  # without the box that is not finite, for which JSON has no word
+        {"image_id": 7, "category_id": 10, "category": "bolt", "bbox": [1, 2, 3, 6], "score": 0.5},
+        {"image_id": 7, "category_id": 30, "category": "nut", "bbox": [5, 5, 1, 1], "score": 0.25},
+    ]
+    rows = result_rows("a", found, ("nut", "bolt"), None)
+    assert [(row["category_id"], row["category_id_is"]) for row in rows] == [(2, "label + 1"), (1, "label + 1")]
 
 
 def test_backends_agree_by_class(random_split, random_detections):

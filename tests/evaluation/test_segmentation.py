@@ -54,6 +54,14 @@ def test_by_hand_with_ignored_and_foreign_classes() -> None:
     )
 
 
+def test_classes_without_a_pixel_are_named() -> None:
+    """All pixels are right and mIoU is 1, of one class of two: what the number does not say."""
+    evaluation = measured(confusion_of(torch.tensor([[0, 0, 255]]), torch.tensor([[0, 0, 1]]), 2))
+    assert evaluation.numbers()["mIoU"] == 1
+    assert evaluation.warnings() == ["warning: val has no pixel of b: mIoU does not measure them"]
+    assert not measured(confusion_of(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), 2)).warnings()
+
+
 def test_a_class_that_is_only_given_counts_as_zero() -> None:
     evaluation = measured(confusion_of(torch.tensor([[0, 0]]), torch.tensor([[0, 1]]), 2))
     assert evaluation.per_class == {"a": 0.5, "b": 0.0}

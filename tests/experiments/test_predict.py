@@ -58,7 +58,7 @@ def test_a_folder_is_written_as_pictures_and_rows(model: Detector, folder: Path,
     rows = json.loads((out / "predictions.json").read_text())
     assert len(rows) == sum(len(prediction.scores_K) for prediction in predictions)
     assert {(row["image_id"], row["file_name"]) for row in rows} == {
-        (139, "000000000139.png"), ("a", "a.jpg"), ("a", "sub/a.bmp"),
+        (139, "000000000139.png"), ("a.jpg", "a.jpg"), ("sub/a.bmp", "sub/a.bmp"),
     }  # fmt: skip
     for row in rows:
         x, y, width, height = row["bbox"]
@@ -67,6 +67,7 @@ def test_a_folder_is_written_as_pictures_and_rows(model: Detector, folder: Path,
         assert x + width <= 70.02
         assert y + height <= 50.02
         assert row["category"] == CLASSES[row["category_id"] - 1]
+        assert row["category_id_is"] == "label + 1"  # this model was not trained on data with ids of their own
 
 
 def test_batches_change_nothing(model: Detector, folder: Path) -> None:
@@ -139,5 +140,48 @@ def test_a_segmenter_writes_label_maps(folder: Path, tmp_path: Path) -> None:
     written = np.array(Image.open(out / "a.labels.png"))
     assert np.array_equal(written, found[1].semantic_HW.numpy())
     rows = json.loads((out / "predictions.json").read_text())
-    assert [row["image_id"] for row in rows] == [139, "a", "a"]
+    assert [row["image_id"] for row in rows] == [139, "a.jpg", "sub/a.bmp"]
     assert rows[0]["shares"] == pytest.approx(found[0].shares, abs=1e-5)
+
+
+ALIKE = (
+    "1.png", "01.png", "sub/1.png", "a.jpg", "a.png", "a.bmp", "a.bmp.png", "a.labels.png", "sub/a.jpg",
+    "b.JPG", "b.jpg.png",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("is_segmenter", [False, True])
+def test_images_of_like_names_share_neither_an_id_nor_a_file(
+    model: Detector, tmp_path: Path, is_segmenter: bool
+) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out"
+    for i, name in enumerate(ALIKE):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + i, 30), (20 * i, 0, 0)).save(folder / name)
+    used = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8).eval() if is_segmenter else model
+    predict(used, folder, out=out, threshold=0.0, device="cpu")
+    rows = json.loads((out / "predictions.json").read_text())
+    named = {(row["image_id"], row["file_name"]) for row in rows}
+    assert {name for _, name in named} == set(ALIKE)
+    assert len({image_id for image_id, _ in named}) == len(named) == len(ALIKE)
+    pictures = [path for path in out.rglob("*") if path.is_file() and path.name != "predictions.json"]
+    assert len(pictures) == len(ALIKE) * (1 + is_segmenter)
+    widths = sorted(Image.open(path).width for path in pictures if path.stat().st_size)
+    drawn = [width for width in widths if width > 52]  # enlarged; label maps are as large as their images
+    assert len(drawn) == len(set(drawn)) == len(ALIKE)
+    if is_segmenter:
+        maps = [width for width in widths if width <= 52]
+        assert maps == [40 + i for i in range(len(ALIKE))]
+
+
+def test_no_image_of_the_folder_is_overwritten_by_what_is_drawn_of_another(
+    model: Detector, tmp_path: Path
+) -> None:
+    for name in ("a.bmp", "sub/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    (tmp_path / "a.bmp.png").symlink_to(tmp_path / "sub" / "x.png")
+    before = (tmp_path / "sub" / "x.png").read_bytes()
+    with pytest.raises(UserError, match="would overwrite"):
+        predict(model, tmp_path, out=tmp_path, device="cpu")
+    assert (tmp_path / "sub" / "x.png").read_bytes() == before

@@ -31,7 +31,7 @@ ISSUES = (
     "This is a bug in detdistill: please report it, with the lines above and what `detdistill --version` says."
 )
 _UsageError: Any = typer.BadParameter.__base__  # click's own, wherever this release of typer keeps it
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+_NO_BUG = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,17 +71,18 @@ def _message_for_user(error: Exception) -> str | None:
     from detdistill.config import UserError
 
     if isinstance(error, UserError):
-        return str(error)
+        return str(error).removeprefix("error: ")
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "detdistill"
         return f"{' '.join(error.format_message().split())} (see `{path} --help`)"
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        return f"{error.filename or 'a file'}: {error.strerror}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-        return "the accelerator's memory is full: lower training.batch_size, or raise training.accumulate"
+    if isinstance(error, OSError) and (error.filename or error.errno in _NO_BUG):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    full = "can't allocate memory" in str(error) or "not enough memory" in str(error)  # torch, on a CPU
+    if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "the memory is full: lower the batch size or the input size, or raise training.accumulate"
     return None
 
 

@@ -34,8 +34,10 @@ Devices = Annotated[
         "--device", help="Spread the runs: --device cuda:0 --device cuda:1; cuda:0,1 is a run on both."
     ),
 ]
-Seeds = Annotated[int, typer.Option(min=1, help="Repeat with seeds 0, 1, …; a verdict needs at least 2.")]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
+Seeds = Annotated[
+    int, typer.Option(min=1, max=1000, help="Repeat with seeds 0, 1, …; a verdict needs at least 2.")
+]
+Jobs = Annotated[int, typer.Option(min=1, max=1024, help="Runs at a time.")]
 AllowUnequal = Annotated[
     bool, typer.Option("--allow-unequal", help="Let the arms' budgets differ, and say so.")
 ]

@@ -158,8 +158,8 @@ def analyze(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Least score, where images are compared one by one.")
     ] = 0.3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536)] = 8,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images.")] = 2,
     device: Device = "auto",
 ) -> None:
     """What kinds of error runs make, and what distillation changed, image by image (Figures 2 and 3)."""
@@ -187,8 +187,8 @@ def report(
         bool, typer.Option("--models/--no-models", help="Run them, for kinds of error, pictures and cost.")
     ] = True,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection shown.")] = 0.3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536)] = 8,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images.")] = 2,
     device: Device = "auto",
 ) -> None:
     """Tell a comparison or a run in one HTML file: verdict, curves, classes, errors, pictures, cost."""
@@ -216,7 +216,7 @@ def rank_teachers(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Measure AP or mIoU on so many of them only: quicker, rougher.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps with each teacher.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, max=10**6, help="Timed steps with each teacher.")] = 5,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
 ) -> None:
@@ -247,9 +247,9 @@ def benchmark(
         list[str], typer.Argument(metavar="MODEL...", help="Run folders, weights files, recipes.")
     ],
     size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of the image.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of throughput and memory.")] = 1,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs before them that are not timed.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Of throughput and memory.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, max=10**6, help="Timed runs of each model.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, max=10**6, help="Runs before them that are not timed.")] = 3,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
 ) -> None:

@@ -39,12 +39,12 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which part of the dataset.")] = "val",
     metric: Annotated[Metric, typer.Option(help="COCO's 12 numbers, or VOC's AP at IoU 0.5.")] = Metric.coco,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536)] = 8,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images.")] = 2,
     device: Device = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Write the detections here, as COCO's results files have them.")
+        Path | None, typer.Option(help="Write the detections here, in COCO's results format.")
     ] = None,
 ) -> None:
     """Measure a detector or segmenter on a dataset."""
@@ -96,7 +96,7 @@ def predict(
     images: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER")],
     out: Annotated[Path, typer.Option(help="Folder for pictures and predictions.json.")] = Path("runs/predict"),
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Images at once.")] = 1,
     teacher: Annotated[
         Path | None, typer.Option(help="Draw what this model finds beside it, on the right.")
     ] = None,

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detdistill.config import UserError, nearest
 from detdistill.data.masks import usable_segmentation
-from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
+from detdistill.data.packed import Packed
+from detdistill.data.records import (
+    UNLABELLED,
+    Finding,
+    LabelCode,
+    Masks,
+    Record,
+    Records,
+    Split,
+    encode_segmentation,
+)
 
 _ROUNDING = 1.0  # pixels by which a box may leave its image before it is worth a word
+_MANY_IGNORED = 0.5  # the share of ignored objects above which something is wrong with the flags
 
 
 class RawObject(NamedTuple):
@@ -47,56 +59,111 @@ def make_record(
         source: the annotation file, for messages.
         findings: gets a warning for each object that is dropped or clipped.
     """
-    height, width = size
     boxes_K4: NDArray[np.float64] = np.array([raw.box for raw in objects], dtype=np.float64).reshape(-1, 4)
-    limits = np.array([width, height, width, height], dtype=np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):
-        clipped_K4 = np.clip(boxes_K4, 0, limits).astype(np.float32)
-        # In float32, so that what counts as empty here is empty for everybody after.
-        # The area, too: that of two denormal sides is 0.
-        sides_K2 = clipped_K4[:, 2:] - clipped_K4[:, :2]
-        has_size_K = (sides_K2 > 0).all(axis=1) & (sides_K2.prod(axis=1) > 0)
-        kept_K = np.logical_and(np.isfinite(boxes_K4).all(axis=1), has_size_K)
-        overrun_K = np.abs(boxes_K4 - np.clip(boxes_K4, 0, limits)).max(axis=1, initial=0.0)
+    sizes_K2 = np.tile(np.array(size, dtype=np.float64), (len(objects), 1))
+    clipped_K4, kept_K, moved_K = clip_boxes(boxes_K4, sizes_K2)
     findings += [
-        _box_finding(objects[k], boxes_K4[k].tolist(), bool(kept_K[k]), size, source, image_id)
-        for k in np.flatnonzero(~kept_K | (overrun_K >= _ROUNDING)).tolist()
+        box_finding(objects[k].name, boxes_K4[k].tolist(), bool(kept_K[k]), size, source, image_id)
+        for k in np.flatnonzero(~kept_K | moved_K).tolist()
     ]
     kept = [raw for raw, keep in zip(objects, kept_K, strict=True) if keep]
     clipped_K4 = clipped_K4[kept_K]
-    sides_K2 = clipped_K4[:, 2:] - clipped_K4[:, :2]
-    areas = [
-        raw.area if _is_area(raw.area) else float(sides[0] * sides[1])
-        for raw, sides in zip(kept, sides_K2, strict=True)
-    ]
+    given_K = np.array([raw.area if is_number(raw.area) else math.nan for raw in kept], dtype=np.float64)
+    masks = None
+    if with_masks:
+        masks = tuple(
+            check_mask(raw.mask, size, f"{raw.name} of image {image_id}", source, findings) for raw in kept
+        )
     return Record(
         image_id=image_id,
         path=path,
-        height=height,
-        width=width,
+        height=size[0],
+        width=size[1],
         boxes_K4=clipped_K4,
         labels_K=np.array([raw.label for raw in kept], dtype=np.int64),
         ignore_K=np.array([raw.ignore for raw in kept], dtype=np.bool_),
-        areas_K=np.array(areas, dtype=np.float32),
-        masks=tuple(usable_segmentation(raw.mask, height, width) for raw in kept) if with_masks else None,
+        areas_K=fill_areas(given_K, clipped_K4),
+        masks=masks,
+        source=source,
     )
 
 
-def _is_area(area: Any) -> bool:
-    return isinstance(area, int | float) and math.isfinite(area) and area > 0
+def clip_boxes(
+    boxes_M4: NDArray[np.float64], sizes_M2: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Cut boxes to their images.
+
+    Args:
+        boxes_M4: xyxy, pixels.
+        sizes_M2: (height, width) of each box's image.
+
+    Returns:
+        The boxes cut; which of them are usable, finite and of some size; and which lost a pixel or more.
+    """
+    limits_M4 = sizes_M2[:, [1, 0, 1, 0]]
+    with np.errstate(invalid="ignore", over="ignore"):
+        clipped_M4 = np.clip(boxes_M4, 0, limits_M4)
+        moved_M = np.abs(boxes_M4 - clipped_M4).max(axis=1, initial=0.0) >= _ROUNDING
+        # In float32, so that what counts as empty here is empty for everybody after.
+        # The area, too: that of two denormal sides is 0.
+        cut_M4 = clipped_M4.astype(np.float32)
+        sides_M2 = cut_M4[:, 2:] - cut_M4[:, :2]
+        has_size_M = (sides_M2 > 0).all(axis=1) & (sides_M2.prod(axis=1) > 0)
+    return cut_M4, has_size_M & np.isfinite(boxes_M4).all(axis=1), moved_M
 
 
-def _box_finding(
-    raw: RawObject,
+def fill_areas(given_M: NDArray[np.float64], boxes_M4: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The areas that are given, in pixels²; that of the box where one is not finite or not above 0."""
+    sides_M2 = boxes_M4[:, 2:] - boxes_M4[:, :2]
+    with np.errstate(invalid="ignore", over="ignore"):
+        areas_M = given_M.astype(np.float32)
+        usable_M = np.isfinite(areas_M) & (areas_M > 0)
+        return np.where(usable_M, areas_M, sides_M2[:, 0] * sides_M2[:, 1])
+
+
+def check_mask(
+    segmentation: Any, size: tuple[int, int], name: str, source: Path, findings: list[Finding]
+) -> Any | None:
+    """What can be decoded of a segmentation; a warning for what is given and cannot.
+
+    Args:
+        size: (height, width) of the image.
+        name: how a message calls the object.
+    """
+    if segmentation is None or segmentation in ([], {}, "", [[]]):  # as exporters of boxes write
+        return None
+    usable = usable_segmentation(segmentation, *size)
+    dropped = len(segmentation) - len(usable) if isinstance(usable, list) else 0
+    if usable is None:
+        message = f"{name} has a segmentation that cannot be decoded: {str(segmentation)[:60]}"
+        fix = "write polygons [[x1, y1, x2, y2, …]], or run lengths of the image's size"
+        findings.append(Finding("warning", "unusable mask", source, message, fix))
+    elif dropped:
+        message = f"{name} has {dropped} polygons of fewer than three corners, and they were dropped"
+        findings.append(Finding("warning", "polygon dropped", source, message, "draw them again"))
+    return usable
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def box_finding(
+    name: str,
     box: Sequence[float],
     kept: bool,
     size: tuple[int, int],
     source: Path,
     image_id: int | str,
 ) -> Finding:
+    """What is wrong with a box, xyxy in pixels, that was dropped or clipped."""
     height, width = size
     x1, y1, x2, y2 = box
-    at = f"{raw.name} of image {image_id}: box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
+    at = f"{name} of image {image_id}: box ({x1:g}, {y1:g}, {x2:g}, {y2:g})"
     if kept:
         message = f"{at} leaves the {width}×{height} image and was clipped"
         return Finding("warning", "box clipped", source, message, "draw it inside the image")
@@ -110,60 +177,95 @@ def _box_finding(
     return Finding("warning", "box outside image", source, message, "correct the box or the image's size")
 
 
-def settle_masks(records: list[Record], source: Path, findings: list[Finding]) -> list[Record]:
+def settle_masks(records: Sequence[Record], source: Path, findings: list[Finding]) -> Records:
     """All objects of a split have masks, or none has.
 
     Where most have one, an object without gets its box as its mask; else masks are dropped. Both are
     reported.
     """
-    total = sum(len(record.masks or ()) for record in records)
-    lacking = sum(mask is None for record in records for mask in record.masks or ())
+    packed = Records.pack(records)
+    if packed.masks is None:
+        return packed
+    missing_M = packed.masks.missing_N
+    total, lacking = len(missing_M), int(missing_M.sum())
     if lacking == 0 and total > 0:
-        return records
+        return packed
+    unusable = sum(finding.kind == "unusable mask" for finding in findings)
     if 2 * lacking >= total:
-        if lacking < total:
-            message = f"only {total - lacking} of {total} objects have a mask; masks are not used"
-            findings.append(Finding("warning", "too few masks", source, message, "draw masks or remove them"))
-        return [replace(record, masks=None) for record in records]
+        if lacking < total or unusable:
+            why = f" ({unusable} have a segmentation that cannot be decoded)" if unusable else ""
+            message = f"only {total - lacking} of {total} objects have a usable mask{why}; masks are not used"
+            fix = "correct the segmentations, or remove them" if unusable else "draw masks or remove them"
+            findings.append(Finding("warning", "too few masks", source, message, fix))
+        return replace(packed, masks=None)
     message = f"{lacking} of {total} objects have no usable mask; their boxes stand in for them"
     findings.append(Finding("warning", "missing mask", source, message, "draw the masks that are missing"))
-    return [replace(record, masks=_filled(record)) for record in records]
+    strings = list(packed.masks.packed)
+    for place in np.flatnonzero(missing_M).tolist():
+        x1, y1, x2, y2 = packed.boxes_M4[place].tolist()
+        strings[place] = encode_segmentation([[x1, y1, x2, y1, x2, y2, x1, y2]])
+    return replace(packed, masks=Masks(Packed.pack(strings)))
 
 
-def _filled(record: Record) -> tuple[Any, ...]:
-    def rectangle(box: Iterable[float]) -> list[list[float]]:
-        x1, y1, x2, y2 = map(float, box)
-        return [[x1, y1, x2, y1, x2, y2, x1, y2]]
+def name_key(name: str) -> str:
+    """What two spellings of a file name have in common: letter case and Unicode form do not count.
 
-    masks = record.masks or ()
-    return tuple(mask or rectangle(box) for mask, box in zip(masks, record.boxes_K4, strict=True))
+    macOS and some archives decompose characters, others compose them: the same name is two byte strings.
+    """
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 class FileIndex:
     """Which files there are, by one listing for each folder (a question for each file is slow on a network)."""
 
     def __init__(self) -> None:
-        self._names: dict[Path, frozenset[str]] = {}
+        self._names: dict[str, frozenset[str]] = {}
+        self._by_key: dict[str, dict[str, list[str]]] = {}
 
-    def names(self, folder: Path) -> frozenset[str]:
+    def names(self, folder: Path | str) -> frozenset[str]:
         """The files in a folder; none where there is no such folder."""
+        folder = str(folder)
         if folder not in self._names:
             try:
                 with os.scandir(folder) as entries:
                     self._names[folder] = frozenset(entry.name for entry in entries if entry.is_file())
-            except OSError:
+            except (OSError, ValueError):  # a name that no file can have, as one with a zero byte
                 self._names[folder] = frozenset()
         return self._names[folder]
 
-    def has(self, path: Path) -> bool:
-        return path.name in self.names(path.parent)
+    def has(self, path: Path | str) -> bool:
+        """Whether there is such a file."""
+        folder, name = os.path.split(path)
+        return name in self.names(folder or ".")
 
-    def check(self, path: Path, source: Path, findings: list[Finding]) -> bool:
+    def find(self, path: str) -> str | None:
+        """The file of this name, else the only one that differs in letter case or Unicode form alone."""
+        if self.has(path):
+            return path
+        folder, name = os.path.split(path)
+        if not folder.isascii() and not self.names(folder):
+            forms: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+            others = (unicodedata.normalize(form, folder) for form in forms)
+            folder = next((other for other in others if self.names(other)), folder)
+        if folder not in self._by_key:
+            by_key = defaultdict(list)
+            for other in self.names(folder or "."):
+                by_key[name_key(other)].append(other)
+            self._by_key[folder] = by_key
+        spellings = self._by_key[folder].get(name_key(name), [])
+        return os.path.join(folder, spellings[0]) if len(spellings) == 1 else None  # noqa: PTH118 - 118,000 times
+
+    def check(
+        self,
+        path: Path,
+        source: Path,
+        findings: list[Finding],
+        fix: str = "restore the file, correct data.images, or drop the entry",
+    ) -> bool:
         """Whether an image is there; if not, an error is added."""
         if self.has(path):
             return True
         message = f"its image {path} does not exist"
-        fix = "restore the file, correct data.images, or drop the entry"
         findings.append(Finding("error", "missing image", source, message, fix))
         return False
 
@@ -188,14 +290,25 @@ def report_empty(name: str, images: int, objects: int, source: Path, findings: l
         findings.append(Finding("error", "empty split", source, message, fix))
 
 
+def report_ignored(split: Split, findings: list[Finding]) -> None:
+    """A warning where most objects are ignored: then a flag says what it does not mean."""
+    ignored_M = split.records.ignore_M
+    ignored, total = int(ignored_M.sum()), len(ignored_M)
+    if ignored > _MANY_IGNORED * total:
+        message = f"{ignored} of {total} objects of {split.name} are ignored (COCO's iscrowd, VOC's difficult)"
+        fix = "they are neither learned nor measured: clear the flag of those that should be"
+        findings.append(Finding("warning", "ignored objects", split.source, message, fix))
+
+
 def select_classes(split: Split, classes: Sequence[str]) -> Split:
     """Keep these classes, in this order; images without them stay, as background.
 
     Raises:
         UserError: a class that the split does not have, with the nearest name it has.
     """
+    category_ids = dict(zip(split.classes, split.category_ids or range(len(split.classes)), strict=True))
     for name in classes:
-        if name not in split.classes:
+        if name not in category_ids:
             raise UserError(
                 f"{split.source}: data.classes names {name!r}, which is not there; "
                 f"{nearest(name, split.classes)}"
@@ -203,39 +316,25 @@ def select_classes(split: Split, classes: Sequence[str]) -> Split:
     doubled = [name for name, times in Counter(classes).items() if times > 1]
     if doubled:
         raise UserError(f"data.classes names {doubled[0]!r} twice; name each class once")
-    return relabel(split, classes, lambda name: split.category_ids[split.classes.index(name)])
+    return relabel(split, classes, lambda name: category_ids[name])
 
 
 def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], int]) -> Split:
     """The split in another list of classes; objects of classes that are not in it are left out."""
     new_label = {name: i for i, name in enumerate(classes)}
     table = np.array([new_label.get(name, -1) for name in split.classes], dtype=np.int64)
-    codes: dict[int, LabelCode] = {}  # one for all maps that share one
+    records = split.records
+    labels_M = table[records.labels_M]
+    codes = tuple(_relabelled(code, table) for code in records.codes)
     return replace(
         split,
-        records=[_relabelled(record, table, codes) for record in split.records],
+        records=replace(records, labels_M=labels_M, codes=codes).keep(labels_M >= 0),
         classes=tuple(classes),
-        category_ids=tuple(category_id(name) for name in classes),
+        category_ids=None if split.category_ids is None else tuple(category_id(name) for name in classes),
     )
 
 
-def _relabelled(record: Record, table: NDArray[np.int64], codes: dict[int, LabelCode]) -> Record:
-    labels_K = table[record.labels_K]
-    kept_K = labels_K >= 0
-    masks, label_map = record.masks, record.label_map
-    if label_map is not None:
-        code = label_map.code
-        if id(code) not in codes:
-            after_256 = np.full(256, UNLABELLED, np.uint8)
-            after_256[: len(table)] = np.where(table < 0, UNLABELLED, table)
-            codes[id(code)] = LabelCode(after_256[code.classes_256], code.declared_256)
-        label_map = LabelMap(label_map.path, codes[id(code)])
-    return replace(
-        record,
-        label_map=label_map,
-        boxes_K4=record.boxes_K4[kept_K],
-        labels_K=labels_K[kept_K],
-        ignore_K=record.ignore_K[kept_K],
-        areas_K=record.areas_K[kept_K],
-        masks=None if masks is None else tuple(m for m, kept in zip(masks, kept_K, strict=True) if kept),
-    )
+def _relabelled(code: LabelCode, table: NDArray[np.int64]) -> LabelCode:
+    after_256 = np.full(256, UNLABELLED, np.uint8)
+    after_256[: len(table)] = np.where(table < 0, UNLABELLED, table)
+    return LabelCode(after_256[code.classes_256], code.declared_256)

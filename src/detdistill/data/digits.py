@@ -16,10 +16,11 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,12 @@ from PIL import Image, ImageDraw, ImageFilter
 from detdistill.config import DataConfig, UserError
 from detdistill.data.masks import encode_mask
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
 _VERSION = 2  # raise it when the pictures change, so that a cache of older ones is not taken for them
 _TRAIN_DIGITS = 1300  # of 1,797; the others are for evaluation
 _TRAIN_PART = 0.6  # of each photograph's width
@@ -62,14 +69,19 @@ def digits_root(config: DataConfig) -> Path:
         raise UserError(f"{root}: holds something else than these digits; give data.root a new folder")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(root.parent)
         work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     except OSError as error:
         raise UserError(
             f"{root}: cannot be written ({error.strerror}); set data.root or DETDISTILL_CACHE to another folder"
         ) from None
     try:
+        lock = _locked(work / LOCK, fcntl.LOCK_SH) if fcntl is not None else None
         write_digits(work, config.train_size, config.val_size, config.image_size)
         (work / "digits.json").write_text(json.dumps(wanted))
+        (work / LOCK).unlink(missing_ok=True)
+        if lock is not None:
+            lock.close()
         work.chmod(0o755)
         try:
             work.rename(root)  # over an empty folder at most: another process may have been quicker
@@ -79,6 +91,27 @@ def digits_root(config: DataConfig) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return root
+
+
+def _clear_abandoned(folder: Path) -> None:
+    """Delete the half-drawn sets of processes that were killed: nobody holds their lock any more."""
+    for lock_file in folder.glob(f".digits*/{LOCK}") if fcntl is not None else ():
+        lock = _locked(lock_file, fcntl.LOCK_EX)
+        if lock is not None:
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
+            lock.close()
+
+
+def _locked(file: Path, how: int) -> IO[str] | None:
+    """The opened file with its lock, which ends with the process; None where another process has it."""
+    with suppress(OSError):
+        opened = file.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(opened, how | fcntl.LOCK_NB)
+            return opened
+        except OSError:
+            opened.close()
+    return None
 
 
 def _marker(root: Path) -> Any:

@@ -13,8 +13,11 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
     state = hashlib.sha256()
     for name, split in splits.items():
         state.update(repr((name, split.classes)).encode())
-        for record in split.records:
-            state.update(repr((record.image_id, record.height, record.width)).encode())
-            for array in (record.boxes_K4, record.labels_K, record.ignore_K):
-                state.update(array.tobytes())
+        records = split.records
+        sizes = zip(records.heights_N.tolist(), records.widths_N.tolist(), strict=True)
+        firsts = records.firsts.tolist()
+        for i, (height, width) in enumerate(sizes):
+            state.update(repr((records.image_id(i), height, width)).encode("utf-8", "surrogatepass"))
+            for array in (records.boxes_M4, records.labels_M, records.ignore_M):
+                state.update(array[firsts[i] : firsts[i + 1]].tobytes())
     return state.hexdigest()

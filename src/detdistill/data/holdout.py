@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from detdistill.config import UserError
-from detdistill.data.records import Record, Split
+from detdistill.data.records import Split
 
 
 def share_of(val: str | None) -> float | None:
@@ -31,15 +34,15 @@ def hold_out(train: Split, share: float) -> dict[str, Split]:
     What Roboflow made of one photograph (``NAME.rf.HASH.jpg``) stays together. Of few images the share is not
     exact; val has at least one. What was wrong with the annotations is told of train.
     """
-    val = [record for record in train.records if _draw(record) < share]
-    if not val and len(train.records) > 1:
-        val = [min(train.records, key=_draw)]
-    held = {id(record) for record in val}
-    rest = [record for record in train.records if id(record) not in held]
+    draws_N = np.array([_draw(Path(path).stem) for path in train.records.paths.texts()])
+    held_N = draws_N < share
+    if not held_N.any() and len(held_N) > 1:
+        held_N[draws_N.argmin()] = True
+    rest, val = (train.records.take(np.flatnonzero(part)) for part in (~held_N, held_N))
     return {"train": replace(train, records=rest), "val": replace(train, name="val", records=val, findings=[])}
 
 
-def _draw(record: Record) -> float:
+def _draw(stem: str) -> float:
     """A number in [0, 1) that is the name's own."""
-    name = record.path.stem.partition(".rf.")[0]
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    name = stem.partition(".rf.")[0]
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from io import BytesIO
@@ -61,17 +62,6 @@ def find_images(source: Path) -> list[Path]:
     return found
 
 
-def labels_beside(images: Path) -> Path:
-    """The folder of labels beside one of images: the last ``images`` in its path replaced by ``labels``.
-
-    Where the path has no such part it is the folder of the images itself.
-    """
-    parts = list(images.parts)
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    return Path(*parts)
-
-
 def image_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) as people see the image, and as the pixels are stored, from the file's header alone.
 
@@ -81,6 +71,7 @@ def image_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         UserError: the file is missing or its header is no image's.
     """
     try:
+        _require_file(path)
         with path.open("rb") as file:
             stored, orientation = _header(file, path)
     except OSError as error:
@@ -98,6 +89,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         UserError: the file is missing or cannot be decoded.
     """
     try:
+        _require_file(path)
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -238,6 +230,11 @@ def _as_stored(image: Image.Image) -> Image.Image:
     image.load()
     turned = before in _BACK and ExifTags.Base.Orientation not in image.getexif()
     return image.transpose(_BACK[before]) if turned else image
+
+
+def _require_file(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path}: no file but a folder, a pipe or a device; restore the image or drop it")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import filecmp
+import os
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,17 +13,18 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from detdistill.config import DataConfig, UserError
+from detdistill.data.box_checks import doubled_boxes
 from detdistill.data.images import READERS, read_image
-from detdistill.data.label_maps import read_numbers
+from detdistill.data.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.loading import open_data
-from detdistill.data.records import UNLABELLED, Finding, LabelMap, Record, Split
+from detdistill.data.records import UNLABELLED, Finding, Record, Split
 from detdistill.data.unlabelled import find_unlabelled
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 COUNTED_DETECTIONS = 100  # the last of COCO's maxDets
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -121,13 +124,14 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
     pixels = {}
     for name, split in splits.items():
         findings += _file_findings(split, sample)
-        pixels[name], wrong = _look_at_label_maps(split, sample)
-        findings += wrong
+        counts = count_pixels(split, sample) if split.has_label_maps else None
+        pixels[name] = {} if counts is None else _shares(split, counts)
+        findings += [] if counts is None else counts.findings
     statistics = {name: _statistics(split, pixels[name]) for name, split in splits.items()}
-    if "train" in splits:
-        findings += _unlearnable_classes(splits["train"], statistics["train"])
-    for split in splits.values():
+    for name, split in splits.items():
+        findings += _absent_classes(split, statistics[name])
         findings += _repeated_images(split)
+        findings += doubled_boxes(split)
     if "train" in splits and "val" in splits:
         findings += _shared_images(splits["train"], splits["val"])
     if "val" in splits:
@@ -136,19 +140,18 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         message, fix = f"there is no {name} part", f"set data.{name}" + ", perhaps to 20%" * (name == "val")
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
-    decoded = sum(len(_chosen(split.records, sample)) for split in splits.values())
+    decoded = sum(len(sampled(split.records, sample)) for split in splits.values())
     unlabelled = find_unlabelled(config) if config.unlabelled is not None else []
     if unlabelled:
-        chosen = _chosen(unlabelled, sample)
+        chosen = sampled(unlabelled, sample)
         decoded += len(chosen)
         findings += _unlabelled_findings(unlabelled, chosen, splits.get("val"))
     return Inspection(splits, findings, statistics, decoded, len(unlabelled))
 
 
-def _unlabelled_findings(files: list[Path], chosen: list[Path], val: Split | None) -> list[Finding]:
+def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
-    with ThreadPoolExecutor(READERS) as pool:
-        findings = [finding for finding in pool.map(_undecodable, chosen) if finding is not None]
+    findings = [finding for finding in _in_threads(_undecodable, chosen) if finding is not None]
     measured = {record.path.resolve() for record in val.records} if val is not None else set()
     seen = [file for file in files if file.resolve() in measured]
     if val is not None and seen:
@@ -174,22 +177,25 @@ def _decoded(path: Path, size: tuple[int, int] | None = None) -> Tensor | Findin
 
 def _file_findings(split: Split, sample: int | None) -> list[Finding]:
     """Decode the sample, and look at the last bytes of all other images."""
-    chosen = _chosen(split.records, sample)
-    decoded = {record.path for record in chosen}
-    others = [record for record in split.records if record.path not in decoded]
-    with ThreadPoolExecutor(READERS) as pool:
-        results = [
-            *pool.map(partial(_decode_finding, source=split.source), chosen),
-            *pool.map(partial(_tail_finding, source=split.source), others),
-        ]
+    chosen = sampled(split.records, sample)
+    decoded = {str(record.path) for record in chosen}
+    others = [(i, path) for i, path in enumerate(split.records.paths.texts()) if path not in decoded]
+    cut = [i for i, whole in _in_threads(_looks_whole, others) if not whole]
+    suspect = [*chosen, *(split.records[i] for i in cut)]
+    results = _in_threads(partial(_decode_finding, source=split.source), suspect)
     return [finding for finding in results if finding is not None]
 
 
-def _chosen(records: list[Item], sample: int | None) -> list[Item]:
-    if sample is None or sample >= len(records):
-        return records
-    places = np.random.default_rng(0).choice(len(records), sample, replace=False)
-    return [records[int(place)] for place in sorted(places)]
+def _in_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The results in order; some items at a time, since a thread's task costs more than a look at a file."""
+    size = max(1, min(500, len(items) // (4 * READERS)))
+    parts = [items[i : i + size] for i in range(0, len(items), size)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return [
+            result
+            for part in pool.map(lambda part: [function(item) for item in part], parts)
+            for result in part
+        ]
 
 
 def _decode_finding(record: Record, source: Path) -> Finding | None:
@@ -198,6 +204,7 @@ def _decode_finding(record: Record, source: Path) -> Finding | None:
         return image
     if tuple(image.shape[1:]) == (record.height, record.width):
         return _dark_finding(record.path, int(image.max()))
+    source = record.source or source
     message = f"is {image.shape[2]}×{image.shape[1]}, but {source} says {record.width}×{record.height}"
     return Finding("error", "wrong size", record.path, message, "correct the size there or restore the image")
 
@@ -213,96 +220,71 @@ def _dark_finding(path: Path, brightest: int) -> Finding | None:
     return Finding("warning", "dark image", path, message, fix)
 
 
-def _tail_finding(record: Record, source: Path) -> Finding | None:
-    """Decode only where the file's last bytes make it suspect: cameras may write more after the end."""
-    ending = _ENDINGS.get(record.path.suffix.lower())
+def _looks_whole(item: tuple[int, str]) -> tuple[int, bool]:
+    """Whether the file's last bytes are those of a whole image; cameras may write more after the end."""
+    place, path = item
+    ending = _ENDINGS.get(os.path.splitext(path)[1].lower())  # noqa: PTH122 - a hundred thousand times
     if ending is None:
-        return None
+        return place, True
     try:
-        with record.path.open("rb") as file:
-            file.seek(max(0, record.path.stat().st_size - 64))
-            whole = ending in file.read()
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+            return place, ending in file.read()
     except OSError:
-        whole = False
-    return None if whole else _decode_finding(record, source)
+        return place, False
 
 
-def _look_at_label_maps(split: Split, sample: int | None) -> tuple[dict[str, float], list[Finding]]:
-    """The share of each class in the sample's pixels, and the maps with numbers that mean nothing."""
-    maps = [record.label_map for record in _chosen(split.records, sample) if record.label_map is not None]
-    if not maps:
-        return {}, []
-    findings = []
-    counts_256 = np.zeros(256, np.int64)
-    with ThreadPoolExecutor(READERS) as pool:
-        for label_map, seen in zip(maps, pool.map(_count_numbers, maps), strict=True):
-            if isinstance(seen, Finding):
-                findings.append(seen)
-                continue
-            code = label_map.code
-            unknown = np.flatnonzero((seen > 0) & ~code.declared_256).tolist()
-            if unknown:
-                message = f"has numbers that mean no class ({', '.join(map(str, unknown[:5]))})"
-                fix = f"name them in the classes, or write {UNLABELLED} where nothing is to be learnt"
-                findings.append(Finding("error", "unknown number", label_map.path, message, fix))
-            np.add.at(counts_256, code.classes_256, seen)
-    shares = (counts_256 / max(1, counts_256.sum())).tolist()
-    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}, findings
-
-
-def _count_numbers(label_map: LabelMap) -> NDArray[np.int64] | Finding:
-    """How often each number occurs, (256,); or why that cannot be told."""
-    try:
-        return np.bincount(read_numbers(label_map.path).ravel(), minlength=256)
-    except UserError as error:
-        message, _, fix = str(error).removeprefix(f"{label_map.path}: ").partition("; ")
-        return Finding("error", "undecodable label map", label_map.path, message, fix)
+def _shares(split: Split, counts: PixelCounts) -> dict[str, float]:
+    """The share of each class in the sample's pixels, and of those without."""
+    shares = (counts.counts_256 / max(1, counts.counts_256.sum())).tolist()
+    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}
 
 
 def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
-    labels = np.concatenate([np.zeros(0, np.int64), *(record.labels_K for record in split.records)])
-    boxes_K4 = np.concatenate([np.zeros((0, 4), np.float32), *(record.boxes_K4 for record in split.records)])
-    counts = np.bincount(labels, minlength=len(split.classes)).tolist()
-    sizes = np.sqrt((boxes_K4[:, 2:] - boxes_K4[:, :2]).prod(axis=1))
+    records = split.records
+    counts = np.bincount(records.labels_M, minlength=len(split.classes)).tolist()
+    sizes = np.sqrt((records.boxes_M4[:, 2:] - records.boxes_M4[:, :2]).prod(axis=1))
     return Statistics(
-        images=len(split.records),
-        background=sum(len(record.labels_K) == 0 for record in split.records),
-        objects=len(labels),
-        ignored=int(sum(record.ignore_K.sum() for record in split.records)),
+        images=len(records),
+        background=int((records.counts_N == 0).sum()),
+        objects=len(records.labels_M),
+        ignored=int(records.ignore_M.sum()),
         per_class=dict(zip(split.classes, counts, strict=True)),
         sizes=tuple(np.quantile(sizes, _QUANTILES).tolist()) if sizes.size else (),
         pixels=pixels,
     )
 
 
-def _unlearnable_classes(train: Split, statistics: Statistics) -> list[Finding]:
+def _absent_classes(split: Split, statistics: Statistics) -> list[Finding]:
+    """Classes of which nothing can be learnt or, of pixels, measured."""
     if statistics.pixels:
         empty = [name for name, share in statistics.pixels.items() if share == 0 and name != "unlabelled"]
-        if not empty:
+        message = f"{len(empty)} classes have no pixel in {split.name}'s sample: {', '.join(empty)}"
+    else:
+        empty = [name for name, count in statistics.per_class.items() if count == 0]
+        message = f"{len(empty)} classes have no objects in {split.name}: {', '.join(empty)}"
+        if statistics.objects == 0 or split.name != "train":
             return []
-        message = f"{len(empty)} classes have no pixel in train's sample: {', '.join(empty)}"
-        return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
-    empty = [name for name, count in statistics.per_class.items() if count == 0]
-    if not empty or statistics.objects == 0:
+    if not empty:
         return []
-    message = f"{len(empty)} classes have no objects in train: {', '.join(empty)}"
-    return [Finding("warning", "empty class", train.source, message, "label some, or set data.classes")]
+    return [Finding("warning", "empty class", split.source, message, "label some, or set data.classes")]
 
 
 def _repeated_images(split: Split) -> list[Finding]:
     """One file under two ids: each of them is background where the other's objects are."""
-    times = Counter(record.path for record in split.records)
+    times = Counter(split.records.paths)
     repeated = [path for path, count in times.items() if count > 1]
     if not repeated:
         return []
-    message = f"{len(repeated)} images are listed more than once, as {repeated[0]}"
+    example = repeated[0].decode("utf-8", "replace")
+    message = f"{len(repeated)} images are listed more than once, as {example}"
     return [Finding("warning", "repeated image", split.source, message, "put all objects of one under one id")]
 
 
 def _crowded_images(val: Split) -> list[Finding]:
     """COCO's AP counts so many detections of an image and no more: further objects count as missed."""
-    counts = [int((~record.ignore_K).sum()) for record in val.records]
-    crowded = [count for count in counts if count > COUNTED_DETECTIONS]
+    counts_N = np.bincount(val.records.images_M[~val.records.ignore_M], minlength=1)
+    crowded = counts_N[counts_N > COUNTED_DETECTIONS].tolist()
     if not crowded:
         return []
     message = (
@@ -316,12 +298,11 @@ def _crowded_images(val: Split) -> list[Finding]:
 
 def _shared_images(train: Split, val: Split) -> list[Finding]:
     """The same image in both parts, also under another name, makes the numbers of val worthless."""
-    paths = [list(dict.fromkeys(record.path for record in split.records)) for split in (train, val)]
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = [dict(zip(part, pool.map(_bytes_of, part), strict=True)) for part in paths]
-        both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
-        suspects = [[path for path, size in part.items() if size in both] for part in sizes]
-        marks = [list(pool.map(_mark, part)) for part in suspects]
+    paths = [list(dict.fromkeys(split.records.paths.texts())) for split in (train, val)]
+    sizes = [dict(zip(part, _in_threads(_bytes_of, part), strict=True)) for part in paths]
+    both = set(sizes[0].values()) & set(sizes[1].values()) - {0}
+    suspects = [[path for path, size in part.items() if size in both] for part in sizes]
+    marks = [_in_threads(_mark, part) for part in suspects]
     of_train = dict(zip(marks[0], suspects[0], strict=True))
     shared = [
         (path, of_train[mark])
@@ -335,18 +316,18 @@ def _shared_images(train: Split, val: Split) -> list[Finding]:
     return [Finding("warning", "shared images", val.source, message, "move them out of one of the two")]
 
 
-def _bytes_of(path: Path) -> int:
+def _bytes_of(path: str) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size  # noqa: PTH116 - a hundred thousand times
     except OSError:
         return 0
 
 
-def _mark(path: Path) -> tuple[int, bytes]:
+def _mark(path: str) -> tuple[int, bytes]:
     """The file's size and its middle: what differs between two images, without reading them whole."""
     size = _bytes_of(path)
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123
             file.seek(size // 2)
             return size, file.read(1024)
     except OSError:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +22,18 @@ from PIL import Image
 
 from detdistill.config import DataConfig, UserError, nearest
 from detdistill.data.cleaning import report_duplicates, report_empty, select_classes
-from detdistill.data.images import READERS, UNREADABLE, files_below, image_sizes, is_image, labels_beside
-from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Split
-from detdistill.data.voc import find_voc
-
-_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+from detdistill.data.images import READERS, UNREADABLE, files_below, image_sizes, is_image
+from detdistill.data.layout import (
+    SPLIT_NAMES,
+    describe_folder,
+    entry_names,
+    find_entry,
+    find_folder,
+    labels_folder,
+)
+from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Records, Split
+from detdistill.data.text import distinct_names, read_text
+from detdistill.data.voc import find_voc, read_image_set
 
 # Cityscapes' published table (cityscapesscripts/helpers/labels.py): name and labelId by trainId.
 CITYSCAPES = {
@@ -39,15 +48,17 @@ VOC = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
+Item = TypeVar("Item")
+
 Pair = tuple[str, Path, Path]
 """An image's id, its file, and where its label map should be."""
 
 
 def read_numbers(path: Path) -> NDArray[np.uint8]:
-    """The numbers of a label map, (H, W); those over 255 become 255.
+    """The numbers of a label map, (H, W).
 
     Raises:
-        UserError: the file is missing, cannot be decoded, or holds colours.
+        UserError: the file is missing, cannot be decoded, or holds colours or numbers outside 0…255.
     """
     try:
         with Image.open(path) as image:
@@ -60,16 +71,130 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
         pixels = pixels[..., 0]  # grey, written as RGB
     if pixels.ndim != 2:
         raise UserError(f"{path}: holds colours, not class numbers; write a PNG of one channel or a palette")
-    return np.minimum(pixels, UNLABELLED).astype(np.uint8)
+    if pixels.dtype.itemsize > 1:
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or high > UNLABELLED or (pixels.dtype.kind == "f" and (pixels % 1).any()):
+            raise UserError(
+                f"{path}: holds numbers from {low:g} to {high:g}; write class numbers 0…{UNLABELLED - 1}, and "
+                f"{UNLABELLED} where nothing is to be learnt"
+            )
+    return pixels.astype(np.uint8)
 
 
 def read_labels(label_map: LabelMap) -> NDArray[np.uint8]:
     """(H, W): each pixel's label, 255 where it has none.
 
     Raises:
-        UserError: as :func:`read_numbers`.
+        UserError: as :func:`read_numbers`; or there are numbers that mean nothing.
     """
-    return label_map.code.classes_256[read_numbers(label_map.path)]
+    numbers_HW = read_numbers(label_map.path)
+    if not label_map.code.declared_256[numbers_HW].all():
+        message, fix = _unknown_numbers(label_map.code, np.bincount(numbers_HW.ravel(), minlength=256))
+        raise UserError(f"{label_map.path}: {message}; {fix}")
+    return label_map.code.classes_256[numbers_HW]
+
+
+def _unknown_numbers(code: LabelCode, counts_256: NDArray[np.int64]) -> tuple[str, str]:
+    """What is wrong with numbers that occur and mean nothing, and the fix."""
+    unknown = np.flatnonzero((counts_256 > 0) & ~code.declared_256).tolist()
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    return (
+        f"has numbers that mean no class ({', '.join(map(str, unknown[:5]))}{more})",
+        f"name them in the classes, or write {UNLABELLED} where nothing is to be learnt",
+    )
+
+
+# --- what the numbers say --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PixelCounts:
+    """What some label maps of a split hold.
+
+    Attributes:
+        counts_256: (256,) pixels by label; the last are those without a class.
+        findings: errors: maps that cannot be read, numbers that mean nothing, nothing to learn.
+    """
+
+    counts_256: NDArray[np.int64]
+    findings: list[Finding]
+
+
+def count_pixels(split: Split, sample: int | None = None) -> PixelCounts:
+    """Read label maps of a split and count the pixels of each class.
+
+    Args:
+        sample: so many of them, the same ones every time; None reads all.
+
+    Binary masks of 0 and 255 are an error: 255 means "no class" everywhere, so that one class would remain
+    and every answer be right. So that rare classes do not look like that, all maps are read in this case.
+    """
+    maps = [record.label_map for record in sampled(split.records, sample) if record.label_map is not None]
+    findings: list[Finding] = []
+    numbers_256, counts_256 = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    with ThreadPoolExecutor(READERS) as pool:
+        for label_map, seen in zip(maps, pool.map(_count_numbers, maps), strict=True):
+            if isinstance(seen, Finding):
+                findings.append(seen)
+                continue
+            if (seen[~label_map.code.declared_256] > 0).any():
+                unknown = _unknown_numbers(label_map.code, seen)
+                findings.append(Finding("error", "unknown number", label_map.path, *unknown))
+            numbers_256 += seen
+            np.add.at(counts_256, label_map.code.classes_256, seen)
+    if maps and not findings and np.count_nonzero(counts_256[:UNLABELLED]) < 2:
+        if len(maps) < len(split.records):
+            return count_pixels(split)
+        problem = _nothing_to_learn(split, numbers_256, counts_256)
+        findings += [] if problem is None else [Finding("error", "nothing to learn", split.source, *problem)]
+    return PixelCounts(counts_256, findings)
+
+
+def _nothing_to_learn(
+    split: Split, numbers_256: NDArray[np.int64], counts_256: NDArray[np.int64]
+) -> tuple[str, str] | None:
+    """Why at most one class has a pixel in all label maps, and the fix; None if that may be."""
+    present = np.flatnonzero(counts_256[:UNLABELLED]).tolist()
+    if not present:
+        numbers = ", ".join(map(str, np.flatnonzero(numbers_256)[:5].tolist()))
+        return (
+            f"no pixel of its label maps has a class (only the numbers {numbers} occur)",
+            "write the numbers of the classes, in the order of classes.json or data.classes",
+        )
+    if len(split.classes) == 1:
+        return (
+            f"{split.classes[0]!r} is the only class: all pixels that count have it, and every answer is right",
+            "name the background as a class, too",
+        )
+    if numbers_256[UNLABELLED] and np.count_nonzero(numbers_256) == 2:
+        number = int(np.flatnonzero(numbers_256)[0])
+        absent = next(name for i, name in enumerate(split.classes) if i != present[0])
+        return (
+            f"only the numbers {number} and {UNLABELLED} occur, and {UNLABELLED} means no class: "
+            f"{absent!r} has no pixel, and every answer is right",
+            f"write the number {split.classes.index(absent)} instead of {UNLABELLED} in the label maps",
+        )
+    return None
+
+
+def sampled(records: Sequence[Item], sample: int | None) -> Sequence[Item]:
+    """So many of them, the same ones every time; None for all."""
+    if sample is None or sample >= len(records):
+        return records
+    places = np.random.default_rng(0).choice(len(records), sample, replace=False)
+    return [records[int(place)] for place in sorted(places)]
+
+
+def _count_numbers(label_map: LabelMap) -> NDArray[np.int64] | Finding:
+    """How often each number occurs, (256,); or why that is not known."""
+    try:
+        return np.bincount(read_numbers(label_map.path).ravel(), minlength=256)
+    except UserError as error:
+        message, _, fix = str(error).removeprefix(f"{label_map.path}: ").partition("; ")
+        return Finding("error", "undecodable label map", label_map.path, message, fix)
+
+
+# --- pairs of images and label maps ----------------------------------------------------------------------
 
 
 def read_pairs(
@@ -103,7 +228,7 @@ def read_pairs(
             )
         )  # fmt: skip
     report_empty(name, len(records), len(records), source, findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), source, findings)
+    return Split(name, Records.pack(records), tuple(classes), None, source, findings)
 
 
 def _sizes(pair: Pair) -> tuple[int, int] | Finding:
@@ -144,13 +269,12 @@ def coded(numbers: Sequence[int], others: Iterable[int] = ()) -> LabelCode:
 
 
 def find_label_folders(root: Path) -> dict[str, Path]:
-    """The images folder of each split, ``images/SPLIT`` or ``SPLIT/images``, that has label maps beside it."""
+    """The images folder of each split, ``images/SPLIT`` or ``SPLIT/images``, with label maps in its labels."""
     found = {}
-    for split, names in _SPLITS.items():
-        folders = [folder for name in names for folder in (root / "images" / name, root / name / "images")]
-        folder = next(
-            (folder for folder in folders if folder.is_dir() and _holds_images(labels_beside(folder))), None
-        )
+    for split, names in SPLIT_NAMES.items():
+        places = [place for name in names for place in (("images", name), (name, "images"))]
+        folders = (folder for place in places if (folder := find_folder(root, *place)) is not None)
+        folder = next((folder for folder in folders if _holds_images(labels_folder(folder))), None)
         if folder is not None:
             found[split] = folder
     return found
@@ -171,12 +295,12 @@ def open_label_folders(config: DataConfig) -> dict[str, Split]:
     for split, given in (("train", config.train), ("val", config.val)):
         if given is not None:
             folders[split] = _given_folder(root, given, split)
-    named, ignored = _class_file(root / "classes.json")
+    named, ignored = _class_file(find_entry(root, "classes.json"))
     classes = named or config.classes
     if classes is None:
         raise UserError(
             f'{root}: nothing names the classes; write classes.json ({{"classes": [...]}}) or set data.classes '
-            f"in the order of the numbers"
+            f"in the order of the numbers; the folder holds {describe_folder(root)}"
         )
     code = numbered(classes, ignored)
     splits = {}
@@ -191,17 +315,19 @@ def open_label_folders(config: DataConfig) -> dict[str, Split]:
 
 
 def _given_folder(root: Path, given: str, split: str) -> Path:
-    candidates = [root / "images" / given, root / given / "images", root / given, Path(given)]
-    folder = next((path for path in candidates if path.is_dir() and "images" in path.parts), None)
+    places = [("images", given), (given, "images"), (given,)]
+    candidates = [*(folder for place in places if (folder := find_folder(root, *place))), Path(given)]
+    folder = next((path for path in candidates if path.is_dir() and labels_folder(path) != path), None)
     if folder is None:
-        known = sorted(path.name for path in (root / "images").glob("*") if path.is_dir())
+        images = find_folder(root, "images")
+        known = [name for name in entry_names(images or root) if ((images or root) / name).is_dir()]
         raise UserError(f"{root}: data.{split}: no images folder {given!r}; {nearest(given, known)}")
     return folder
 
 
 def _pairs(images: Path) -> tuple[list[Pair], list[Path]]:
     """Each image with its label map or where that should be; and the maps of no image."""
-    labels = labels_beside(images)
+    labels = labels_folder(images)
     maps = {path.relative_to(labels).with_suffix(""): path for path in files_below(labels) if is_image(path)}
     pairs = []
     for path in sorted(files_below(images)):
@@ -211,23 +337,23 @@ def _pairs(images: Path) -> tuple[list[Pair], list[Path]]:
     return pairs, sorted(maps.values())
 
 
-def _class_file(file: Path) -> tuple[tuple[str, ...] | None, int]:
+def _class_file(file: Path | None) -> tuple[tuple[str, ...] | None, int]:
     """The names in classes.json, if it is there, and the number that means no class."""
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if file is None:
         return None, UNLABELLED
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); correct it") from None
-    names = tree.get("classes") if isinstance(tree, dict) else None
-    ignored = tree.get("ignore_index", UNLABELLED) if isinstance(tree, dict) else None
-    right = isinstance(names, list) and 0 < len(set(map(str, names))) == len(names) <= UNLABELLED
-    if not right or not isinstance(ignored, int) or not 0 <= ignored <= UNLABELLED:
+    try:
+        tree = json.loads(read_text(file))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({error}); correct it") from None
+    tree = tree if isinstance(tree, dict) else {}
+    names, ignored = tree.get("classes"), tree.get("ignore_index", UNLABELLED)
+    names = names if isinstance(names, list) and all(type(name) in (str, int) for name in names) else []
+    right = 0 < len(names) <= UNLABELLED and type(ignored) is int and 0 <= ignored <= UNLABELLED
+    if not right:
         raise UserError(
             f'{file}: write {{"classes": [names, each once, by number], "ignore_index": {UNLABELLED}}}'
         )
-    assert isinstance(names, list)
-    return tuple(map(str, names)), ignored
+    return distinct_names(map(str, names), file), ignored
 
 
 # --- Cityscapes ------------------------------------------------------------------------------------------
@@ -295,7 +421,7 @@ def open_voc_segmentation(config: DataConfig) -> dict[str, Split]:
         if not file.is_file():
             known = sorted(path.stem for path in file.parent.glob("*.txt"))
             raise UserError(f"{file}: data.{name}: no such image set; {nearest(given, known)}")
-        stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        stems = [line.split()[0] for line in read_image_set(file)]
         pairs = [
             (stem, year / "JPEGImages" / f"{stem}.jpg", year / "SegmentationClass" / f"{stem}.png")
             for stem in stems

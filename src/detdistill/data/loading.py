@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
-from detdistill.data.cleaning import relabel
+from detdistill.data.cleaning import relabel, report_ignored
 from detdistill.data.coco import find_coco, open_coco
 from detdistill.data.digits import digits_root
 from detdistill.data.holdout import hold_out, share_of
 from detdistill.data.images import read_image
 from detdistill.data.label_maps import (
+    count_pixels,
     find_cityscapes,
     find_label_folders,
     open_cityscapes,
@@ -32,15 +35,17 @@ from detdistill.data.label_maps import (
 from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
-from detdistill.data.voc import find_voc, open_voc
-from detdistill.data.yolo import find_yolo, open_yolo
+from detdistill.data.voc import find_voc, find_voc_folders, open_voc
+from detdistill.data.yolo import open_yolo
+from detdistill.data.yolo_layout import find_yolo
 from detdistill.seeding import mix_seed
 
 _EXPECTED = (
     "Expected: COCO (annotations/instances_train*.json, or train.json and val.json), "
-    "VOC (Annotations, ImageSets/Main, JPEGImages), or YOLO (a .yaml with "
-    "names and train, or images and labels); for segmentation images/train and labels/train with label maps, "
-    "or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and data.val"
+    "VOC (Annotations, ImageSets/Main, JPEGImages; or XML files with the images), YOLO (a .yaml with names and "
+    "train; obj.data; images and labels; or label files with the images); for segmentation images/train and "
+    "labels/train with label maps, or Cityscapes (leftImg8bit, gtFine); or set data.format, data.train and "
+    "data.val"
 )
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -75,6 +80,8 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         splits["val"] = _agree(splits["train"], splits["val"], chosen=config.classes is not None)
     if "train" in splits and config.limit is not None:
         splits["train"] = splits["train"].evenly(config.limit)
+    for split in splits.values():
+        report_ignored(split, split.findings)
     return splits
 
 
@@ -90,8 +97,13 @@ def usable_splits(config: DataConfig, names: Sequence[str], with_masks: bool = F
     splits = open_data(config, with_masks)
     for name in names:
         if name not in splits:
-            raise UserError(f"{config.root or config.format}: no split {name!r}; {nearest(name, splits)}")
+            hints = {"train": "set data.train", "val": "set data.val, perhaps to 20% of train"}
+            hint = hints.get(name) or nearest(name, splits)
+            raise UserError(f"{config.root or config.format}: no split {name!r}; {hint}")
     errors = [finding for name in names for finding in splits[name].errors]
+    for name in names:
+        if splits[name].has_label_maps:
+            errors += count_pixels(splits[name], sample=64).findings
     if errors:
         more = f" (and {len(errors) - 1} more errors: run `detdistill check`)" if len(errors) > 1 else ""
         raise UserError(f"{errors[0]}{more}")
@@ -139,6 +151,8 @@ def tell_format(config: DataConfig) -> Format:
         found.append("voc")
     elif find_voc(root, "Segmentation"):
         found.append("voc_segmentation")
+    elif find_voc_folders(root):
+        found.append("voc")
     if find_label_folders(root):
         found.append("label_maps")
     if find_cityscapes(root):
@@ -169,18 +183,27 @@ def _agree(train: Split, val: Split, chosen: bool) -> Split:
     if val.classes == train.classes:
         return val
     findings = list(val.findings)
-    counts = np.bincount(
-        np.concatenate([record.labels_K for record in val.records] or [np.zeros(0, np.int64)]),
-        minlength=len(val.classes),
-    )
+    counts = np.bincount(val.records.labels_M, minlength=len(val.classes)).tolist()
+    known = frozenset(train.classes)
     for name, count in zip(val.classes, counts, strict=True):
-        if name not in train.classes and count and not chosen:
-            message = f"class {name!r} has {int(count)} objects in {val.name} and is unknown to {train.name}"
+        if name not in known and count and not chosen:
+            message = f"class {name!r} has {count} objects in {val.name} and is unknown to {train.name}"
             fix = f"{nearest(name, train.classes)} add it to {train.source} or set data.classes"
             findings.append(Finding("error", "unknown class", val.source, message, fix))
-    own = dict(zip(val.classes, val.category_ids, strict=True))
-    others = dict(zip(train.classes, train.category_ids, strict=True))
-    return replace(relabel(val, train.classes, lambda name: own.get(name, others[name])), findings=findings)
+    ids = _category_ids(train, val)
+    return replace(relabel(val, train.classes, lambda name: ids[name]), findings=findings)
+
+
+def _category_ids(train: Split, val: Split) -> dict[str, int]:
+    """Val's own by train's classes; of a class that val lacks train's, where val has no other use for it."""
+    own = dict(zip(val.classes, val.category_ids or (), strict=False))
+    others = dict(zip(train.classes, train.category_ids or (), strict=False))
+    taken = set(own.values())
+    unused = itertools.count(max([*taken, *others.values()], default=0) + 1)
+    return {
+        name: own[name] if name in own else next(unused) if others[name] in taken else others[name]
+        for name in others
+    }
 
 
 class DetectionDataset(Dataset[Sample]):
@@ -218,8 +241,9 @@ class DetectionDataset(Dataset[Sample]):
         record = self.split.records[index]
         image = read_image(record.path, (record.height, record.width))
         if tuple(image.shape[1:]) != (record.height, record.width):
+            source = record.source or self.split.source
             raise UserError(
-                f"{record.path}: is {image.shape[2]}×{image.shape[1]}, but {self.split.source} says "
+                f"{record.path}: is {image.shape[2]}×{image.shape[1]}, but {source} says "
                 f"{record.width}×{record.height}; correct the size there or restore the image"
             )
         target = self._target(record)
@@ -242,10 +266,11 @@ class DetectionDataset(Dataset[Sample]):
         }
         if self.with_masks:
             size = (record.height, record.width)
-            masks = [
-                decode_mask(mask, *size) for mask, kept in zip(record.masks or (), kept_K, strict=True) if kept
-            ]
-            target["masks"] = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
+            masks_KHW = np.zeros((int(kept_K.sum()), *size), np.bool_)
+            kept = compress(record.masks or (), kept_K)
+            for mask_HW, segmentation in zip(masks_KHW, kept, strict=True):
+                mask_HW[:] = decode_mask(segmentation, *size)
+            target["masks"] = torch.from_numpy(masks_KHW)
         return target
 
 

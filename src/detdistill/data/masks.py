@@ -8,6 +8,8 @@ import numpy as np
 from hotcoco import mask as hotmask
 from numpy.typing import NDArray
 
+_FARTHEST = 1e9  # pixels; a coordinate beyond it is not one
+
 
 def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """A COCO segmentation as a (height, width) bitmap.
@@ -40,24 +42,54 @@ def encode_masks(masks_KHW: NDArray[np.bool_]) -> list[dict[str, Any]]:
 
 
 def usable_segmentation(segmentation: Any, height: int, width: int) -> Any | None:
-    """The segmentation without polygons of fewer than three corners; None where nothing usable is left."""
+    """What :func:`decode_mask` can decode of a segmentation; None where nothing is left.
+
+    Polygons that are not at least three corners of numbers are left out. Run lengths must have the size of
+    the image and cover it.
+    """
     if isinstance(segmentation, dict):
-        counts, size = segmentation.get("counts"), segmentation.get("size")
-        fits = isinstance(size, list | tuple) and list(size) == [height, width]
-        if isinstance(counts, list):
-            whole = all(isinstance(run, int) and run >= 0 for run in counts)
-            return segmentation if fits and whole and sum(counts) == height * width else None
-        return segmentation if fits and isinstance(counts, str | bytes) and counts else None
+        return segmentation if _is_run_lengths(segmentation, height, width) else None
     if not isinstance(segmentation, list):
         return None
     polygons = [polygon for polygon in segmentation if _is_polygon(polygon)]
     return polygons or None
 
 
+def _is_run_lengths(rle: dict[Any, Any], height: int, width: int) -> bool:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, list | tuple) or list(size) != [height, width]:
+        return False
+    if isinstance(counts, str | bytes):
+        counts = _decompressed(counts)
+    if not isinstance(counts, list) or not all(type(number) is int for number in (*size, *counts)):
+        return False
+    return min(counts, default=-1) >= 0 and sum(counts) == height * width
+
+
+def _decompressed(text: str | bytes) -> list[int] | None:
+    """The runs of COCO's compressed counts; None where the text is cut short or has other characters.
+
+    Each character holds 6 bits from "0": five of a number, lowest first, and whether more follow. From the
+    fourth number on it is the difference to the last but one (``rleFrString`` of pycocotools' maskApi.c).
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in text.encode("utf-8", "replace") if isinstance(text, str) else text:
+        bits = code - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return runs if shift == 0 else None
+
+
 def _is_polygon(polygon: Any) -> bool:
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return False
-    try:
-        return bool(np.isfinite(np.asarray(polygon, dtype=np.float64)).all())
-    except (TypeError, ValueError):
-        return False
+    return all(type(value) in (int, float) and abs(value) <= _FARTHEST for value in polygon)

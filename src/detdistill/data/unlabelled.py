@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detdistill.config import AugmentConfig, DataConfig, UserError
+from detdistill.data.cleaning import FileIndex
 from detdistill.data.coco import image_files
 from detdistill.data.digits import digits_root
 from detdistill.data.images import find_images, read_image
+from detdistill.data.layout import ListedImages
 from detdistill.data.loading import Sample
 from detdistill.data.records import UNLABELLED
+from detdistill.data.text import read_lines
 from detdistill.data.transforms import augment_seeded, build_augment
 from detdistill.seeding import mix_seed
 
@@ -21,9 +24,9 @@ from detdistill.seeding import mix_seed
 def find_unlabelled(config: DataConfig) -> list[Path]:
     """The images of ``data.unlabelled``, sorted and each once.
 
-    A folder is searched with its subfolders; a .txt file lists images, one to a line, from its own folder; of a
-    COCO .json the images are taken and the annotations, if there are any, left alone. What is given is a path
-    from ``data.root``, or any path.
+    A folder is searched with its subfolders; a .txt file lists images, one to a line, from its own folder or
+    from ``data.root``; of a COCO .json the images are taken and the annotations, if there are any, left alone.
+    What is given is a path from ``data.root``, or any path.
 
     Raises:
         UserError: there is no such folder or file, it lists an image that is missing, or it holds none.
@@ -38,8 +41,9 @@ def find_unlabelled(config: DataConfig) -> list[Path]:
     if source.suffix == ".json":
         files = image_files(source, config.images, root)
     elif source.suffix == ".txt":
-        lines = (line.strip() for line in source.read_text(encoding="utf-8").splitlines())
-        files = [source.parent / line for line in lines if line]
+        listed = ListedImages(root if root.is_dir() else root.parent, FileIndex())
+        entries = read_lines(source)
+        files = [listed.find(entry, source.parent) or source.parent / entry for entry in entries]
     else:
         files = find_images(source)
     files = sorted(set(files))

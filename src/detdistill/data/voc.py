@@ -1,11 +1,14 @@
-"""Pascal VOC: one XML file for each image, lists of images in ``ImageSets/Main`` (Everingham et al. 2010)."""
+"""Pascal VOC: one XML file for each image (Everingham et al. 2010), with lists of images in ``ImageSets/Main``,
+or without, as LabelImg, Roboflow and CVAT's users write it."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -14,13 +17,29 @@ from detdistill.data.cleaning import (
     FileIndex,
     RawObject,
     make_record,
+    name_key,
     relabel,
     report_duplicates,
     report_empty,
     select_classes,
 )
 from detdistill.data.images import files_below, image_sizes, is_image
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.layout import SPLIT_NAMES, describe_folder, entry_names, find_entry, find_folder
+from detdistill.data.records import Finding, Record, Records, Split
+from detdistill.data.text import decode_text, read_file, read_lines
+
+_IMAGE_FOLDERS = ("JPEGImages", "images")
+_XML_FOLDERS = ("Annotations", "xmls", "xml")
+_DECLARED = re.compile(rb"""<\?xml[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)""")
+_NO_IMAGE = "restore the image or delete its XML file"
+
+
+class _Pair(NamedTuple):
+    """An image and its annotation: the id, and where the two files should be."""
+
+    image_id: str
+    xml: Path
+    image: Path
 
 
 def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | None = None) -> Split:
@@ -38,67 +57,156 @@ def read_voc(root: Path, image_set: str, name: str, classes: Sequence[str] | Non
     Raises:
         UserError: there is no such image set, or a class is unknown.
     """
-    file = root / "ImageSets" / "Main" / f"{image_set}.txt"
-    stems = _stems(file)
+    file = _set_file(root, image_set)
+    stems = read_image_set(file)
     findings: list[Finding] = []
     report_duplicates(stems, "image id", file, findings, "list each image once")
-    images = _images_by_stem(root / "JPEGImages")
+    xmls = find_entry(root, "Annotations") or root / "Annotations"
+    folders = [folder for part in _IMAGE_FOLDERS if (folder := find_folder(root, part)) is not None]
+    images = _Images([*folders, xmls])
+    if not images:
+        raise UserError(
+            f"{root}: no images in JPEGImages or images; it holds {describe_folder(root)}; restore JPEGImages"
+        )
     files = FileIndex()
-    parsed: list[tuple[str, Path, tuple[int, int], list[Element], Path]] = []
+    pairs = []
     for stem in dict.fromkeys(stems):
-        source = root / "Annotations" / f"{stem}.xml"
-        image = images.get(stem, root / "JPEGImages" / f"{stem}.jpg")
-        tree = _parse(source, findings)
-        if tree is not None and files.check(image, source, findings):
-            size = _size(tree, image, source, findings)
+        xml = xmls / f"{stem}.xml"
+        image = images.find(stem) or root / "JPEGImages" / f"{stem}.jpg"
+        pairs.append(_Pair(stem, Path(files.find(str(xml)) or xml), image))
+    return _read_pairs(pairs, name, file, findings, classes)
+
+
+def read_voc_folder(xmls: Path, root: Path, name: str, classes: Sequence[str] | None = None) -> Split:
+    """Read all XML files of a folder; their images are in it, or in ``JPEGImages`` or ``images`` of the root.
+
+    Args:
+        xmls: the folder, without its subfolders.
+        root: the folder of the data set.
+        name, classes: as of :func:`read_voc`.
+
+    Images without an XML file are left out, with a warning: nobody has looked at them.
+
+    Raises:
+        UserError: a class is unknown.
+    """
+    findings: list[Finding] = []
+    parts = xmls.relative_to(root).parts if root in (xmls, *xmls.parents) else ()
+    own, shared = [xmls], []
+    for part in _IMAGE_FOLDERS:
+        swapped = [part if name_key(p) in map(name_key, _XML_FOLDERS) else p for p in parts]
+        own += [folder for folder in (find_folder(root, *swapped),) if folder is not None]
+        shared += [folder for folder in (find_folder(root, part),) if folder is not None]
+    images, others = _Images(own, deep=False), _Images(shared)
+    pairs = []
+    for file in map(Path, entry_names(xmls, ".xml")):
+        image = images.find(file.stem) or others.find(file.stem) or xmls / f"{file.stem}.jpg"
+        pairs.append(_Pair(file.stem, xmls / file, image))
+    left_out = images.paths - {pair.image for pair in pairs}
+    if left_out:
+        message = f"{len(left_out)} images have no XML file and are left out, as {min(left_out)}"
+        findings.append(Finding("warning", "missing annotation", xmls, message, "annotate or delete them"))
+    return _read_pairs(pairs, name, xmls, findings, classes)
+
+
+def _read_pairs(
+    pairs: Iterable[_Pair], name: str, source: Path, findings: list[Finding], classes: Sequence[str] | None
+) -> Split:
+    files = FileIndex()
+    parsed: list[tuple[_Pair, tuple[int, int], list[Element]]] = []
+    for pair in pairs:
+        tree = _parse(pair.xml, findings)
+        if tree is not None and files.check(pair.image, pair.xml, findings, _NO_IMAGE):
+            size = _size(tree, pair.image, pair.xml, findings)
             if size is not None:
-                parsed.append((stem, image, size, tree.findall("object"), source))
-    names = sorted({_class_of(node) for *_, nodes, _ in parsed for node in nodes} - {""})
+                parsed.append((pair, size, tree.findall("object")))
+    names = sorted({_class_of(node) for *_, nodes in parsed for node in nodes} - {""})
     label_of = {class_name: label for label, class_name in enumerate(names)}
     records: list[Record] = []
-    for stem, image, size, nodes, source in parsed:
-        objects = [_object(node, k, label_of, source, findings) for k, node in enumerate(nodes)]
+    for pair, size, nodes in parsed:
+        objects = [_object(node, k, label_of, pair.xml, findings) for k, node in enumerate(nodes)]
         kept = [raw for raw in objects if raw is not None]
-        records.append(make_record(stem, image, size, kept, source, findings, with_masks=False))
-    report_empty(name, len(records), sum(len(r.labels_K) for r in records), file, findings)
-    split = Split(name, records, tuple(names), tuple(range(len(names))), file, findings)
+        record = make_record(pair.image_id, pair.image, size, kept, pair.xml, findings, with_masks=False)
+        records.append(replace(record, source=pair.xml))
+    report_empty(name, len(records), sum(len(r.labels_K) for r in records), source, findings)
+    split = Split(name, Records.pack(records), tuple(names), None, source, findings)
     return split if classes is None else select_classes(split, classes)
 
 
-def _stems(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}: the image set cannot be read ({error}); correct data.train or data.val"
-        ) from None
-    # The lists of a single class (aeroplane_train.txt) have a second column of 1, 0 and -1.
+def read_image_set(file: Path) -> list[str]:
+    """The names in a file of ``ImageSets``; the lists of a single class have a second column of 1, 0 and -1.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    lines = read_lines(file)
     if lines and all(len(line.split()) == 2 and line.split()[1] in ("-1", "0", "1") for line in lines):
         return [line.split()[0] for line in lines]
     return lines
 
 
-def _images_by_stem(folder: Path) -> dict[str, Path]:
-    """Image files by name without suffix; of several, a JPEG, as VOC has it."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: VOC keeps its images here, and there is no such folder; restore it")
-    paths = sorted((path for path in files_below(folder) if is_image(path)), key=lambda p: p.suffix != ".jpg")
-    found: dict[str, Path] = {}
-    for path in paths:
-        found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
-    return found
+class _Images:
+    """The images of some folders by their names without suffix; of several, a JPEG, as VOC has it."""
+
+    def __init__(self, folders: Iterable[Path], deep: bool = True) -> None:
+        self._exact: dict[str, Path] = {}
+        self._by_key: dict[str, set[str]] = {}
+        for folder in dict.fromkeys(folders):
+            below = files_below(folder) if deep else (folder / name for name in entry_names(folder))
+            for path in sorted(filter(is_image, below), key=lambda p: (p.suffix != ".jpg", p)):
+                stem = path.relative_to(folder).with_suffix("").as_posix()
+                self._exact.setdefault(stem, path)
+                self._by_key.setdefault(name_key(stem), set()).add(stem)
+
+    def __bool__(self) -> bool:
+        return bool(self._exact)
+
+    @property
+    def paths(self) -> set[Path]:
+        """The images that can be found."""
+        return set(self._exact.values())
+
+    def find(self, stem: str) -> Path | None:
+        """The image of this name, else the only one that has it in another letter case or Unicode form."""
+        spellings = {stem} if stem in self._exact else self._by_key.get(name_key(stem), set())
+        return self._exact[next(iter(spellings))] if len(spellings) == 1 else None
 
 
 def _parse(source: Path, findings: list[Finding]) -> Element | None:
-    try:
-        return ElementTree.parse(source).getroot()
-    except FileNotFoundError:
+    if not source.exists():
         message, fix = "the annotation file does not exist", "restore it or drop the image from the set"
         findings.append(Finding("error", "missing annotation", source, message, fix))
-    except (ElementTree.ParseError, OSError, UnicodeError, ValueError) as error:
-        message, fix = f"not XML ({error})", "it may be cut short: fetch or export it again"
+        return None
+    try:
+        return _xml(source)
+    except UserError as error:
+        message, _, fix = str(error).removeprefix(f"{source}: ").partition("; ")
         findings.append(Finding("error", "unreadable annotation", source, message, fix))
-    return None
+        return None
+
+
+def _xml(source: Path) -> Element:
+    """The tree of an XML file, in UTF-8 or the encoding that it declares.
+
+    Raises:
+        UserError: it cannot be read, or is not XML.
+    """
+    data = read_file(source)
+    declared = _DECLARED.search(data[:200])
+    encoding = declared[1].decode() if declared else "utf-8"
+    try:
+        # Expat itself knows UTF-8, UTF-16 and those of one byte; not, for instance, GBK.
+        return ElementTree.fromstring(data.decode(encoding) if declared else data)
+    except LookupError:
+        raise UserError(f"{source}: declares the unknown encoding {encoding}; save it as UTF-8") from None
+    except UnicodeError:
+        raise UserError(
+            f"{source}: declares the encoding {encoding} and has another; save it as UTF-8"
+        ) from None
+    except (ElementTree.ParseError, ValueError, RecursionError) as error:
+        if not declared:
+            decode_text(data, source)  # another encoding is no XML, either
+        raise UserError(f"{source}: not XML ({error}); it may be cut short: fetch or export it again") from None
 
 
 def _size(tree: Element, image: Path, source: Path, findings: list[Finding]) -> tuple[int, int] | None:
@@ -147,31 +255,62 @@ def _object(
 def find_voc(root: Path, sets: str = "Main") -> list[Path]:
     """The folders that hold ``ImageSets/SETS``: root, or years such as ``VOCdevkit/VOC2007``; empty if none."""
     candidates = [root, *sorted(root.glob("VOC*")), *sorted(root.glob("VOCdevkit/VOC*"))]
-    return [folder for folder in candidates if (folder / "ImageSets" / sets).is_dir()]
+    return [folder for folder in candidates if find_folder(folder, "ImageSets", sets) is not None]
+
+
+def find_voc_folders(root: Path) -> dict[str, Path]:
+    """Without ImageSets: the folder of XML files of each split; "train" has all where none is a split's."""
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        places = [place for name in names for place in _xml_places(name)]
+        folders = (folder for place in places if (folder := find_folder(root, *place)) is not None)
+        folder = next(filter(_has_voc_xml, folders), None)
+        if folder is not None:
+            found[split] = folder
+    if not found:
+        whole = [*((part,) for part in _XML_FOLDERS), (), ("images",)]
+        candidates = (folder for place in whole if (folder := find_folder(root, *place)) is not None)
+        for folder in filter(_has_voc_xml, candidates):
+            return {"train": folder}
+    return found
+
+
+def _xml_places(name: str) -> list[tuple[str, ...]]:
+    return [
+        *((part, name) for part in _XML_FOLDERS),
+        *((name, part) for part in _XML_FOLDERS),
+        (name,),
+        ("images", name),
+    ]
+
+
+def _has_voc_xml(folder: Path) -> bool:
+    """Whether its first XML file is one of VOC's."""
+    names = entry_names(folder, ".xml")
+    if not names or not (folder / names[0]).is_file():
+        return False
+    with (folder / names[0]).open("rb") as opened:
+        return re.search(rb"<annotation[\s>]", opened.read(1024).replace(b"\0", b"")) is not None
 
 
 def open_voc(config: DataConfig) -> dict[str, Split]:
     """Find and read the train and val sets of ``config.root``.
 
-    Taken are ``train`` (else ``trainval``) and ``val`` (else ``test``), unless ``data.train`` and ``data.val``
-    name others. A year is named as ``VOC2007/trainval``, several as ``VOC2007/trainval+VOC2012/trainval``.
+    Taken are ``train`` (else ``trainval``) and ``val`` (else ``test``), by default; ``data.train`` and
+    ``data.val`` name others. A year is named as ``VOC2007/trainval``, several as
+    ``VOC2007/trainval+VOC2012/trainval``. Without ImageSets they are folders of XML files.
 
     Raises:
         UserError: no set or several years are found, or a file is missing.
     """
     root = config.root
     assert root is not None, "DataConfig refuses VOC without a root"
+    if config.images is not None:
+        raise UserError(
+            "data.images is not for VOC: put the images into JPEGImages, or next to their XML files"
+        )
     years = find_voc(root)
-    splits = {}
-    for name, given, usual in (
-        ("train", config.train, ("train", "trainval")),
-        ("val", config.val, ("val", "test")),
-    ):
-        if given is None:
-            given = next((s for s in usual if any(_set_file(year, s).is_file() for year in years)), None)
-        if given is not None:
-            parts = [read_voc(*_locate(root, years, part.strip(), name), name) for part in given.split("+")]
-            splits[name] = _merge(parts, root)
+    splits = _open_sets(config, root, years) if years else _open_folders(config, root)
     if config.classes is None:
         return splits
     # Val need not show every class: only what train lacks is a wrong name.
@@ -182,8 +321,44 @@ def open_voc(config: DataConfig) -> dict[str, Split]:
     }  # fmt: skip
 
 
+def _open_folders(config: DataConfig, root: Path) -> dict[str, Split]:
+    folders = find_voc_folders(root)
+    for name, given in (("train", config.train), ("val", config.val)):
+        if given is not None:
+            places = [(given,), *_xml_places(given)]
+            found = (folder for place in places if (folder := find_folder(root, *place)) is not None)
+            folder = next(filter(_has_voc_xml, found), None)
+            if folder is None:
+                raise UserError(
+                    f"{root}: data.{name}: no folder {given!r} with VOC's XML files, and no ImageSets/Main; "
+                    f"{root} holds {describe_folder(root)}"
+                )
+            folders[name] = folder
+    if not folders:
+        raise UserError(
+            f"{root}: no VOC data: no ImageSets/Main, and no XML files in Annotations, train, images or the "
+            f"folder itself; it holds {describe_folder(root)}; set data.root to the folder of the data set"
+        )
+    return {name: read_voc_folder(folder, root, name) for name, folder in folders.items()}
+
+
+def _open_sets(config: DataConfig, root: Path, years: Sequence[Path]) -> dict[str, Split]:
+    splits = {}
+    for name, given, usual in (
+        ("train", config.train, ("train", "trainval")),
+        ("val", config.val, ("val", "test")),
+    ):
+        if given is None:
+            given = next((s for s in usual if any(_set_file(year, s).is_file() for year in years)), None)
+        if given is not None:
+            parts = [read_voc(*_locate(root, years, part.strip(), name), name) for part in given.split("+")]
+            splits[name] = _merge(parts, root)
+    return splits
+
+
 def _set_file(year: Path, image_set: str) -> Path:
-    return year / "ImageSets" / "Main" / f"{image_set}.txt"
+    usual = year / "ImageSets" / "Main" / f"{image_set}.txt"
+    return find_entry(year, "ImageSets", "Main", f"{image_set}.txt") or usual
 
 
 def _locate(root: Path, years: Sequence[Path], part: str, name: str) -> tuple[Path, str]:
@@ -198,7 +373,10 @@ def _locate(root: Path, years: Sequence[Path], part: str, name: str) -> tuple[Pa
     if len(fitting) == 1:
         return fitting[0], image_set
     known = sorted(
-        f"{year.name}/{file.stem}" for year in years for file in (year / "ImageSets" / "Main").glob("*.txt")
+        f"{year.name}/{Path(file).stem}"
+        for year in years
+        for file in entry_names(find_entry(year, "ImageSets", "Main") or year)
+        if file.endswith(".txt")
     )
     problem = "is in several years" if fitting else "is no image set"
     raise UserError(f"{root}: data.{name}: {part!r} {problem}; set it to one of {', '.join(known[:12])}")
@@ -219,4 +397,4 @@ def _merge(parts: Sequence[Split], root: Path) -> Split:
             "name each once",
         )
         findings.append(Finding("error", "duplicate image id", root, message, fix))
-    return replace(merged[0], records=records, source=root, findings=findings)
+    return replace(merged[0], records=Records.pack(records), source=root, findings=findings)

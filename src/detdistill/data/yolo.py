@@ -7,11 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
+from pathlib import Path, PurePosixPath
 
 from detdistill.config import DataConfig, UserError
 from detdistill.data.cleaning import (
@@ -23,12 +19,21 @@ from detdistill.data.cleaning import (
     select_classes,
     settle_masks,
 )
-from detdistill.data.images import READERS, files_below, image_sizes, is_image, labels_beside
-from detdistill.data.records import Finding, Record, Split
+from detdistill.data.images import READERS, files_below, image_sizes, is_image
+from detdistill.data.layout import ListedImages, describe_folder, labels_folder
+from detdistill.data.records import Finding, Record, Records, Split
+from detdistill.data.text import read_lines, read_text
+from detdistill.data.yolo_layout import (
+    NAME_FILES,
+    YoloLayout,
+    class_names,
+    existing_images,
+    find_yolo,
+    is_label_file,
+)
 
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
-_NOT_LABELS = ("classes.txt", "train.txt", "val.txt", "test.txt")
-_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+_NO_IMAGE = "restore the file or drop it from the list"
 
 
 def read_yolo(
@@ -37,6 +42,7 @@ def read_yolo(
     classes: Sequence[str],
     with_masks: bool = True,
     keypoints: int = 0,
+    root: Path | None = None,
 ) -> Split:
     """Read the images of a folder or of a list.
 
@@ -46,52 +52,93 @@ def read_yolo(
         classes: names by class id, from 0.
         with_masks: keep polygons, where rows have them.
         keypoints: numbers that follow the box of a row and are not read.
+        root: the folder of the data set, in which the images of a list are searched; by default the list's.
 
-    Labels are looked for beside the images with ``images`` replaced by ``labels`` in the path. An image without
-    a label file is background. Sizes come from the images' headers.
+    Labels are in the folder with ``images`` replaced by ``labels`` in its path where there is one, else in the
+    folder of the images. An image without a label file is background. Sizes come from the images' headers.
 
     Raises:
-        UserError: a folder or list does not exist.
+        UserError: a folder or list does not exist, or a list cannot be read.
     """
     sources = [images] if isinstance(images, Path) else list(images)
     findings: list[Finding] = []
-    paths = [path for source in sources for path in _image_paths(source)]
     files = FileIndex()
-    paths = [path for path in dict.fromkeys(paths) if files.check(path, sources[0], findings)]
+    paths = [path for source in sources for path in _image_paths(source, root, files, findings)]
+    paths = [path for path in dict.fromkeys(paths) if files.check(path, sources[0], findings, _NO_IMAGE)]
     ids = _ids(paths)
     report_duplicates(ids, "image id", sources[0], findings, "give each image its own name")
+    labels = _label_files(paths, files)
     with ThreadPoolExecutor(READERS) as pool:
-        contents = list(pool.map(_read_pair, paths))
+        contents = list(pool.map(_read_pair, paths, labels))
     records: list[Record] = []
-    for image_id, path, (size, rows) in zip(ids, paths, contents, strict=True):
+    for image_id, path, source, (size, rows) in zip(ids, paths, labels, contents, strict=True):
         if isinstance(size, UserError):
             findings.append(Finding("error", "unreadable image", path, str(size), "restore it or delete it"))
             continue
-        source = label_path(path)
+        source = source or path
+        if isinstance(rows, UserError):
+            problem, _, fix = str(rows).removeprefix(f"{source}: ").partition("; ")
+            findings.append(Finding("error", "unreadable labels", source, problem, fix))
+            continue
         objects = _objects(rows, size, len(classes), keypoints, source, findings)
         records.append(make_record(image_id, path, size, objects, source, findings, with_masks))
-    _report_orphans([source for source in sources if source.is_dir()], paths, findings)
-    if with_masks:
-        records = settle_masks(records, sources[0], findings)
-    report_empty(name, len(records), sum(len(r.labels_K) for r in records), sources[0], findings)
-    return Split(name, records, tuple(classes), tuple(range(len(classes))), sources[0], findings)
+    _report_orphans([source for source in sources if source.is_dir()], {*labels}, findings)
+    packed = settle_masks(records, sources[0], findings) if with_masks else Records.pack(records)
+    if records and not any(labels):
+        findings.append(_no_labels(paths[0], len(records), sources[0]))
+    else:
+        report_empty(name, len(packed), len(packed.labels_M), sources[0], findings)
+    return Split(name, packed, tuple(classes), None, sources[0], findings)
 
 
-def label_path(image: Path) -> Path:
-    """The label file of an image."""
-    return labels_beside(image.parent) / f"{image.stem}.txt"
+def _folder_of_labels(images: Path) -> Path:
+    folder = labels_folder(images)
+    return folder if folder.is_dir() else images
 
 
-def _image_paths(source: Path) -> list[Path]:
+def _label_files(images: Sequence[Path], files: FileIndex) -> list[Path | None]:
+    """The label file of each image, None where it has none."""
+    folders = {folder: _folder_of_labels(folder) for folder in {path.parent for path in images}}
+    found = (files.find(f"{folders[path.parent]}/{path.stem}.txt") for path in images)
+    return [None if path is None else Path(path) for path in found]
+
+
+def _no_labels(image: Path, images: int, source: Path) -> Finding:
+    folder = _folder_of_labels(image.parent)
+    message = (
+        f"none of its {images} images has a label file: that of {image.name} would be "
+        f"{folder / image.stem}.txt, and {folder} holds {describe_folder(folder, 3)}"
+    )
+    return Finding("error", "no labels", source, message, "put the label files there, named as the images")
+
+
+def _image_paths(source: Path, root: Path | None, files: FileIndex, findings: list[Finding]) -> list[Path]:
+    """The images of a folder, or those that a list names; an error is added where none is to be found."""
     if source.is_dir():
-        return sorted(path for path in files_below(source) if is_image(path))
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{source}: neither a folder nor a list of images ({error}); correct its path"
-        ) from None
-    return [source.parent / line.strip() for line in lines if line.strip()]
+        found = sorted(path for path in files_below(source) if is_image(path))
+        labels = _folder_of_labels(source)
+        orphans = [] if found else [path for path in files_below(labels) if is_label_file(path)]
+        if orphans:
+            raise UserError(
+                f"{source}: holds no images, and {labels} has {len(orphans)} label files; export the data set "
+                "with its images, or copy them there"
+            )
+        return found
+    listed = ListedImages(root or source.parent, files)
+    entries = read_lines(source)
+    if not any(is_image(Path(PurePosixPath(entry.replace("\\", "/")).name)) for entry in entries):
+        seen = f"its first line is {entries[0][:60]!r}" if entries else "it is empty"
+        raise UserError(f"{source}: is no list of images ({seen}); write one path of an image on each line")
+    paths = []
+    for entry in entries:
+        path = listed.find(entry, source.parent)
+        if path is None:
+            name = PurePosixPath(entry.replace("\\", "/")).name
+            message = f"its image {entry} does not exist, and no single {name} is in {listed.root}"
+            findings.append(Finding("error", "missing image", source, message, _NO_IMAGE))
+        else:
+            paths.append(path)
+    return paths
 
 
 def _ids(paths: Sequence[Path]) -> list[str]:
@@ -104,16 +151,16 @@ def _ids(paths: Sequence[Path]) -> list[str]:
     return [Path(os.path.relpath(path, top)).with_suffix("").as_posix() for path in paths]
 
 
-def _read_pair(path: Path) -> tuple[tuple[int, int] | UserError, str]:
-    """The image's size, or why it has none, and the text of its label file."""
+def _read_pair(image: Path, labels: Path | None) -> tuple[tuple[int, int] | UserError, str | UserError]:
+    """The image's size and the text of its label file, or why there is none."""
     try:
-        size = image_sizes(path)[0]
+        size = image_sizes(image)[0]
     except UserError as error:
         return error, ""
     try:
-        return size, label_path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return size, ""
+        return size, "" if labels is None else read_text(labels)
+    except UserError as error:
+        return size, error
 
 
 def _objects(
@@ -160,132 +207,49 @@ def _parse_row(
     return RawObject(box, int(label), name, mask=[polygon])
 
 
-def _report_orphans(folders: Iterable[Path], images: Iterable[Path], findings: list[Finding]) -> None:
-    expected = {label_path(image) for image in images}
+def _report_orphans(folders: Iterable[Path], expected: set[Path | None], findings: list[Finding]) -> None:
     for folder in folders:
-        for file in sorted(files_below(labels_beside(folder))):
-            if file.suffix == ".txt" and file not in expected and file.name not in _NOT_LABELS:
+        for file in sorted(files_below(_folder_of_labels(folder))):
+            if file not in expected and is_label_file(file):
                 message, fix = "there is no image of this label file", "restore the image or delete the file"
                 findings.append(Finding("warning", "label without image", file, message, fix))
-
-
-# --- where the files are ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class YoloLayout:
-    """Names of the classes (None if no file tells them), where each split's images are, and how many numbers
-    of key points follow a box."""
-
-    classes: tuple[str, ...] | None
-    images: dict[str, list[Path]]
-    keypoints: int = 0
-
-
-def find_yolo(root: Path) -> YoloLayout | None:
-    """Look for a dataset's YAML file (``root`` itself may be it), or for ``images`` and ``labels`` folders.
-
-    Raises:
-        UserError: several YAML files could be meant, or the one there is wrong.
-    """
-    found = [(file, tree) for file in _yaml_files(root) if (tree := _dataset_yaml(file)) is not None]
-    if len(found) > 1:
-        names = ", ".join(file.name for file, _ in found)
-        raise UserError(f"{root}: several dataset files: {names}; set data.root to the one you mean")
-    if found:
-        return _layout_of_yaml(*found[0])
-    if root.is_file():
-        raise UserError(f"{root}: is no YOLO dataset file: it needs the keys names and train")
-    images: dict[str, list[Path]] = {}
-    for split, folder_names in _SPLITS.items():
-        for name in folder_names:
-            folders = [root / "images" / name, root / name / "images"]
-            folders = [folder for folder in folders if folder.is_dir() and _has_labels(folder)]
-            if folders:
-                images[split] = folders
-                break
-    if not images and (root / "images").is_dir() and _has_labels(root / "images"):
-        images["train"] = [root / "images"]
-    return YoloLayout(_classes_file(root), images) if images else None
-
-
-def _has_labels(images: Path) -> bool:
-    # Not any folder of that name: those of segmentation sets hold pictures.
-    return any(file.suffix == ".txt" for file in files_below(labels_beside(images)))
-
-
-def _yaml_files(root: Path) -> list[Path]:
-    return [root] if root.is_file() else sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
-
-
-def _dataset_yaml(file: Path) -> dict[str, Any] | None:
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return tree if isinstance(tree, dict) and {"names", "train"} <= tree.keys() else None
-
-
-def _layout_of_yaml(file: Path, tree: dict[str, Any]) -> YoloLayout:
-    names = tree["names"]
-    if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise UserError(
-                f"{file}: names must be numbered 0…{len(names) - 1} without gaps; add those missing"
-            )
-        names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not names:
-        raise UserError(f"{file}: names must list the classes")
-    folder = Path(str(tree.get("path") or "."))
-    bases = list(dict.fromkeys([file.parent / folder, folder, file.parent]))
-    images = {}
-    for split, keys in (("train", ("train",)), ("val", ("val", "valid", "test"))):
-        entry = next((tree[key] for key in keys if tree.get(key)), None)
-        if entry is not None:
-            entries = entry if isinstance(entry, list) else [entry]
-            images[split] = [_existing(bases, str(item), f"{file}: {split}") for item in entries]
-    shape = tree.get("kpt_shape") or [0]
-    if not isinstance(shape, list) or not all(isinstance(number, int) for number in shape):
-        raise UserError(f"{file}: kpt_shape must be [key points, numbers of each], as [17, 3]")
-    return YoloLayout(tuple(str(name) for name in names), images, math.prod(shape))
-
-
-def _existing(bases: Iterable[Path], entry: str, what: str) -> Path:
-    # Roboflow writes ../train/images for a folder that lies beside the file.
-    for candidate in (base / part for part in (entry, entry.removeprefix("../")) for base in bases):
-        if candidate.exists():
-            return candidate
-    raise UserError(f"{what}: no such images {entry!r}; correct the path (it starts from the dataset's folder)")
-
-
-def _classes_file(root: Path) -> tuple[str, ...] | None:
-    for file in (root / "classes.txt", root / "obj.names", root / "labels" / "classes.txt"):
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return tuple(line.strip() for line in lines if line.strip())
-    return None
 
 
 def open_yolo(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
     """Find and read the train and val images of ``config.root`` (a folder, or the dataset's YAML file).
 
-    ``data.train`` and ``data.val`` name an images folder or a list instead.
+    ``data.train`` and ``data.val`` name an images folder or a list instead. Where no file names the classes,
+    ``data.classes`` does, in the order of their numbers.
 
     Raises:
         UserError: no images or no class names are found, or several could be meant.
     """
     root = config.root
     assert root is not None, "DataConfig refuses YOLO without a root"
-    layout = find_yolo(root) or YoloLayout(_classes_file(root), {})
-    if layout.classes is None:
-        raise UserError(f"{root}: nothing names the classes; add classes.txt with one name a line")
+    if config.images is not None:
+        raise UserError(
+            "data.images is not for YOLO: set data.train and data.val to the folders or lists of images"
+        )
+    layout = find_yolo(root) or YoloLayout(None, {})
     images = dict(layout.images)
     base = root.parent if root.is_file() else root
     for name, given in (("train", config.train), ("val", config.val)):
         if given:
-            images[name] = [_existing([base, Path()], given, f"data.{name}")]
+            images[name] = [existing_images([base, Path()], given, f"data.{name}")]
+    if not images:
+        raise UserError(
+            f"{root}: no images with YOLO labels in images/train, train/images, train, images or the folder "
+            f"itself; it holds {describe_folder(root)}; set data.train and data.val to folders or lists"
+        )
+    classes = layout.classes or class_names(base, images) or config.classes
+    if classes is None:
+        raise UserError(
+            f"{root}: no file names the classes (a .yaml with names and train, {', '.join(NAME_FILES[:3])}); "
+            f"{base} holds {describe_folder(base)}; add classes.txt with one name a line, or set data.classes "
+            "in the order of the class numbers"
+        )
     splits = {
-        name: read_yolo(sources, name, layout.classes, with_masks, layout.keypoints)
+        name: read_yolo(sources, name, classes, with_masks, layout.keypoints, base)
         for name, sources in images.items()
     }
     if config.classes is None:

@@ -145,7 +145,7 @@ def coco_results(
     detections: Sequence[Mapping[str, Tensor]],
     masks: Sequence[Sequence[dict[str, Any]]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Detections as a COCO results file has them, with the image and category ids of the split's own source.
+    """The rows of a COCO results file, with the image and category ids of the split's own source.
 
     Args:
         split: what they were made of.
@@ -154,17 +154,52 @@ def coco_results(
     """
     rows = []
     for i, (record, found) in enumerate(zip(split.records, detections, strict=True)):
-        boxes_K4 = box_convert(found["boxes"].double(), "xyxy", "xywh").tolist()
-        values = zip(boxes_K4, found["labels"].tolist(), found["scores"].tolist(), strict=True)
-        for k, (box, label, score) in enumerate(values):
-            row = {
-                "image_id": record.image_id,
-                "category_id": split.category_ids[label],
-                "bbox": box,
-                "score": score,
-            }
-            rows.append(row if masks is None else {**row, "segmentation": masks[i][k]})
+        own_masks = None if masks is None else masks[i]
+        rows += result_rows(record.image_id, found, split.classes, split.category_ids, own_masks)
     return rows
+
+
+def result_rows(
+    image_id: int | str,
+    found: Mapping[str, Tensor],
+    classes: Sequence[str],
+    category_ids: Sequence[int] | None,
+    masks: Sequence[dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a COCO results file for one image: ``bbox`` is (x, y, width, height) in pixels.
+
+    Each row has the name of its class, too, and where the data have no category ids it says what stands for
+    them. Detections with a box or score that is not finite are left out.
+
+    Args:
+        image_id: of the image.
+        found: ``boxes`` (K, 4) xyxy, ``labels`` (K,), ``scores`` (K,).
+        classes: names by label.
+        category_ids: the data's own by label; None: they have none.
+        masks: K run lengths; they become ``segmentation``.
+    """
+    ids = ids_in_results(classes, category_ids)
+    said = {"category_id_is": "label + 1"} if category_ids is None else {}
+    boxes_K4 = box_convert(found["boxes"].double(), "xyxy", "xywh").tolist()
+    values = zip(boxes_K4, found["labels"].tolist(), found["scores"].tolist(), strict=True)
+    return [
+        {
+            "image_id": image_id,
+            "category_id": ids[label],
+            **said,
+            "category": classes[label],
+            "bbox": box,
+            "score": score,
+            **({} if masks is None else {"segmentation": masks[k]}),
+        }
+        for k, (box, label, score) in enumerate(values)
+        if all(map(math.isfinite, [*box, score]))
+    ]
+
+
+def ids_in_results(classes: Sequence[str], category_ids: Sequence[int] | None) -> Sequence[int]:
+    """The category ids of results by label: the data's own, or label + 1 where the data have none."""
+    return range(1, len(classes) + 1) if category_ids is None else category_ids
 
 
 def coco_rows(detections: Sequence[Mapping[str, NDArray[Any]]]) -> NDArray[np.float64]:

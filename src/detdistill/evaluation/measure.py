@@ -47,6 +47,10 @@ class Evaluation(ABC):
     def per_class(self) -> dict[str, float]:
         """The main number of each class."""
 
+    def warnings(self) -> list[str]:
+        """What must be known to read the numbers; a line each."""
+        return []
+
 
 def chosen_images(model: Model, split: Split, limit: int | None) -> Split:
     """The split, or so many of its images, evenly spread.

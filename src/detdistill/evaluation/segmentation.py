@@ -70,6 +70,14 @@ class SegmentationEvaluation(Evaluation):
         """IoU by class; NaN where neither the truth nor the answers have a pixel of it."""
         return dict(zip(self.split.classes, _iou(self.confusion).tolist(), strict=True))
 
+    def warnings(self) -> list[str]:
+        """Classes of which the label maps have no pixel: the means say nothing about them."""
+        true_Q = self.confusion.sum(dim=1).tolist()
+        absent = [name for name, pixels in zip(self.split.classes, true_Q, strict=True) if pixels == 0]
+        if not absent:
+            return []
+        return [f"warning: {self.split.name} has no pixel of {', '.join(absent)}: mIoU does not measure them"]
+
 
 def _iou(confusion: Tensor) -> Tensor:
     right_Q = confusion.diagonal().double()

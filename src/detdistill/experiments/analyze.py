@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from detdistill.config import UserError
 from detdistill.data.records import Split
-from detdistill.evaluation.coco import CocoResult, coco_ap, coco_results
+from detdistill.evaluation.coco import CocoResult, coco_ap, coco_results, ids_in_results
 from detdistill.evaluation.detector import evaluate_detector
 from detdistill.evaluation.difference import ImageDifference, counts, difference
 from detdistill.evaluation.errors import (
@@ -242,7 +242,7 @@ def _kept(run: Path, split: Split, stamp: Mapping[str, str]) -> Found | None:
         return None
     if of_kept != {**stamp, "detections": hashlib.sha256(content).hexdigest()}:
         return None
-    label = {category: i for i, category in enumerate(split.category_ids)}
+    label = {category: i for i, category in enumerate(ids_in_results(split.classes, split.category_ids))}
     by_image: dict[int | str, list[Any]] = {record.image_id: [] for record in split.records}
     for row in json.loads(content):
         by_image[row["image_id"]].append(row)

@@ -10,6 +10,7 @@ from detdistill.evaluation.efficiency import Efficiency, efficiency
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
+from detdistill.recipe_sections import LONGEST_SIDE
 
 
 def benchmark(
@@ -46,6 +47,8 @@ def benchmark(
     sizes = [
         detector.preprocessor.size for detector in found.values() if detector.preprocessor.size is not None
     ]
+    if size is not None and not 1 <= min(size) <= max(size) <= LONGEST_SIDE:
+        raise UserError(f"size {size[0]}×{size[1]}: give height and width in pixels, from 1 to {LONGEST_SIDE}")
     size = size or max(sizes, default=(800, 1088))
     return efficiency(found, size, runs=runs, warmup=warmup, batch_size=batch_size)
 

@@ -9,15 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from detdistill.config import Recipe, UserError, load_recipe
+from detdistill.data.box_checks import small_objects
 from detdistill.data.inspect import Inspection, inspect_data
-from detdistill.data.records import Split
+from detdistill.data.records import Finding, Split
 from detdistill.data.transforms import build_augment
 from detdistill.distillation.inheriting import inherit
 from detdistill.distillation.matching import ClassMatch, Matching, describe_input
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
-from detdistill.models.base import Model
+from detdistill.models.base import Detector, Model
 from detdistill.models.build import check_targets
+from detdistill.models.limits import require_memory_for_training, require_values_for_batch_norm
 from detdistill.training.step import build_optimizer
 
 
@@ -114,6 +116,8 @@ def _check_models(result: Check, train: Split) -> None:
         except UserError as error:
             result.problems.append(f"teacher: {error}")
     result.notes += notes
+    if isinstance(student, Detector) and result.inspection is not None:
+        result.inspection.findings.extend(_small_objects(student, train))
     if student is not None and teacher is not None:
         with _messages() as notes:
             try:
@@ -132,12 +136,29 @@ def _check_models(result: Check, train: Split) -> None:
             build_augment(recipe.training.augment, label_maps=train.has_label_maps)
         except UserError as error:
             result.problems.append(str(error))
-        if student is not None:
-            build_optimizer(Pair(student), recipe.training.optimizer)
+        try:
+            require_memory_for_training(recipe)
+            if student is not None:
+                require_values_for_batch_norm(student, recipe)
+                build_optimizer(Pair(student), recipe.training.optimizer)
+        except UserError as error:
+            result.problems.append(str(error))
     result.notes += notes
     result.models += [
         _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
     ]
+
+
+def _small_objects(student: Detector, train: Split) -> list[Finding]:
+    preprocess = student.preprocessor
+
+    def scale_of(height: int, width: int) -> tuple[float, float]:
+        if preprocess.keep_ratio or preprocess.size is None:
+            return (preprocess.scale(height, width),) * 2
+        rows, columns = preprocess.stretched()
+        return rows / height, columns / width
+
+    return small_objects(train, scale_of, min(student.pyramid_channels), preprocess.size)
 
 
 def _summary(role: str, model: Model) -> ModelSummary:

@@ -37,6 +37,7 @@ from detdistill.models.exported import (
 from detdistill.models.faster_rcnn import FasterRCNN
 from detdistill.models.graph import DetectionGraph, SegmentationGraph, graph_of, letterbox_of
 from detdistill.models.weights import STUDENT_FILE
+from detdistill.recipe_sections import LONGEST_SIDE
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 OPSET = 19  # the first with deformable convolution
@@ -197,8 +198,10 @@ def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[i
             raise UserError("this model takes images of any size: give one height and width (--size 320 320)")
         short, long = (-(-side // divisor) * divisor for side in preprocess.size)
         return short, long
-    if any(side < 1 or side % divisor for side in size):
-        raise UserError(f"size {size[0]} {size[1]}: height and width must be multiples of {divisor}")
+    if any(not 1 <= side <= LONGEST_SIDE or side % divisor for side in size):
+        raise UserError(
+            f"size {size[0]} {size[1]}: height and width must be multiples of {divisor}, at most {LONGEST_SIDE}"
+        )
     return size
 
 
@@ -210,6 +213,7 @@ def _facts(graph: DetectionGraph | SegmentationGraph, size: tuple[int, int]) -> 
     shared: dict[str, Any] = {
         "version": importlib.metadata.version("detdistill"),
         "classes": graph.model.classes,
+        "category_ids": graph.model.category_ids,
         "size": size,
         "keep_ratio": convention.keep_ratio,
         "padding": (red, green, blue),

@@ -5,25 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from detdistill.config import UserError
 from detdistill.data.images import find_images, read_image
 from detdistill.data.masks import encode_masks
+from detdistill.evaluation.coco import result_rows
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models.base import Detections, Model
-from detdistill.report.gallery import CELL, draw_detections
+from detdistill.report.drawing import draw_detections
+from detdistill.report.gallery import CELL
 from detdistill.training.run_folder import write_atomically
 
 PREDICTIONS_FILE = "predictions.json"
+_WRITTEN_AS_THEY_ARE = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,11 @@ def iter_predictions(
         model: a detector or segmenter, a run folder, or a file that detdistill saved.
         images: the image file or folder. Images of a folder that cannot be read are left out, with a warning.
         out: a folder for the pictures with their boxes and for ``predictions.json``, a list of detections as
-            COCO's results have them: ``bbox`` is (x, y, width, height), ``category_id`` is the label plus 1,
-            ``image_id`` is the file's stem, as a number where it is one, and ``segmentation``, where the model
-            gives masks, their run lengths; and the names of both. Of a segmenter the list says of each image
-            what share of it each class has, and beside its picture is ``NAME.labels.png``, with a class index
-            in each pixel.
+            :func:`~detdistill.evaluation.coco.result_rows` makes them, with the category ids of the data that
+            the model was trained on, and ``file_name``. ``image_id`` is the file's stem, as a number where it
+            is one; images that would share one have their path in the folder instead. Of a segmenter the list
+            says of each image what share of it each class has, and next to its picture is
+            ``NAME.labels.png``, with a class index in each pixel.
         threshold: detections of a lower score are left out.
         batch_size: images that a model sees at once.
         teacher: draw what this model finds beside what the model finds.
@@ -117,6 +120,9 @@ def iter_predictions(
         UserError: no such model, image or device, or the pictures would overwrite the images.
     """
     root, paths = _find_images(Path(images), Path(out) if out is not None else None)
+    files = _name_files(paths, root)
+    if out is not None:
+        _refuse_to_overwrite(files, Path(out))
     chosen = choose_device(device)
     models = [as_model(each).to(chosen).eval() for each in (model, teacher) if each is not None]
     rows: list[dict[str, Any]] = []
@@ -131,10 +137,10 @@ def iter_predictions(
             arrays = (student["boxes"], student["labels"], student["scores"], models[0].classes)
             prediction = Prediction(path, *arrays, student.get("masks"), student.get("semantic"))
             if out is not None:
-                picture = _picture(Path(out), path, root)
-                _save_picture(image, each, models, threshold, picture)
-                _save_label_map(prediction, picture)
-                rows += _rows(prediction, root)
+                names = files[path]
+                _save_picture(image, each, models, threshold, Path(out) / names.picture)
+                _save_label_map(prediction, Path(out) / names.label_map)
+                rows += _rows(prediction, names, models[0].category_ids)
             done += 1
             if progress is not None:
                 progress(done, len(paths))
@@ -153,20 +159,57 @@ def _find_images(images: Path, out: Path | None) -> tuple[Path, list[Path]]:
         paths = [path for path in paths if out.resolve() not in path.resolve().parents]
         if not paths:
             raise UserError(f"{images}: no images here but those in {out}; give a folder of images")
-    for path in paths if out is not None else ():
-        assert out is not None
-        target = _picture(out, path, root)
-        if target.exists() and target.samefile(path):
-            raise UserError(f"{out}: the picture would overwrite {path}; choose another folder for --out")
     return root, paths
 
 
-def _picture(out: Path, path: Path, root: Path) -> Path:
-    """Where the picture of an image goes; formats other than JPEG and PNG get ``.png`` after their own."""
-    name = path.relative_to(root)
-    if name.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-        name = name.with_name(f"{name.name}.png")
-    return out / name
+class _Files(NamedTuple):
+    """What an image is called in the output: no two images share any of these."""
+
+    image_id: int | str
+    file_name: str  # the image's, from the folder
+    picture: str
+    label_map: str
+
+
+def _name_files(paths: Sequence[Path], root: Path) -> dict[Path, _Files]:
+    names = [path.relative_to(root) for path in paths]
+    given = [name.as_posix() for name in names]
+    stems: list[int | str] = [int(name.stem) if name.stem.isdecimal() else name.stem for name in names]
+    ids = _distinct(stems, given)
+    # Formats other than JPEG and PNG get .png after their own.
+    pictures = [name if name.lower().endswith(_WRITTEN_AS_THEY_ARE) else f"{name}.png" for name in given]
+    label_maps = [Path(picture).with_suffix(".labels.png").as_posix() for picture in pictures]
+    anyway = [f"{name}.png" for name in given] + [f"{name}.labels.png" for name in given]
+    written = _distinct(pictures + label_maps, anyway)
+    rows = zip(ids, given, written[: len(given)], written[len(given) :], strict=True)
+    return dict(zip(paths, itertools.starmap(_Files, rows), strict=True))
+
+
+T = TypeVar("T")
+
+
+def _distinct(wanted: Sequence[T], distinct: Sequence[T]) -> list[T]:
+    """The wanted names; for those that are not unique the distinct ones, for all where that is not enough."""
+    times = Counter(wanted)
+    names = [other if times[name] > 1 else name for name, other in zip(wanted, distinct, strict=True)]
+    return names if len(set(names)) == len(names) else list(distinct)
+
+
+def _refuse_to_overwrite(files: Mapping[Path, _Files], out: Path) -> None:
+    images = {_identity(path) for path in files} - {None}
+    for path, names in files.items():
+        for target in (out / names.picture, out / names.label_map):
+            if _identity(target) in images:
+                raise UserError(f"{out}: the picture of {path} would overwrite {target}; choose another --out")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """By which a file is known whatever its name; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _read(paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
@@ -211,32 +254,17 @@ def _save_picture(
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
 
 
-def _save_label_map(prediction: Prediction, picture: Path) -> None:
+def _save_label_map(prediction: Prediction, path: Path) -> None:
     if prediction.semantic_HW is not None:
-        labels = Image.fromarray(prediction.semantic_HW.to(torch.uint8).numpy())
-        labels.save(picture.with_name(f"{picture.stem}.labels.png"))
+        Image.fromarray(prediction.semantic_HW.to(torch.uint8).numpy()).save(path)
 
 
-def _rows(prediction: Prediction, root: Path) -> list[dict[str, Any]]:
-    stem = prediction.path.stem
-    image = {
-        "image_id": int(stem) if stem.isdecimal() else stem,
-        "file_name": prediction.path.relative_to(root).as_posix(),
-    }
+def _rows(prediction: Prediction, names: _Files, category_ids: Sequence[int] | None) -> list[dict[str, Any]]:
+    image = {"image_id": names.image_id, "file_name": names.file_name}
     if prediction.semantic_HW is not None:
         return [{**image, "shares": {name: round(share, 5) for name, share in prediction.shares.items()}}]
     masks_KHW = prediction.masks_KHW
-    masks = [] if masks_KHW is None else encode_masks(masks_KHW.numpy())
-    boxes_K4 = box_convert(prediction.boxes_K4, "xyxy", "xywh").tolist()
-    values = (boxes_K4, prediction.labels_K.tolist(), prediction.scores_K.tolist())
-    return [
-        {
-            **image,
-            "category_id": label + 1,
-            "category": prediction.classes[label],
-            "bbox": [round(value, 2) for value in box],
-            "score": round(score, 5),
-            **({"segmentation": masks[i]} if masks else {}),
-        }
-        for i, (box, label, score) in enumerate(zip(*values, strict=True))
-    ]
+    masks = None if masks_KHW is None else encode_masks(masks_KHW.numpy())
+    found = {"boxes": prediction.boxes_K4, "labels": prediction.labels_K, "scores": prediction.scores_K}
+    rows = result_rows(names.image_id, found, prediction.classes, category_ids, masks)
+    return [{**image, **row} for row in rows]

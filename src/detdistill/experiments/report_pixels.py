@@ -13,7 +13,7 @@ from detdistill.data.loading import DetectionDataset
 from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.experiments.studies import ALONE
 from detdistill.models.base import Segmenter
-from detdistill.report.gallery import class_color
+from detdistill.report.drawing import class_color
 from detdistill.report.page import Cell, Section, Slide, Table, number
 from detdistill.report.pictures import draw_pairs
 
@@ -81,7 +81,7 @@ def label_map_section(
     split = next(iter(found.values())).split
     accuracies = [100 * one.image_accuracies for one in found.values()]
     chosen = _most_telling(accuracies, most)
-    part = replace(split, records=[split.records[i] for i in chosen])
+    part = replace(split, records=split.records.take(chosen))
     maps = [
         evaluate_segmenter(model, part, batch_size=batch_size, workers=workers, keep=len(chosen)).label_maps
         for model in models.values()

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+import socket
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import timm
 import torch
 from timm.layers import freeze_batch_norm_2d
@@ -18,6 +24,8 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from detdistill.config import UserError
 from detdistill.models.base import Pyramid
+
+HUB_TIMEOUT_S = 3.0
 
 
 class Backbone(nn.Module):
@@ -71,15 +79,17 @@ class Backbone(nn.Module):
         # The deepest map of a stride: a plain transformer offers the same one after every block.
         indices = [len(offered) - 1 - offered[::-1].index(stride) for stride in strides]
         try:
-            body: Any = timm.create_model(
-                name, features_only=True, out_indices=indices, pretrained=pretrained, **dilation
-            )
+            with _quick_refusal() if pretrained else nullcontext():
+                body: Any = timm.create_model(
+                    name, features_only=True, out_indices=indices, pretrained=pretrained, **dilation
+                )
         except Exception as error:
             if not pretrained:
                 raise
             raise UserError(
-                f"backbone_weights: the ImageNet weights of {name!r} cannot be downloaded ({_short(error)}); "
-                f"give a local file in timm's layout, or leave backbone_weights out"
+                f"backbone_weights: the ImageNet weights of {name!r} are not in the local cache and cannot be "
+                f"downloaded ({type(error).__name__}); give a local file in timm's layout, or leave "
+                "backbone_weights out"
             ) from error
         if stride_in_1x1:
             _move_strides(body, name)
@@ -115,6 +125,41 @@ class Backbone(nn.Module):
         for name in self._frozen:
             self.body.get_submodule(name).training = False
         return self
+
+
+@contextmanager
+def _quick_refusal() -> Iterator[None]:
+    """Where the hub of the weights cannot be reached, use the local cache alone.
+
+    huggingface_hub would try again and again, for more than a minute, before it says so.
+    """
+    constants: Any = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _hub_is_reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _hub_is_reachable(endpoint: str) -> bool:
+    if getproxies():
+        return True  # a direct connection would say nothing
+    address = urlsplit(endpoint)
+    reached = threading.Event()
+
+    def connect() -> None:
+        with (
+            suppress(OSError),
+            socket.create_connection((address.hostname, address.port or 443), HUB_TIMEOUT_S),
+        ):
+            reached.set()
+
+    # In a thread: looking up the name has no time limit of its own.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return reached.is_set()
 
 
 def _move_strides(body: nn.Module, name: str) -> None:

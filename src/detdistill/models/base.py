@@ -179,6 +179,7 @@ class Model(nn.Module, ABC):
         family: its name in recipes (`family`); None: a model of no family here.
         kind: what it answers from; None, something else: methods then have their plain defaults.
         classes: class names; label i means ``classes[i]``.
+        category_ids: by label, those of the data that it was trained on; None: they had none, or are unknown.
         preprocessor: the input convention.
         pyramid_channels: ``{stride: channels}`` of what ``pyramid`` returns.
         pyramid_norms: ``{stride: BatchNorm}`` of the levels whose map is the very output of a BatchNorm; none
@@ -195,6 +196,7 @@ class Model(nn.Module, ABC):
     kind: Kind | None = None
     needs_masks: bool = False
     classes: tuple[str, ...]
+    category_ids: tuple[int, ...] | None = None
     preprocessor: Preprocess
     pyramid_channels: dict[int, int]
     pyramid_norms: Mapping[int, nn.BatchNorm2d] = MappingProxyType({})

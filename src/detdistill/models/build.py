@@ -18,6 +18,7 @@ from detdistill.models.detr_families import d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import faster_rcnn
 from detdistill.models.fcos import fcos
 from detdistill.models.gfl import gfl
+from detdistill.models.limits import require_memory_for_model
 from detdistill.models.mask_rcnn import mask_rcnn
 from detdistill.models.reppoints import reppoints
 from detdistill.models.retinanet import retinanet
@@ -170,6 +171,7 @@ def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) 
 
 def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] | None = None) -> Model:
     """The model without detector weights; the input convention of ``spec`` if there is one."""
+    require_memory_for_model(config)
     options: dict[str, Any] = {
         "classes": tuple(classes),
         "channels": config.channels,

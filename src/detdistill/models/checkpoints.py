@@ -37,11 +37,13 @@ def save_model(model: Model, path: str | Path) -> None:
     path = Path(path)
     state = model.exported.state_dict()
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if isinstance(t, Tensor)}
-    metadata = {"detdistill": importlib.metadata.version("detdistill")}
+    # One entry: safetensors writes several in random order, and equal models are to be equal bytes.
     if model.spec is not None:
-        metadata["spec"] = json.dumps(model.spec)
+        version = importlib.metadata.version("detdistill")
+        ids = {} if model.category_ids is None else {"category_ids": model.category_ids}
+        metadata = {"spec": json.dumps({**model.spec, **ids, "detdistill": version})}
     else:
-        metadata["python"] = describe(model)
+        metadata = {"python": describe(model)}
         tensors = {n: t.clone() for n, t in tensors.items()}  # tied weights, which the format has no word for
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -94,6 +96,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
         )
     config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
     model = construct(config, spec["classes"], spec)
+    ids = spec.get("category_ids")
+    model.category_ids = None if ids is None else tuple(ids)
     load_weights(model, read_state_dict(path), source=str(path))
     return model.to(device).eval()
 

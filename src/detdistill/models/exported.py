@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -29,10 +29,14 @@ from detdistill.models.base import (
     Target,
 )
 from detdistill.models.graph import Letterbox, suppress
+from detdistill.models.spec import ClassNames, first_fault, require_spec
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")
 INSTALL = 'pip install "detdistill[export]"'
+
+
+_Side = Annotated[int, Field(gt=0, le=2**15)]
 
 
 class ExportFacts(BaseModel):
@@ -42,18 +46,20 @@ class ExportFacts(BaseModel):
         format: of these facts.
         version: of the detdistill that wrote the file.
         classes: label i means ``classes[i]``.
+        category_ids: by label, those of the data that it was trained on; None: they had none.
         size: (height, width) of the input.
         keep_ratio: images are resized to fit in, and lie in the upper left corner; else stretched, antialiased.
         padding: RGB, 0…255, of the rest of the input.
         spec: how detdistill builds the model again, or None.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format: Literal[1] = 1
     version: str
-    classes: tuple[str, ...]
-    size: tuple[int, int]
+    classes: ClassNames
+    category_ids: tuple[int, ...] | None = None
+    size: tuple[_Side, _Side]
     keep_ratio: bool
     padding: tuple[float, float, float]
     spec: dict[str, Any] | None
@@ -72,9 +78,9 @@ class DetectorFacts(ExportFacts):
     """
 
     task: Literal["detection"] = "detection"
-    score_threshold: float
-    nms_threshold: float | None
-    max_detections: int
+    score_threshold: float = Field(ge=0, le=1)
+    nms_threshold: float | None = Field(ge=0, le=1)
+    max_detections: int = Field(gt=0)
     drop_empty: bool
     needs_sizes: bool = False
     mask_convention: Convention | None = None
@@ -90,6 +96,29 @@ FACTS: TypeAdapter[DetectorFacts | SegmenterFacts] = TypeAdapter(DetectorFacts |
 
 Graph = Callable[..., Sequence[Tensor]]
 """(N, 3, H, W) float32 RGB, 0…255, and perhaps (N, 2) float32 sizes, to the outputs of its task."""
+
+
+_Interface = dict[str, tuple[str, tuple[int | None, ...]]]
+"""Name, type and shape of the inputs or outputs of a graph; None is any size."""
+
+
+def _expected_inputs(facts: DetectorFacts | SegmenterFacts) -> _Interface:
+    inputs: _Interface = {"images": ("float", (None, 3, *facts.size))}
+    if isinstance(facts, DetectorFacts) and facts.needs_sizes:
+        inputs["sizes"] = ("float", (None, 2))
+    return inputs
+
+
+def _expected_outputs(facts: DetectorFacts | SegmenterFacts) -> _Interface:
+    if isinstance(facts, SegmenterFacts):
+        return {"labels": ("uint8", (None, *facts.size))}
+    outputs: _Interface = {
+        "boxes": ("float", (None, None, 4)),
+        "scores": ("float", (None, None)),
+        "labels": ("int64", (None, None)),
+        "masks": ("float", (None, None, None, None)),
+    }
+    return {name: outputs[name] for name in output_names(facts)}
 
 
 def output_names(facts: DetectorFacts | SegmenterFacts) -> list[str]:
@@ -115,6 +144,7 @@ class _Exported(Model):
         super().__init__()
         self.any_batch = any_batch
         self.classes = facts.classes
+        self.category_ids = facts.category_ids
         self.spec = facts.spec
         self.pyramid_channels = {}
         # 255 · x - padding, filled with 0: adding the padding afterwards gives each channel its own.
@@ -141,11 +171,22 @@ class _Exported(Model):
         return {}
 
     def run(self, *inputs: Tensor) -> list[Tensor]:
-        """The graph's outputs for a batch; inputs have a row for each image."""
+        """The graph's outputs for a batch; inputs have a row for each image.
+
+        Raises:
+            UserError: a label is not of a class.
+        """
         (graph,) = self._graph
         parts = [inputs] if self.any_batch else zip(*(x.split(1) for x in inputs), strict=True)
         runs = [graph(*part) for part in parts]
-        return [torch.cat(part) for part in zip(*runs, strict=True)]
+        outputs = [torch.cat(part) for part in zip(*runs, strict=True)]
+        labels = outputs[-1] if isinstance(self, Segmenter) else outputs[2]
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise UserError(
+                f"an exported graph gives the label {int(labels.max())}, and its metadata name "
+                f"{len(self.classes)} classes: export the model again"
+            )
+        return outputs
 
     def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
         raise UserError("an exported model cannot learn: train the run or weights file that it came from")
@@ -237,16 +278,53 @@ def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector | Exported
     try:
         facts = FACTS.validate_json(stored)
     except ValidationError as error:
-        fault = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(
-            f"{path}: written by another version of detdistill ({fault}); export it again"
+            f"{path}: what it says of its model cannot be used ({first_fault(error)}); "
+            "export it again with this version of detdistill"
         ) from None
+    if facts.spec is not None:
+        require_spec(facts.spec, str(path))
+    _require_interface(session, facts, path)
 
     def run(*inputs: Tensor) -> list[Tensor]:
         named = {name: x.numpy() for name, x in zip(INPUTS, inputs, strict=False)}
-        return [torch.from_numpy(part) for part in session.run(output_names(facts), named)]
+        try:
+            return [torch.from_numpy(part) for part in session.run(output_names(facts), named)]
+        except Exception as error:  # as above
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"{path}: its graph fails ({reason}); export it again") from None
 
     return exported_model(facts, run, any_batch=not isinstance(session.get_inputs()[0].shape[0], int))
+
+
+def _require_interface(session: Any, facts: DetectorFacts | SegmenterFacts, path: Path) -> None:
+    """Compare what the metadata say with the graph's inputs and outputs.
+
+    Raises:
+        UserError: they disagree in names, types or sizes.
+    """
+    for what, expected, found in (
+        ("input", _expected_inputs(facts), session.get_inputs()),
+        ("output", _expected_outputs(facts), session.get_outputs()),
+    ):
+        by_name = {node.name: node for node in found}
+        if by_name.keys() != expected.keys():
+            raise UserError(
+                f"{path}: its graph has the {what}s {', '.join(by_name)}, its metadata say "
+                f"{', '.join(expected)}; export it again"
+            )
+        for name, (kind, shape) in expected.items():
+            node = by_name[name]
+            sides = list(zip(node.shape, shape, strict=False))
+            if (
+                node.type != f"tensor({kind})"
+                or len(node.shape) != len(shape)
+                or any(isinstance(side, int) and wanted not in (None, side) for side, wanted in sides)
+            ):
+                raise UserError(
+                    f"{path}: the {what} {name} of its graph is {node.type} {node.shape}, its metadata say "
+                    f"tensor({kind}) {['any' if side is None else side for side in shape]}; export it again"
+                )
 
 
 def import_for_export(name: str) -> Any:

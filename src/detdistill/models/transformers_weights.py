@@ -143,8 +143,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _convention(path: Path) -> tuple[list[int], list[float], list[float]]:
     """Input (height, width), mean and std; the published models' where the file does not say."""
     told = _read_json(path) if path.is_file() else {}
-    size = told.get("size") or {}
-    sides = [int(size.get("height", 640)), int(size.get("width", 640))]
-    if told.get("do_normalize", False) and "image_mean" in told and "image_std" in told:
-        return sides, list(told["image_mean"]), list(told["image_std"])
+    try:
+        size = told.get("size") or {}
+        sides = [int(size.get("height", 640)), int(size.get("width", 640))]
+        if told.get("do_normalize", False) and "image_mean" in told and "image_std" in told:
+            return sides, list(told["image_mean"]), list(told["image_std"])
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: not a whole image processor ({error!r:.120})") from None
     return sides, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]

@@ -6,7 +6,6 @@ No pickle is ever executed: files that are not safetensors are read with ``weigh
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from detdistill.config import UserError
 from detdistill.models import transformers_weights
 from detdistill.models.backbones import Backbone
 from detdistill.models.base import Model
+from detdistill.models.spec import parse_spec, require_spec
 
 STUDENT_FILE = "student.safetensors"
 PARTS = ("backbone", "neck", "head")
@@ -124,8 +124,8 @@ def load_weights(
         source: how messages call the weights.
 
     Raises:
-        UserError: a required part did not load whole, or nothing fits; with ``head`` required also where a
-            class has no row.
+        UserError: a required part did not load whole, nothing fits, or a weight is not finite; with ``head``
+            required also where a class has no row.
     """
     own = model.state_dict()
     state = dict(state)
@@ -138,8 +138,23 @@ def load_weights(
             f"{source}: has no class {some(absent)}; "
             f"leave these classes out, or train a teacher that knows them"
         )
+    require_finite({name: state[name] for name in report.matched}, source)
     model.load_state_dict({name: state[name] for name in report.matched}, strict=False)
     return report
+
+
+def require_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are infinite or no numbers.
+
+    Raises:
+        UserError: with the first of their names.
+    """
+    bad = [n for n, t in state.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(
+            f"{source}: {len(bad)} entries have infinite values or NaN: {some(bad)}; "
+            "the file is damaged or its training diverged: give another one"
+        )
 
 
 def load_backbone(
@@ -150,7 +165,8 @@ def load_backbone(
     The classifier, and stages beyond the last tap, are expected in the file and left out of the report.
 
     Raises:
-        UserError: the backbone did not load whole, or the file's stages are longer than the model's.
+        UserError: the backbone did not load whole, the file's stages are longer than the model's, or a weight is
+            not finite.
     """
     own = backbone.body.state_dict()
     renamed: State = {}
@@ -167,6 +183,7 @@ def load_backbone(
         report.unexpected = list(state)
     report.check(("backbone",))
     prefix = "backbone.body."
+    require_finite({name: renamed[name] for name in report.matched}, source)
     backbone.body.load_state_dict({n.removeprefix(prefix): renamed[n] for n in report.matched}, strict=False)
     return report
 
@@ -259,20 +276,21 @@ def file_hash(path: Path) -> str:
 
 
 def read_spec(path: Path) -> dict[str, Any] | None:
-    """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None."""
+    """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None.
+
+    Raises:
+        UserError: the file is damaged, or what it says of its model is not a :class:`~detdistill.models.spec.Spec`.
+    """
     if path.suffix != ".safetensors":
         return None
     if transformers_weights.is_checkpoint(path):
-        return transformers_weights.read_spec(path)
+        return require_spec(transformers_weights.read_spec(path), str(path.parent))
     spec = read_metadata(path).get("spec")
-    try:
-        return json.loads(spec) if spec else None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); was it cut short?") from error
+    return parse_spec(spec, str(path)) if spec is not None else None
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside the tensors; nothing for other files."""
+    """What the header of a safetensors file says in addition to the tensors; nothing for other files."""
     if path.suffix != ".safetensors":
         return {}
     try:
@@ -339,7 +357,11 @@ them; but mmengine calls the average ``state_dict``, and what it was made of ``e
 
 def state_of(content: Any, path: Path) -> State:
     """Tensors by name, out of the wrappings that :func:`read_state_dict` undoes."""
+    opened: list[int] = []
     while isinstance(content, Mapping):
+        if id(content) in opened:
+            raise UserError(f"{path}: holds itself, not tensors by name; {TENSORS_ONLY}")
+        opened.append(id(content))
         inner = [content[key] for key in WRAPPINGS if isinstance(content.get(key), Mapping)]
         if not inner:
             break

@@ -30,6 +30,7 @@ from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.checkpoints import save_model
+from detdistill.models.limits import require_memory_for_training, require_values_for_batch_norm
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
 from detdistill.training.batches import micro_batches
@@ -108,6 +109,7 @@ class _Trainer:
         request: StopRequest,
     ) -> None:
         self.recipe, self.config, self.folder, self.request = recipe, recipe.training, folder, request
+        require_memory_for_training(recipe)
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         folder.keep_to_data(splits)
@@ -139,6 +141,8 @@ class _Trainer:
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
+        require_values_for_batch_norm(student, recipe)
+        student.category_ids = self.train_split.category_ids
         if recipe.inherit and not folder.has_checkpoint:  # a run that goes on has learnt since
             assert teacher is not None
             self.display.note(inherit(student, teacher))
@@ -359,6 +363,8 @@ class _Trainer:
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
         if self.ema is not None:  # the caller's student object is to be what was measured
             self.pair.student.load_state_dict(self.ema.module.state_dict())
+        for warning in evaluation.warnings():
+            self.display.note(warning)
         metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)

@@ -1,0 +1,121 @@
+"""What a saved model's file says of the model: read as JSON from a stranger, so checked before it is used."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from detdistill.config import ModelConfig, UserError
+from detdistill.text import printable
+
+MOST_CHARACTERS = 50_000_000
+"""Of a spec; one with 20,000 classes has less than a million."""
+
+
+def _unique_names(classes: tuple[str, ...]) -> tuple[str, ...]:
+    if any(not name.strip() for name in classes):
+        raise ValueError("a class has an empty name")
+    if len(set(classes)) < len(classes):
+        twice = next(name for i, name in enumerate(classes) if name in classes[:i])
+        raise ValueError(f"the class {printable(twice)!r} is named twice")
+    return classes
+
+
+ClassNames = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_unique_names)]
+"""At least one class, each named once."""
+
+_Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+_Std = Annotated[float, Field(gt=1e-6, le=1e6)]
+
+
+class Spec(BaseModel):
+    """The schema of ``Model.spec``.
+
+    Attributes:
+        detdistill: version that wrote the file.
+        model: the recipe section that builds the model.
+        classes: label i means ``classes[i]``.
+        category_ids: the ids of these classes in the annotations that it was trained with.
+        mean, std: of RGB in [0, 1], the input normalization.
+        transformers: the configuration of a transformers checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    detdistill: str | None = None
+    model: ModelConfig
+    classes: ClassNames
+    category_ids: tuple[int, ...] | None = None
+    mean: tuple[_Mean, _Mean, _Mean]
+    std: tuple[_Std, _Std, _Std]
+    transformers: dict[str, Any] | None = None
+
+    @field_validator("model")
+    @classmethod
+    def _no_object(cls, value: ModelConfig) -> ModelConfig:
+        if value.python is not None:
+            raise ValueError("it was a Python object, which no file can build")
+        return value
+
+    @model_validator(mode="after")
+    def _an_id_for_each_class(self) -> Spec:
+        ids = self.category_ids
+        if ids is not None and (len(ids) != len(self.classes) or len(set(ids)) < len(ids)):
+            raise ValueError("category_ids is not one id for each class")
+        return self
+
+
+def parse_spec(text: str, source: str) -> dict[str, Any]:
+    """The spec in a file's metadata.
+
+    Args:
+        text: JSON.
+        source: how messages call the file.
+
+    Raises:
+        UserError: it is no JSON, or not a spec.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"{source}: what it says of its model is {len(text):,} characters long; save it again")
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        raise UserError(
+            f"{source}: what it says of its model is not JSON ({reason}); save the model again"
+        ) from None
+    return require_spec(tree, source)
+
+
+def require_spec(tree: Any, source: str) -> dict[str, Any]:
+    """The spec with its model section's defaults filled in.
+
+    Raises:
+        UserError: it is not a spec; one line with the first fault.
+    """
+    try:
+        spec = Spec.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(
+            f"{source}: what it says of its model cannot be used ({first_fault(error)}); "
+            "save the model again with this version of detdistill"
+        ) from None
+    return {**tree, "model": spec.model.model_dump(mode="json")}
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first fault is, and what it is: ``model.channels: input should be greater than 0``."""
+    found = error.errors(include_url=False, include_input=False)[0]
+    at = ".".join(map(str, found["loc"]))
+    message = found["msg"].removeprefix("Value error, ")
+    return printable(f"{at}: {message}" if at else message)[:200]

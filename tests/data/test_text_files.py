@@ -1,0 +1,161 @@
+"""Every text file of a data set goes through one reader: UTF-8, with or without a byte order mark."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detdistill.config import DataConfig, UserError
+from detdistill.data.inspect import inspect_data
+from detdistill.data.loading import open_data, usable_splits
+from detdistill.data.text import distinct_names, read_lines, read_text
+from detdistill.data.unlabelled import find_unlabelled
+
+ENCODINGS = {
+    "cp1252": ("Straße".encode("cp1252"), r"is not UTF-8 \(byte 0xdf in line 1\); save it as UTF-8"),
+    "cp950": ("第一".encode("cp950"), "is not UTF-8"),
+    "utf-16": ("Straße".encode("utf-16"), "is UTF-16, not UTF-8"),
+    "utf-16-be": (codecs.BOM_UTF16_BE + "a".encode("utf-16-be"), "is UTF-16, not UTF-8"),
+    "utf-32": ("a".encode("utf-32"), "is UTF-32, not UTF-8"),
+    "utf-16 without a mark": ("abc".encode("utf-16-le"), "holds NUL bytes"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), ENCODINGS.values(), ids=ENCODINGS)
+def test_another_encoding_is_one_line_with_the_file(tmp_path, data, message):
+    file = tmp_path / "classes.txt"
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=message) as error:
+        read_text(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_lines_end_as_on_any_system_and_a_mark_is_no_text(tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_bytes(codecs.BOM_UTF8 + " ä.png \r\nb.png\rc\u2028d.png\n\n".encode())
+    assert read_lines(file) == ["ä.png", "b.png", "c\u2028d.png"]
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for name, message in (
+        ("pipe.txt", "a pipe or a device"),
+        (".", "is a folder"),
+        ("gone.txt", "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_text(tmp_path / name)
+
+
+def test_a_class_name_is_there_once_and_has_a_letter(tmp_path):
+    assert distinct_names(["a", "B"], tmp_path) == ("a", "B")
+    for names, message in (
+        (["a", "b", "a"], "classes 0 and 2 have the same name 'a'"),
+        (["a", " "], "class 1 has an empty name"),
+        ([], "names no class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distinct_names(names, tmp_path)
+
+
+# --- each file of each format ----------------------------------------------------------------------------
+
+
+def _yolo(tmp_path, write_yolo):
+    rows = {"a": "1 .5 .5 .5 .5\n0 .2 .2 .1 .1\n"}
+    write_yolo(tmp_path, {"train": rows, "val": rows})
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "list.txt").write_text("images/train/a.jpg\n")
+    return DataConfig(root=tmp_path, train="list.txt")
+
+
+def _with_mark(file):
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["labels/train/a.txt", "classes.txt", "list.txt"])
+def test_a_mark_in_a_file_of_yolo_changes_nothing(tmp_path, write_yolo, name):
+    config = _yolo(tmp_path, write_yolo)
+    _with_mark(tmp_path / name)
+    splits = usable_splits(config, ["train", "val"])
+    assert splits["train"].records[0].labels_K.tolist() == [1, 0]
+    assert splits["train"].classes == ("cat", "dog")
+    assert not any(split.findings for split in splits.values())
+
+
+@pytest.mark.parametrize("name", ["labels/train/a.txt", "classes.txt", "list.txt"])
+def test_another_encoding_in_a_file_of_yolo_stops_a_run(tmp_path, write_yolo, name):
+    config = _yolo(tmp_path, write_yolo)
+    (tmp_path / name).write_bytes("0 .5 .5 .1 .1 ß\n".encode("cp1252"))
+    with pytest.raises(UserError, match=rf"{name}: is not UTF-8 \(byte 0xdf in line 1\)"):
+        usable_splits(config, ["train", "val"])
+
+
+def test_marks_in_data_yaml_and_image_sets(tmp_path, write_yolo, write_voc, voc_object):
+    write_yolo(tmp_path / "yolo", {"train": {"a": "0 .5 .5 .5 .5"}})
+    (tmp_path / "yolo" / "data.yaml").write_bytes(
+        codecs.BOM_UTF8 + "names: [ä]\ntrain: images/train\n".encode()
+    )
+    assert open_data(DataConfig(root=tmp_path / "yolo"))["train"].classes == ("ä",)
+    write_voc(tmp_path / "voc", {"train": {"ä": voc_object("dog", 1, 1, 9, 9)}})
+    _with_mark(tmp_path / "voc" / "ImageSets" / "Main" / "train.txt")
+    split = open_data(DataConfig(root=tmp_path / "voc"))["train"]
+    assert [record.image_id for record in split.records] == ["ä"]
+    assert not split.findings
+    (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").write_bytes("ä".encode("cp1252"))
+    with pytest.raises(UserError, match=r"train\.txt: is not UTF-8"):
+        open_data(DataConfig(root=tmp_path / "voc"))
+
+
+def test_marks_in_classes_json_and_lists_without_labels(tmp_path):
+    for part in ("train", "val"):
+        for folder, pixels in (("images", np.zeros((4, 4, 3))), ("labels", np.arange(16).reshape(4, 4) % 2)):
+            (tmp_path / folder / part).mkdir(parents=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / part / "a.png")
+    (tmp_path / "classes.json").write_bytes(codecs.BOM_UTF8 + json.dumps({"classes": ["a", "b"]}).encode())
+    assert open_data(DataConfig(root=tmp_path))["train"].classes == ("a", "b")
+    config = DataConfig(root=tmp_path, unlabelled="more.txt")
+    (tmp_path / "more.txt").write_bytes(codecs.BOM_UTF8 + b"images\\train\\a.png\r\n")
+    assert find_unlabelled(config) == [tmp_path / "images" / "train" / "a.png"]
+    assert inspect_data(config).unlabelled == 1
+    for name, what in (("more.txt", config), ("classes.json", config)):
+        (tmp_path / name).write_bytes("ß".encode("cp1252"))
+        with pytest.raises(UserError, match=rf"{name}: is not UTF-8"):
+            inspect_data(what)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "iso-8859-1", "gbk"])
+def test_xml_has_the_encoding_that_it_declares(tmp_path, write_voc, voc_object, encoding):
+    name = "中" if encoding == "gbk" else "ß"
+    write_voc(tmp_path, {"train": {"a": voc_object(name, 1, 1, 9, 9)}})
+    file = tmp_path / "Annotations" / "a.xml"
+    declared = encoding.removesuffix("-sig")
+    file.write_bytes(
+        f'<?xml version="1.0" encoding="{declared}"?>{file.read_text(encoding="utf-8")}'.encode(encoding)
+    )
+    split = open_data(DataConfig(root=tmp_path))["train"]
+    assert split.classes == (name,)
+    assert not split.findings
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"", r"a\.xml: is not UTF-8 \(byte 0xdf in line 1\); save it as UTF-8"),
+        (b'<?xml version="1.0" encoding="martian"?>', r"a\.xml: declares the unknown encoding martian"),
+        (b'<?xml version="1.0" encoding="ascii"?>', r"a\.xml: declares the encoding ascii and has another"),
+        (b"<annotation>", r"a\.xml: is not UTF-8"),
+    ],
+)
+def test_xml_of_another_encoding_is_an_error_that_says_so(tmp_path, write_voc, voc_object, head, message):
+    write_voc(tmp_path, {"train": {"a": voc_object("ß", 1, 1, 9, 9)}})
+    file = tmp_path / "Annotations" / "a.xml"
+    file.write_bytes(head + file.read_text(encoding="utf-8").encode("cp1252"))
+    with pytest.raises(UserError, match=message):
+        usable_splits(DataConfig(root=tmp_path), ["train"])
