@@ -31,7 +31,7 @@ from PIL import Image
 
 HEIGHT, WIDTH = 480, 640
 BATCHES, BATCH_SIZE, WORKERS = 500, 4, 2
-WARM = 50  # batches, until which a worker loads modules and fills its caches
+WARM = 200  # batches; until then a worker loads modules, and its heap grows to what an image needs
 RECIPE = """name: opening
 data: {root}
 student: {{family: fcos, backbone: mobilenetv3_small_050, channels: 16, size: [96, 128]}}

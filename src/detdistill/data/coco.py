@@ -41,7 +41,7 @@ ROBOFLOW_NAME = "_annotations.coco.json"
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 # They lie beside the boxes in the official download.
 _OTHER_TASKS = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
-_CHUNK = 4096  # rows decoded at once
+_CHUNK = 512  # rows decoded at once: few enough to stay in the processor's cache
 _LARGEST_SIDE = 2**24  # pixels; above it a size is a mistake, and float32 boxes are not exact
 _NO_PLACE, _UNUSABLE_IMAGE = -1, -2  # not listed; listed, but its file or size is missing
 _join = os.path.join  # a Path for each of many images takes seconds
