@@ -227,18 +227,20 @@ def test_cvats_ultralytics_export(tmp_path, write_yolo):
 # --- Label Studio ----------------------------------------------------------------------------------------
 
 
-def test_label_studios_yolo_export(tmp_path, write_image):
+@pytest.mark.parametrize("classes", [2, 300])
+def test_label_studios_yolo_export(tmp_path, write_image, classes):
     for name in ("0a1b2c3d-street", "4e5f6a7b-yard"):
         write_image(tmp_path / "images" / f"{name}.jpg")
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "0a1b2c3d-street.txt").write_text("1 0.5 0.5 0.25 0.5\n")
     (tmp_path / "labels" / "4e5f6a7b-yard.txt").write_text("0 0.5 0.5 0.25 0.5\n")
-    (tmp_path / "classes.txt").write_text("Car\nPlane\n")
+    names = ["Car", "Plane", *(f"Class {i}" for i in range(classes - 2))]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
     notes = {
-        "categories": [{"id": 0, "name": "Car"}, {"id": 1, "name": "Plane"}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
         "info": {"year": 2024, "version": "1.0", "contributor": "Label Studio"},
     }
-    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    (tmp_path / "notes.json").write_text(json.dumps(notes, indent=2))
     split = open_data(DataConfig(root=tmp_path))["train"]
     assert _labels(split) == {"0a1b2c3d-street": ["Plane"], "4e5f6a7b-yard": ["Car"]}
     assert not split.findings

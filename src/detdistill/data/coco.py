@@ -635,14 +635,19 @@ def _is_named(stem: str, split: str) -> bool:
 
 
 def _looks_like_coco(file: Path) -> bool:
-    """By its beginning: one of COCO's lists is the first thing in it, or nearly."""
+    """By its ends: the lists of images or annotations begin or end it (``categories`` alone are Label Studio's
+    notes on a YOLO export)."""
     try:
         with file.open("rb") as opened:
             start = opened.read(4096)
+            opened.seek(max(0, file.stat().st_size - 4096))
+            end = opened.read()
     except OSError:
         return False
-    keys = (b'"images"', b'"annotations"', b'"categories"')
-    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and any(key in start for key in keys)
+    if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+        return False
+    rows = b'"categories"' in start and (b'"image_id"' in end or b'"file_name"' in end)
+    return rows or b'"images"' in start or b'"annotations"' in start
 
 
 def open_coco(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
