@@ -90,7 +90,7 @@ def test_a_spec_without_a_part_is_refused(missing: str, good: Path, tmp_path: Pa
     spec = spec_of(good)
     del spec[missing]
     file = with_spec(good, json.dumps(spec), tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=f"{missing}: field required|{missing}: Field required"):
+    with pytest.raises(UserError, match=rf"{missing}: Field required"):
         load_model(file)
 
 
@@ -109,7 +109,7 @@ def test_a_spec_that_says_little_is_completed_by_defaults(good: Path, tmp_path: 
     assert load_model(file).classes == CLASSES
     spec["model"] = {"backbone": "mobilenetv3_small_050"}  # a RetinaNet, which these weights are not
     file = with_spec(good, json.dumps(spec), tmp_path / "y.safetensors")
-    with pytest.raises(UserError, match="do not fit|says that it holds"):
+    with pytest.raises(UserError, match=r"do not fit|says that it holds"):
         load_model(file)
 
 

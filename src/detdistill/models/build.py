@@ -243,8 +243,8 @@ def require_buildable(spec: dict[str, Any], path: Path) -> None:
     needed, size = sum(parameter.nbytes for parameter in model.parameters()), path.stat().st_size
     if needed > 4 * size + 2**20:  # 4: of 32 bits where the file has 8
         raise UserError(
-            f"{path}: says that it holds a model of {needed / 2**20:,.0f} MiB, and has {size / 2**20:,.1f} MiB; "
-            "it is damaged: save it again"
+            f"{path}: says that it holds a model of {needed / 2**20:,.0f} MiB, and has "
+            f"{size / 2**20:,.1f} MiB; it is damaged: save it again"
         )
 
 

@@ -30,13 +30,14 @@ from detdistill.models.base import (
 )
 from detdistill.models.graph import Letterbox, suppress
 from detdistill.models.spec import ClassNames, first_fault, require_spec
+from detdistill.recipe_sections import LONGEST_SIDE
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")
 INSTALL = 'pip install "detdistill[export]"'
 
 
-_Side = Annotated[int, Field(gt=0, le=2**15)]
+_Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
 
 
 class ExportFacts(BaseModel):

@@ -165,8 +165,8 @@ def load_backbone(
     The classifier, and stages beyond the last tap, are expected in the file and left out of the report.
 
     Raises:
-        UserError: the backbone did not load whole, the file's stages are longer than the model's, or a weight is
-            not finite.
+        UserError: the backbone did not load whole, the file's stages are longer than the model's, or a weight
+            is not finite.
     """
     own = backbone.body.state_dict()
     renamed: State = {}
@@ -288,7 +288,8 @@ def read_spec(path: Path) -> dict[str, Any] | None:
     """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None.
 
     Raises:
-        UserError: the file is damaged, or what it says of its model is not a :class:`~detdistill.models.spec.Spec`.
+        UserError: the file is damaged, or what it says of its model is no
+            :class:`~detdistill.models.spec.Spec`.
     """
     if path.suffix != ".safetensors":
         return None
