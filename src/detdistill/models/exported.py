@@ -29,14 +29,19 @@ from detdistill.models.base import (
     Target,
 )
 from detdistill.models.graph import Letterbox, suppress
+<<<<<<< HEAD
 from detdistill.models.spec import CategoryIds, ClassNames, first_fault, require_id_for_each, require_spec
+=======
+from detdistill.models.spec import ClassNames, first_fault, require_spec
+from detdistill.recipe_sections import LONGEST_SIDE
+>>>>>>> wt-files
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")
 INSTALL = 'pip install "detdistill[export]"'
 
 
-_Side = Annotated[int, Field(gt=0, le=2**15)]
+_Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
 
 
 class ExportFacts(BaseModel):
