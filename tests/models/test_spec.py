@@ -166,12 +166,12 @@ def test_a_file_that_holds_itself_is_refused(length: int, tmp_path: Path) -> Non
         read_state_dict(tmp_path / "x.pt")
 
 
-<<<<<<< HEAD
 def test_numbers_written_as_text_are_numbers(good: Path, tmp_path: Path) -> None:
     spec = {**spec_of(good), "mean": ["0.5", 0, 0]}
     file = with_spec(good, json.dumps(spec), tmp_path / "x.safetensors")
     assert load_model(file).preprocessor.mean == (0.5, 0.0, 0.0)
-=======
+
+
 @pytest.mark.parametrize("change", [{"model": {"channels": 4096}}, {"classes": [str(i) for i in range(10**5)]}])
 def test_a_model_larger_than_its_file_is_refused_before_it_takes_memory(
     change: dict[str, Any], good: Path, tmp_path: Path
@@ -213,4 +213,3 @@ def test_other_floats_are_taken(kind: torch.dtype, good: Path) -> None:
     model = load_model(good)
     state = {n: t.to(kind) if t.is_floating_point() else t for n, t in model.state_dict().items()}
     assert load_weights(model, state).complete
->>>>>>> wt-files

@@ -29,12 +29,8 @@ from detdistill.models.base import (
     Target,
 )
 from detdistill.models.graph import Letterbox, suppress
-<<<<<<< HEAD
 from detdistill.models.spec import CategoryIds, ClassNames, first_fault, require_id_for_each, require_spec
-=======
-from detdistill.models.spec import ClassNames, first_fault, require_spec
 from detdistill.recipe_sections import LONGEST_SIDE
->>>>>>> wt-files
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")

@@ -288,11 +288,7 @@ def read_spec(path: Path) -> dict[str, Any] | None:
     """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None.
 
     Raises:
-<<<<<<< HEAD
-        UserError: the file is damaged, or what it says of its model is not a
-=======
         UserError: the file is damaged, or what it says of its model is no
->>>>>>> wt-files
             :class:`~detdistill.models.spec.Spec`.
     """
     if path.suffix != ".safetensors":
