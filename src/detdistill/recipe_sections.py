@@ -18,6 +18,7 @@ from pydantic import (
 
 # Beyond these a number is a slip: they are above what any machine serves.
 LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
+COARSEST_STRIDE = 1024
 
 
 class Section(BaseModel):
@@ -196,7 +197,9 @@ class ModelConfig(Section):
         if value is None:
             return value
         if value[:1] not in ((2,), (4,), (8,), (16,), (32,)) or any(b != 2 * a for a, b in pairwise(value)):
-            raise ValueError(f"strides must double from level to level, as 8, 16, 32; got {list(value)}")
+            raise ValueError(f"strides must double from level to level, as 8, 16, 32; got {list(value)[:20]}")
+        if value[-1] > COARSEST_STRIDE:
+            raise ValueError(f"strides end at {COARSEST_STRIDE} at most; got {list(value)[:20]}")
         return value
 
 

@@ -48,6 +48,7 @@ def recipe(tmp_path, monkeypatch):
         ("training.batch_size=10000000", None),
         ("student.size=[30000,30000]", "GiB of memory"),
         ("student.size=[32,32]", "leaves BatchNorm one value"),
+        (f"student.strides={[2**i for i in range(3, 40)]}", "strides end at 1024"),
     ],
 )
 def test_check_and_train_refuse_the_same(recipe, tmp_path, capsys, override, message):
