@@ -152,3 +152,8 @@ def test_other_classes_are_refused_until_the_head_is_left_out():
     with pytest.raises(UserError, match="use it without `preset: head`"):
         Pair(detector("faster_rcnn"), teacher, [{"defeat": {"preset": "head"}}])
     Pair(detector("faster_rcnn"), teacher, ["defeat"])
+
+
+def test_regions_without_a_term_for_them_are_refused():
+    with pytest.raises(UserError, match="no term uses regions: add `preset: head`"):
+        make_pair([{"defeat": {"regions": "teacher"}}], "faster_rcnn")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,6 +22,7 @@ import detdistill
 from detdistill.cli import main
 from detdistill.config import UserError, parse_recipe
 from detdistill.models import build_model, load_model, save_model
+from detdistill.models.exported import FACTS
 from detdistill.training.loop import TrainResult
 
 # As published sets have them: with gaps, in no order, and not the same in both files.
@@ -144,6 +146,17 @@ def test_an_exported_file_keeps_the_ids(trained: tuple[Path, Path, TrainResult],
     ids = {"blue": 3, "green": 17, "red": 90}
     assert [row["category_id"] for row in rows] == [ids[name] for name in found.names]
     assert len(rows) > 0
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [1, 2, 2], [1, 2, "3"]])
+def test_ids_that_are_none_are_refused_in_an_exported_file(ids: Any) -> None:
+    facts = {
+        "version": "1", "classes": ["a", "b", "c"], "size": [64, 64], "keep_ratio": True, "padding": [0, 0, 0],
+        "spec": None, "score_threshold": 0, "nms_threshold": 0.5, "max_detections": 100, "drop_empty": False,
+    }  # fmt: skip
+    assert FACTS.validate_python({**facts, "category_ids": [1, 2, 3]}).category_ids == (1, 2, 3)
+    with pytest.raises(ValidationError, match="category_ids"):
+        FACTS.validate_python({**facts, "category_ids": ids})
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo"])

@@ -406,6 +406,42 @@ def test_checkpoint_folders_that_cannot_be_read(tmp_path: Path) -> None:
         build_model(section, CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("decoder_layers", 10**9, "head_depth: Input should be less than"),
+        ("encoder_layers", 10**9, "encoder_layers: 1000000000; at most 256"),
+        ("d_model", 10**12, "d_model: 1000000000000"),
+        ("layer_norm_eps", float("nan"), "layer_norm_eps"),
+        ("decoder_activation_function", "os.system", "no model can be built"),
+        ("feat_strides", [[]], "no model can be built"),
+        ("feat_strides", [8, 16, 16, 32], "no model can be built"),
+        ("backbone_config", None, "not a whole rt_detr_v2 configuration"),
+        ("id2label", {"0": "a", "1": "a", "2": "b"}, "'a' is named twice"),
+    ],
+)
+def test_a_configuration_of_which_nothing_can_be_built_is_refused(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    published_layout("rtdetr_v2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=message) as caught:
+        load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_cannot_make_transformers_download_a_backbone(tmp_path: Path) -> None:
+    published_layout("rtdetr_v2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    changed = config | {"backbone": "someone/weights", "use_pretrained_backbone": True}
+    changed["backbone_config"] = {**config["backbone_config"], "use_pretrained_backbone": True}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    teacher = load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES)
+    assert teacher.spec is not None
+    assert load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES).classes == CLASSES
+
+
 def test_a_checkpoint_with_a_part_missing_is_no_teacher(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from detdistill.config import ModelConfig, UserError
 from detdistill.data.records import Split
 from detdistill.models import torchvision_weights
-from detdistill.models.base import Model
+from detdistill.models.base import Batch, Model, eval_mode
 from detdistill.models.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
 from detdistill.models.detr_families import d_fine, rtdetr_v2
 from detdistill.models.faster_rcnn import faster_rcnn
@@ -153,9 +155,11 @@ def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) 
         path = find_weights(config.weights)
         spec = read_spec(path)
         if spec is not None:
+            require_buildable(spec, path)
             config = _with_spec(config, spec, path)
             classes = spec["classes"] if require == PARTS else classes
         model = construct(config, classes, spec)
+        require_forward(model, path)
         state, source = read_state_dict(path), str(path)
         if torchvision_weights.is_torchvision(state):
             categories, epsilon = torchvision_weights.conventions_of(state, classes)
@@ -214,6 +218,61 @@ def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] 
         "std": list(std),
     } | ({"transformers": options["config"]} if "config" in options else {})
     return model
+
+
+def require_buildable(spec: dict[str, Any], path: Path) -> None:
+    """Refuse a spec whose model its file cannot hold, before memory is taken for it.
+
+    Args:
+        spec: of the schema of :class:`~detdistill.models.spec.Spec`.
+        path: the weights file that says it.
+
+    Raises:
+        UserError: no model can be built from it, or one much larger than the file.
+    """
+    config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
+    try:
+        with torch.device("meta"):  # shapes without values
+            model = construct(config, spec["classes"], spec)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (
+        Exception
+    ) as error:  # of torch, timm or transformers, which were not written for a stranger's numbers
+        raise _unusable(error, path) from error
+    needed, size = sum(parameter.nbytes for parameter in model.parameters()), path.stat().st_size
+    if needed > 4 * size + 2**20:  # 4: of 32 bits where the file has 8
+        raise UserError(
+            f"{path}: says that it holds a model of {needed / 2**20:,.0f} MiB, and has "
+            f"{size / 2**20:,.1f} MiB; it is damaged: save it again"
+        )
+
+
+def require_forward(model: Model, path: Path) -> None:
+    """Refuse a transformers configuration whose numbers make a model that cannot run.
+
+    Args:
+        model: built from a spec; of a family from here it is not run.
+        path: the weights file that says it.
+
+    Raises:
+        UserError: a small image does not pass through it.
+    """
+    if "transformers" not in (model.spec or {}):
+        return
+    batch = Batch(torch.zeros(1, 3, 64, 64), [(64, 64)], [(64, 64)], None)
+    try:
+        with eval_mode(model), torch.no_grad():
+            model.predict(model.pyramid(batch), batch)
+    except Exception as error:  # as above
+        raise _unusable(error, path) from error
+
+
+def _unusable(error: Exception, path: Path) -> UserError:
+    return UserError(
+        f"{path}: no model can be built from what it says ({type(error).__name__}: "
+        f"{' '.join(str(error).split())[:160]}); save it again"
+    )
 
 
 def _normalisation(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
 from detdistill.models.base import Model
-from detdistill.models.build import construct
+from detdistill.models.build import construct, require_buildable, require_forward
 from detdistill.models.exported import load_onnx
 from detdistill.models.weights import find_weights, load_weights, read_metadata, read_spec, read_state_dict
 
@@ -94,8 +94,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
             f"{path}: does not say what model it is (it was not saved by detdistill); "
             f"describe the model in a recipe and give the file as its `weights`"
         )
+    require_buildable(spec, path)
     config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
     model = construct(config, spec["classes"], spec)
+    require_forward(model, path)
     ids = spec.get("category_ids")
     model.category_ids = None if ids is None else tuple(ids)
     load_weights(model, read_state_dict(path), source=str(path))

@@ -23,6 +23,7 @@ from detdistill.models.detr import (
 
 SIZE = (640, 640)
 HEADS = 8  # of attention
+MOST_LAYERS, MOST_NUMBER = 256, 2**20  # of a transformers configuration
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +225,7 @@ def _build(
             "freeze_stages needs a timm backbone; a transformers checkpoint has its own: leave it out"
         )
     else:
-        options = dict(config)
+        options = _checked(config)
     options |= {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: label for label, name in enumerate(classes)},
@@ -257,6 +258,38 @@ def _build(
     )
     detector.family = family
     return detector
+
+
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformers configuration without what would download a backbone's weights.
+
+    Raises:
+        UserError: it has numbers that no such model has.
+    """
+    _require_numbers(config, "")
+    backbone = config.get("backbone_config")
+    if not isinstance(backbone, Mapping):
+        raise UserError(
+            "the transformers configuration has no backbone_config: save it with transformers again"
+        )
+    options = {
+        key: value for key, value in config.items() if key not in ("backbone", "use_pretrained_backbone")
+    }
+    return options | {"backbone_config": {**backbone, "use_pretrained_backbone": False}}
+
+
+def _require_numbers(value: Any, at: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _require_numbers(inner, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _require_numbers(inner, at)
+    elif isinstance(value, int | float):
+        key = at.rpartition(".")[2]
+        most = MOST_LAYERS if key.endswith(("layers", "depths", "blocks")) else MOST_NUMBER
+        if not -most <= value <= most:  # neither is NaN
+            raise UserError(f"the transformers configuration says {at}: {value}; at most {most:,} can be built")
 
 
 def _initialise(network: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -29,14 +29,15 @@ from detdistill.models.base import (
     Target,
 )
 from detdistill.models.graph import Letterbox, suppress
-from detdistill.models.spec import ClassNames, first_fault, require_spec
+from detdistill.models.spec import CategoryIds, ClassNames, first_fault, require_id_for_each, require_spec
+from detdistill.recipe_sections import LONGEST_SIDE
 
 METADATA_KEY = "detdistill"
 INPUTS = ("images", "sizes")
 INSTALL = 'pip install "detdistill[export]"'
 
 
-_Side = Annotated[int, Field(gt=0, le=2**15)]
+_Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
 
 
 class ExportFacts(BaseModel):
@@ -58,11 +59,16 @@ class ExportFacts(BaseModel):
     format: Literal[1] = 1
     version: str
     classes: ClassNames
-    category_ids: tuple[int, ...] | None = None
+    category_ids: CategoryIds | None = None
     size: tuple[_Side, _Side]
     keep_ratio: bool
     padding: tuple[float, float, float]
     spec: dict[str, Any] | None
+
+    @model_validator(mode="after")
+    def _an_id_for_each_class(self) -> ExportFacts:
+        require_id_for_each(self.classes, self.category_ids)
+        return self
 
 
 class DetectorFacts(ExportFacts):

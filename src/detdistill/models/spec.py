@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import (
@@ -10,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -34,6 +36,20 @@ def _unique_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 ClassNames = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_unique_names)]
 """At least one class, each named once."""
 
+CategoryIds = tuple[StrictInt, ...]
+"""Of the data's classes, by label."""
+
+
+def require_id_for_each(classes: Sequence[str], ids: Sequence[int] | None) -> None:
+    """Refuse category ids that are not one for each class.
+
+    Raises:
+        ValueError: there are more or fewer, or two are equal.
+    """
+    if ids is not None and not len(set(ids)) == len(ids) == len(classes):
+        raise ValueError("category_ids is not one id for each class")
+
+
 _Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
 _Std = Annotated[float, Field(gt=1e-6, le=1e6)]
 
@@ -55,7 +71,7 @@ class Spec(BaseModel):
     detdistill: str | None = None
     model: ModelConfig
     classes: ClassNames
-    category_ids: tuple[int, ...] | None = None
+    category_ids: CategoryIds | None = None
     mean: tuple[_Mean, _Mean, _Mean]
     std: tuple[_Std, _Std, _Std]
     transformers: dict[str, Any] | None = None
@@ -69,9 +85,7 @@ class Spec(BaseModel):
 
     @model_validator(mode="after")
     def _an_id_for_each_class(self) -> Spec:
-        ids = self.category_ids
-        if ids is not None and (len(ids) != len(self.classes) or len(set(ids)) < len(ids)):
-            raise ValueError("category_ids is not one id for each class")
+        require_id_for_each(self.classes, self.category_ids)
         return self
 
 
@@ -110,7 +124,9 @@ def require_spec(tree: Any, source: str) -> dict[str, Any]:
             f"{source}: what it says of its model cannot be used ({first_fault(error)}); "
             "save the model again with this version of detdistill"
         ) from None
-    return {**tree, "model": spec.model.model_dump(mode="json")}
+    # As validated: numbers that were written as text are numbers now.
+    values = spec.model_dump(mode="json", exclude_unset=True, exclude={"model"})
+    return {**values, "model": spec.model.model_dump(mode="json")}
 
 
 def first_fault(error: ValidationError) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
+from detdistill.models.spec import first_fault
 
 RTDETR = "rt_detr"
 FAMILIES = {RTDETR: "rtdetr_v2", "rt_detr_v2": "rtdetr_v2", "d_fine": "d_fine"}
@@ -58,9 +60,8 @@ def read_spec(path: Path) -> dict[str, Any]:
             "norm": "frozen" if config.get("freeze_backbone_batch_norms", True) else "batch",
         })  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path.parent / 'config.json'}: not a whole {kind} configuration ({error!r:.120})"
-        ) from None
+        reason = first_fault(error) if isinstance(error, ValidationError) else f"{error!r:.120}"
+        raise UserError(f"{path.parent / 'config.json'}: not a whole {kind} configuration ({reason})") from None
     size, mean, std = _convention(path.parent / "preprocessor_config.json")
     return {
         "model": model.model_dump(mode="json") | {"size": size},

@@ -36,7 +36,7 @@ class LoadReport:
     Attributes:
         source: the file, or what the weights are called.
         matched, missing, unexpected: entry names in the model's naming.
-        wrong_shape: ``name: file (shape), model (shape)``.
+        wrong_shape: ``name: file (shape), model (shape)``, or their types where these do not fit.
         absent_classes: classes of the model that the file does not know; their rows stay as initialised.
     """
 
@@ -165,8 +165,8 @@ def load_backbone(
     The classifier, and stages beyond the last tap, are expected in the file and left out of the report.
 
     Raises:
-        UserError: the backbone did not load whole, the file's stages are longer than the model's, or a weight is
-            not finite.
+        UserError: the backbone did not load whole, the file's stages are longer than the model's, or a weight
+            is not finite.
     """
     own = backbone.body.state_dict()
     renamed: State = {}
@@ -196,10 +196,19 @@ def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str
         elif state[name].shape != tensor.shape:
             shapes = f"file {tuple(state[name].shape)}, model {tuple(tensor.shape)}"
             report.wrong_shape.append(f"{name}: {shapes}")
+        elif not _same_kind(state[name], tensor):
+            kinds = f"file {state[name].dtype} {state[name].layout}, model {tensor.dtype} {tensor.layout}"
+            report.wrong_shape.append(f"{name}: {kinds}")
         else:
             report.matched.append(name)
     report.unexpected = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
     return report
+
+
+def _same_kind(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether values can be copied as they are: quantized or complex numbers would lose their meaning."""
+    of_one_kind = theirs.is_floating_point() == ours.is_floating_point() and not theirs.is_complex()
+    return of_one_kind and theirs.layout == ours.layout and not theirs.is_meta
 
 
 def _select_class_rows(
@@ -279,7 +288,8 @@ def read_spec(path: Path) -> dict[str, Any] | None:
     """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None.
 
     Raises:
-        UserError: the file is damaged, or what it says of its model is not a :class:`~detdistill.models.spec.Spec`.
+        UserError: the file is damaged, or what it says of its model is no
+            :class:`~detdistill.models.spec.Spec`.
     """
     if path.suffix != ".safetensors":
         return None

@@ -254,7 +254,7 @@ def _boxes(raw: DenseRaw, stride: int, model: OneStage, anchors_P4: Tensor) -> T
 
 
 def box_distance(a: Tensor, b: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
-    """1 - GIoU or -log IoU of boxes (..., 4) xyxy, one by one; of two without area 1 or 13.8, without gradient."""
+    """1 - GIoU or -log IoU of boxes (..., 4) xyxy, one by one; of two without area 1 or 13.8, no gradient."""
     least = LEAST[kind]
     top_left, bottom_right = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     overlap = _area((bottom_right - top_left).clamp(min=0))

@@ -93,6 +93,9 @@ class DeFeat(Method):
     Args:
         adapt: where φ stands between the maps.
         regions: whose sample of regions the head's term is about.
+
+    Raises:
+        ValueError: regions are chosen, and the head has no term.
     """
 
     needs = frozenset({"labels"})
@@ -107,7 +110,10 @@ class DeFeat(Method):
         regions: Literal["student", "teacher", "both"] = "student",
     ) -> None:
         super().__init__()
-        with_head = two_stage(setting) and bool(loss.head_object_weight or loss.head_background_weight)
+        asked = bool(loss.head_object_weight or loss.head_background_weight)
+        if regions != "student" and not asked:
+            raise ValueError(f"regions is {regions!r}, but no term uses regions: add `preset: head`")
+        with_head = two_stage(setting) and asked
         self.classes = None
         if with_head:
             instead = "use it without `preset: head`, on features alone"

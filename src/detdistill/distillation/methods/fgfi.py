@@ -14,10 +14,10 @@ those anchors. A teacher without anchors gives the cells that the objects' boxes
 
 φ is a 3×3 convolution without the code's ReLU: that code imitates a backbone's map, which is never negative; a
 pyramid's map has both signs, and a ReLU could not reach the negative half. φ starts as PyTorch starts
-convolutions, not at the code's N(0, 1e-4), through which hardly any gradient would reach the student. The code's
-IoU counts sides one pixel longer: of boxes with sides of 8 to 400 pixels, with RetinaNet's anchors at strides 8
-to 64, that changes 0.3 to 0.9 % of the cells of I, and 4 % with three anchors of 32 pixels at stride 8. The
-code warms up over 400 steps: give `warmup`.
+convolutions, not at the code's N(0, 1e-4), through which hardly any gradient would reach the student. The
+code's IoU counts sides one pixel longer: of boxes with sides of 8 to 400 pixels, with RetinaNet's anchors at
+strides 8 to 64, that changes 0.3 to 0.9 % of the cells of I, and 4 % with three anchors of 32 pixels at
+stride 8. The code warms up over 400 steps: give `warmup`.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ the mask is of pixels only, and τ 0.5. Of one-stage detectors channels are mask
 six times as large. Where the student has other channels than the teacher, A_c(S) is that of φ(S).
 
 Keys are pooled by a maximum over windows of 8, 4, 2, 2 and 2 cells from the finest level; what is left at the
-border is dropped, as in circulating code, which fails on maps smaller than a window: here the window is then the
-map. In that code non-local blocks end in a BatchNorm that starts at 0; ours have none (it would mix images), and
-start as any convolution does, so that all of their parts learn from the first step. Copies of the authors' code
-distill all five levels of a two-stage detector, as here; MMRazor's configuration the four finest (`finest: 4`).
+border is dropped, as in circulating code, which fails on maps smaller than a window: here the window is then
+the map. In that code non-local blocks end in a BatchNorm that starts at 0; ours have none (it would mix
+images), and start as any convolution does, so that all of their parts learn from the first step. Copies of the
+authors' code distill all five levels of a two-stage detector, as here; MMRazor's configuration the four finest
+(`finest: 4`).
 """
 
 from __future__ import annotations
