@@ -159,3 +159,23 @@ def test_xml_of_another_encoding_is_an_error_that_says_so(tmp_path, write_voc, v
     file.write_bytes(head + file.read_text(encoding="utf-8").encode("cp1252"))
     with pytest.raises(UserError, match=message):
         usable_splits(DataConfig(root=tmp_path), ["train"])
+
+
+@pytest.mark.parametrize("name", ["9" * 5000, "a" * 300, "zero\u2400byte", "../../nowhere/x", "/dev/zero"])
+def test_names_that_no_file_has_are_missing_files(tmp_path, write_yolo, write_voc, voc_object, name):
+    write_voc(tmp_path / "voc", {"train": {"a": voc_object("dog", 1, 1, 9, 9)}})
+    with (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{name}\n")
+    with pytest.raises(UserError, match="does not exist"):
+        usable_splits(DataConfig(root=tmp_path / "voc"), ["train"])
+    config = _yolo(tmp_path, write_yolo)
+    with (tmp_path / "list.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{name}.jpg\n")
+    with pytest.raises(UserError, match="does not exist"):
+        usable_splits(config, ["train"])
+    with pytest.raises(UserError, match="which is missing"):
+        find_unlabelled(config.model_copy(update={"unlabelled": "list.txt"}))
+    with pytest.raises(UserError, match="no such folder or file"):
+        find_unlabelled(config.model_copy(update={"unlabelled": name + ".gone"}))
+    with pytest.raises(UserError, match="no such images"):
+        usable_splits(config.model_copy(update={"train": name + ".gone"}), ["train"])

@@ -29,6 +29,8 @@ from detdistill.data.layout import (
     entry_names,
     find_entry,
     find_folder,
+    is_file,
+    is_folder,
     labels_folder,
 )
 from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Records, Split
@@ -234,7 +236,7 @@ def read_pairs(
 def _sizes(pair: Pair) -> tuple[int, int] | Finding:
     """(height, width) of a good pair, or what is wrong with it."""
     _, image, labels = pair
-    if not labels.is_file():
+    if not is_file(labels):
         message, fix = f"has no label map {labels} and was dropped", "restore the map or delete the image"
         return Finding("warning", "missing label map", image, message, fix)
     try:
@@ -317,7 +319,7 @@ def open_label_folders(config: DataConfig) -> dict[str, Split]:
 def _given_folder(root: Path, given: str, split: str) -> Path:
     places = [("images", given), (given, "images"), (given,)]
     candidates = [*(folder for place in places if (folder := find_folder(root, *place))), Path(given)]
-    folder = next((path for path in candidates if path.is_dir() and labels_folder(path) != path), None)
+    folder = next((path for path in candidates if is_folder(path) and labels_folder(path) != path), None)
     if folder is None:
         images = find_folder(root, "images")
         known = [name for name in entry_names(images or root) if ((images or root) / name).is_dir()]
@@ -377,9 +379,9 @@ def open_cityscapes(config: DataConfig) -> dict[str, Split]:
     for name, chosen in (("train", config.train), ("val", config.val)):
         given = chosen or name
         images = root / "leftImg8bit" / given
-        if chosen is None and not images.is_dir():
+        if chosen is None and not is_folder(images):
             continue
-        if not images.is_dir():
+        if not is_folder(images):
             known = sorted(path.name for path in (root / "leftImg8bit").glob("*") if path.is_dir())
             raise UserError(f"{root}: data.{name}: no part {given!r}; {nearest(given, known)}")
         found = sorted(images.rglob("*_leftImg8bit.png"))
@@ -416,9 +418,9 @@ def open_voc_segmentation(config: DataConfig) -> dict[str, Split]:
     for name, chosen in (("train", config.train), ("val", config.val)):
         given = (chosen or name).removesuffix(".txt")
         file = year / "ImageSets" / "Segmentation" / f"{given}.txt"
-        if chosen is None and not file.is_file():
+        if chosen is None and not is_file(file):
             continue
-        if not file.is_file():
+        if not is_file(file):
             known = sorted(path.stem for path in file.parent.glob("*.txt"))
             raise UserError(f"{file}: data.{name}: no such image set; {nearest(given, known)}")
         stems = [line.split()[0] for line in read_image_set(file)]

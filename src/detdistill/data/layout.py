@@ -14,6 +14,16 @@ SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validati
 """The names that folders and lists of a part have; the first that is there is taken."""
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; not, where no file can have this name (pathlib raises an OSError then)."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """As :func:`is_file`, of folders."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def find_entry(folder: Path, *parts: str) -> Path | None:
     """A file or folder below ``folder``, of exactly these names or else in another letter case."""
     here = folder
@@ -30,7 +40,7 @@ def find_entry(folder: Path, *parts: str) -> Path | None:
 def find_folder(folder: Path, *parts: str) -> Path | None:
     """As :func:`find_entry`, of folders only."""
     found = find_entry(folder, *parts)
-    return found if found is not None and found.is_dir() else None
+    return found if found is not None and is_folder(found) else None
 
 
 def entry_names(folder: Path, suffix: str = "") -> list[str]:
@@ -95,7 +105,7 @@ class ListedImages:
                 found = self._files.find(str(folder / tail))
                 if found is not None:
                     return Path(found)
-            if len(tail.parts) > 1 and any((folder / tail.parent).is_dir() for folder in (base, self.root)):
+            if len(tail.parts) > 1 and any(is_folder(folder / tail.parent) for folder in (base, self.root)):
                 return None  # its folder is here, without the file
         return self._by_name(given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from detdistill.data.cleaning import FileIndex
 from detdistill.data.coco import image_files
 from detdistill.data.digits import digits_root
 from detdistill.data.images import find_images, read_image
-from detdistill.data.layout import ListedImages
+from detdistill.data.layout import ListedImages, is_file
 from detdistill.data.loading import Sample
 from detdistill.data.records import UNLABELLED
 from detdistill.data.text import read_lines
@@ -35,8 +36,8 @@ def find_unlabelled(config: DataConfig) -> list[Path]:
     root = digits_root(config) if config.format == "digits" else config.root
     assert root is not None, "DataConfig refuses data without a root"
     source = Path(config.unlabelled).expanduser()
-    source = root / source if (root / source).exists() else source
-    if not source.exists():
+    source = root / source if os.path.exists(root / source) else source  # noqa: PTH110 - does not raise
+    if not os.path.exists(source):  # noqa: PTH110
         raise UserError(f"data.unlabelled: no such folder or file {config.unlabelled!r}, nor in {root}")
     if source.suffix == ".json":
         files = image_files(source, config.images, root)
@@ -47,7 +48,7 @@ def find_unlabelled(config: DataConfig) -> list[Path]:
     else:
         files = find_images(source)
     files = sorted(set(files))
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not is_file(file)]
     if missing or not files:
         what = f"lists {missing[0]}, which is missing ({len(missing)} are)" if missing else "lists no image"
         raise UserError(f"data.unlabelled: {source} {what}; correct it")

@@ -3,6 +3,7 @@ or without, as LabelImg, Roboflow and CVAT's users write it."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ from detdistill.data.cleaning import (
     select_classes,
 )
 from detdistill.data.images import files_below, image_sizes, is_image
-from detdistill.data.layout import SPLIT_NAMES, describe_folder, entry_names, find_entry, find_folder
+from detdistill.data.layout import SPLIT_NAMES, describe_folder, entry_names, find_entry, find_folder, is_file
 from detdistill.data.records import Finding, Record, Records, Split
 from detdistill.data.text import decode_text, read_file, read_lines
 
@@ -173,7 +174,7 @@ class _Images:
 
 
 def _parse(source: Path, findings: list[Finding]) -> Element | None:
-    if not source.exists():
+    if not os.path.lexists(source):
         message, fix = "the annotation file does not exist", "restore it or drop the image from the set"
         findings.append(Finding("error", "missing annotation", source, message, fix))
         return None
@@ -349,7 +350,7 @@ def _open_sets(config: DataConfig, root: Path, years: Sequence[Path]) -> dict[st
         ("val", config.val, ("val", "test")),
     ):
         if given is None:
-            given = next((s for s in usual if any(_set_file(year, s).is_file() for year in years)), None)
+            given = next((s for s in usual if any(is_file(_set_file(year, s)) for year in years)), None)
         if given is not None:
             parts = [read_voc(*_locate(root, years, part.strip(), name), name) for part in given.split("+")]
             splits[name] = _merge(parts, root)
@@ -368,7 +369,7 @@ def _locate(root: Path, years: Sequence[Path], part: str, name: str) -> tuple[Pa
         year
         for year in years
         if (not folder or folder in (year.name, year.relative_to(root).as_posix()))
-        and _set_file(year, image_set).is_file()
+        and is_file(_set_file(year, image_set))
     ]
     if len(fitting) == 1:
         return fitting[0], image_set

@@ -252,7 +252,7 @@ def existing_images(bases: Iterable[Path], entry: str, what: str) -> Path:
         for base in bases:
             parts = [part] if Path(part).is_absolute() else PurePosixPath(part).parts
             candidate = find_entry(base, *parts) if parts else base
-            if candidate is not None and candidate.exists():
+            if candidate is not None:
                 return candidate
     # The folders of another machine: /home/ann/boards/images/train.
     parts = PurePosixPath(given).parts
