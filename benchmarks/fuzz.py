@@ -246,7 +246,7 @@ def mutate_text(text: str, draw: random.Random) -> tuple[bytes, str]:
 
 def mutate_file(file: Path, draw: random.Random) -> str:
     """Damage a file, or put something else in its place."""
-    content = file.read_bytes()
+    content = file.read_bytes() or b"\n"  # a lock is empty
     how = draw.choice(
         ("empty", "cut", "bits", "bits", "noise", "zeros", "gone", "folder", "loop", "dangling", "fifo")
     )

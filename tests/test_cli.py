@@ -141,6 +141,7 @@ def _raiser(error: BaseException) -> Callable[..., None]:
             "error: last.pt: No space left on device\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (RuntimeError("Symlink loop from '/a'"), 2, "error: Symlink loop from '/a'\n"),
         (RuntimeError("a bug"), 1, "RuntimeError: a bug\nThis is a bug in detdistill: please report it"),
         (OSError(errno.EINVAL, "odd"), 1, "Traceback (most recent call last)"),
     ],

@@ -328,6 +328,10 @@ def test_a_study_file_names_arms_as_methods_lists_or_nothing(recipe, tmp_path) -
     file.write_text("recipe: x.yaml\narms: [ima]\n")
     with pytest.raises(UserError, match="NAME: METHOD"):
         read_study(file)
+    for recipe in ("null", "[x.yaml]", "3", "''"):
+        file.write_text(f"recipe: {recipe}\narms: {{a: null}}\n")
+        with pytest.raises(UserError, match="recipe is the path of a recipe file"):
+            read_study(file)
 
 
 @pytest.mark.parametrize("plan", ["methods", "sweep", "ablation"])

@@ -283,3 +283,12 @@ def test_a_process_that_waits_for_another_one_ends_by_itself(tmp_path):
     _, said = process.communicate(timeout=30)
     assert process.returncode == 75
     assert "process 1 waits for one that has stopped" in said
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_in_a_run_folder_are_refused_instead_of_waited_for(tmp_path):
+    folder = RunFolder(tmp_path)
+    for file, read in ((folder.result_file, folder.result), (folder.metrics_file, folder.metrics)):
+        os.mkfifo(file)
+        with pytest.raises(UserError, match=f"{file.name}: is a pipe or a device"):
+            read()

@@ -80,6 +80,8 @@ def _message_for_user(error: Exception) -> str | None:
         return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     if isinstance(error, OSError) and (error.filename or error.errno in _NO_BUG):
         return f"{error.filename or 'a file'}: {error.strerror or error}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib, Python < 3.13
+        return " ".join(str(error).split())
     full = "can't allocate memory" in str(error) or "not enough memory" in str(error)  # torch, on a CPU
     if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "the memory is full: lower the batch size or the input size, or raise training.accumulate"

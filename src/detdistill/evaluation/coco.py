@@ -17,6 +17,7 @@ from torchvision.ops import box_convert
 from detdistill.config import UserError
 from detdistill.data.masks import encode_masks
 from detdistill.data.records import Split
+from detdistill.data.text import read_file
 from detdistill.evaluation.coco_library import (
     COCO_NUMBERS,
     Backend,
@@ -230,6 +231,6 @@ def _result(numbers: Numbers) -> CocoResult:
 
 def _read(path: Path | str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_file(Path(path)))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); give a COCO file") from error

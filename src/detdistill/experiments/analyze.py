@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from detdistill.config import UserError
 from detdistill.data.records import Split
+from detdistill.data.text import read_file
 from detdistill.evaluation.coco import CocoResult, coco_ap, coco_results, ids_in_results
 from detdistill.evaluation.detector import evaluate_detector
 from detdistill.evaluation.difference import ImageDifference, counts, difference
@@ -236,9 +237,9 @@ def detections_of(
 def _kept(run: Path, split: Split, stamp: Mapping[str, str]) -> Found | None:
     """The detections in a run's folder, if they are of these weights and images and as they were written."""
     try:
-        of_kept = json.loads((run / STAMP).read_text(encoding="utf-8"))
-        content = (run / DETECTIONS).read_bytes()
-    except (OSError, ValueError):
+        of_kept = json.loads(read_file(run / STAMP))
+        content = read_file(run / DETECTIONS)
+    except (UserError, ValueError, RecursionError):
         return None
     if of_kept != {**stamp, "detections": hashlib.sha256(content).hexdigest()}:
         return None

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from detdistill import __version__
 from detdistill.config import UserError
+from detdistill.data.text import read_file
 from detdistill.evaluation.paired import Paired, paired
 from detdistill.experiments.studies import STUDY_FILE, Study
 from detdistill.experiments.study_teachers import UsedTeacher, changed_teachers
@@ -187,7 +188,7 @@ def load_comparison(folder: Path) -> tuple[Comparison, Runs]:
     """
     file = folder / "comparison.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_file(file))
         metric, baseline = str(content["metric"]), content["baseline"]
         told = {str(arm["name"]): arm for arm in content["arms"]}
         told = {baseline: told[baseline], **told}  # the baseline first

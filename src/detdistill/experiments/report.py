@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from detdistill import __version__
+from detdistill.config import UserError
+from detdistill.data.text import read_text
 from detdistill.evaluation.paired import Paired
 from detdistill.experiments.comparison import Arm, Comparison
 from detdistill.experiments.report_data import Subject, json_of, read_subject, result_of, rows_of
@@ -253,8 +255,8 @@ def _recipe_section(subject: Subject) -> Section:
     study = subject.comparison.study
     for role, run in subject.shown.items():
         try:
-            text = (run / "recipe.yaml").read_text(encoding="utf-8")
-        except (OSError, ValueError):
+            text = read_text(run / "recipe.yaml")
+        except UserError:
             continue
         codes.append(Code(f"{run}/recipe.yaml ({role})", text, folded=True))
     laid = "\n".join(f"{name}: {shlex.join(changes)}" for name, changes in study.arms.items() if changes)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.config import Recipe, UserError
+from detdistill.data.text import read_file
 from detdistill.experiments.compare import unequal_budgets
 from detdistill.experiments.comparison import Arm, Comparison, Runs, arms_of, load_comparison
 from detdistill.experiments.studies import ALONE, Study
@@ -116,13 +117,13 @@ def rows_of(run: Path) -> list[Row]:
     """The rows of ``metrics.jsonl`` that can be read."""
     rows: list[Row] = []
     try:
-        lines = RunFolder(run).metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_file(RunFolder(run).metrics_file).decode("utf-8", errors="replace").splitlines()
+    except UserError:
         return rows
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int | float):
             rows.append({key: value for key, value in row.items() if isinstance(value, int | float)})
@@ -140,8 +141,8 @@ def recipe_of(run: Path) -> Recipe | None:
 def json_of(file: Path) -> dict[str, Any]:
     """A JSON object, empty where there is none to be read."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(read_file(file))
+    except (UserError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

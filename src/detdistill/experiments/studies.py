@@ -148,6 +148,8 @@ def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = Non
     known = {"recipe", "teacher", "seeds", "arms"}
     if not isinstance(tree, dict) or not {"recipe", "arms"} <= tree.keys() <= known:
         raise UserError(f"{path}: a study has the keys recipe, arms and perhaps teacher, seeds")
+    if not isinstance(tree["recipe"], str) or not tree["recipe"]:
+        raise UserError(f"{path}: recipe is the path of a recipe file; got {tree['recipe']!r:.60}")
     if not isinstance(tree["arms"], dict) or not tree["arms"]:
         raise UserError(f"{path}: arms are written NAME: METHOD, one to a line")
     seeds = tree.get("seeds", 3)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detdistill.config import UserError
+from detdistill.data.text import read_text
 from detdistill.models.backbones import group_norm_of
 from detdistill.models.cascade_rcnn import STAGES
 
@@ -114,8 +115,8 @@ def read_config(path: Path) -> Config:
         UserError: it cannot be read, or has no whole ``model``.
     """
     try:
-        config = parse_config(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        config = parse_config(read_text(path))
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a config ({error})") from error
     if not _is_whole(config):
         raise UserError(f"{path}: has no whole `model`; give the config with all its bases written out")

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from detdistill.config import ModelConfig, UserError
+from detdistill.data.text import read_file
 from detdistill.models.spec import first_fault
 
 RTDETR = "rt_detr"
@@ -133,8 +134,8 @@ def _as_version_2(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a configuration")

@@ -35,6 +35,7 @@ from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
 from detdistill.data.fingerprint import fingerprint
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
+from detdistill.data.text import read_file
 from detdistill.distillation.weighting import RATIO
 from detdistill.models.weights import file_hash, find_weights
 from detdistill.training.checkpoint import PREVIOUS, load_checkpoint, save_checkpoint
@@ -221,10 +222,10 @@ class RunFolder:
         if not self.result_file.exists():
             return None
         try:
-            found: dict[str, Any] = json.loads(self.result_file.read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(read_file(self.result_file))
             found["metrics"] = {k: math.nan if v is None else float(v) for k, v in found["metrics"].items()}
             found["status"], found["per_class"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.result_file}: damaged ({error!r}); delete it, and the same command ends the run anew"
             ) from error
@@ -264,10 +265,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not file.exists():
         return None
+    try:
+        return read_file(file).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(
             f"{file}: damaged, it is no text; delete it, or start the run anew with --fresh"
