@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from detdistill.config import DataConfig, UserError
+from detdistill.data.coco import find_coco
 from detdistill.data.inspect import inspect_data
+from detdistill.data.label_maps import read_numbers
 from detdistill.data.loading import open_data, usable_splits
 from detdistill.data.text import distinct_names, read_lines, read_text
 from detdistill.data.unlabelled import find_unlabelled
@@ -179,3 +181,15 @@ def test_names_that_no_file_has_are_missing_files(tmp_path, write_yolo, write_vo
         find_unlabelled(config.model_copy(update={"unlabelled": name + ".gone"}))
     with pytest.raises(UserError, match="no such images"):
         usable_splits(config.model_copy(update={"train": name + ".gone"}), ["train"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_refused_instead_of_waited_for(tmp_path):
+    pipe = tmp_path / "classes.json"
+    os.mkfifo(pipe)
+    assert find_coco(tmp_path) == {}
+    for read in (read_text, read_numbers):
+        with pytest.raises(UserError, match=r"classes\.json: is a pipe or a device"):
+            read(pipe)
+    with pytest.raises(UserError, match=r"no such file .classes\.json."):
+        open_data(DataConfig(root=tmp_path, format="coco", train="classes.json", val="classes.json"))

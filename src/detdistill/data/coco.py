@@ -36,6 +36,7 @@ from detdistill.data.cleaning import (
 from detdistill.data.images import image_sizes
 from detdistill.data.packed import Packed
 from detdistill.data.records import Finding, Masks, Records, Split, encode_id, encode_segmentation
+from detdistill.data.text import require_regular
 
 ROBOFLOW_NAME = "_annotations.coco.json"
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -211,6 +212,7 @@ class _Lists(NamedTuple):
 
 def _load(path: Path) -> _Lists:
     try:
+        require_regular(path)
         data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such annotation file; check data.root, data.train and data.val") from None
@@ -638,11 +640,12 @@ def _looks_like_coco(file: Path) -> bool:
     """By its ends: the lists of images or annotations begin or end it (``categories`` alone are Label Studio's
     notes on a YOLO export)."""
     try:
+        require_regular(file)
         with file.open("rb") as opened:
             start = opened.read(4096)
             opened.seek(max(0, file.stat().st_size - 4096))
             end = opened.read()
-    except OSError:
+    except (OSError, UserError):
         return False
     if not start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
         return False

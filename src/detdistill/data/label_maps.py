@@ -34,7 +34,7 @@ from detdistill.data.layout import (
     labels_folder,
 )
 from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Records, Split
-from detdistill.data.text import distinct_names, read_text
+from detdistill.data.text import distinct_names, read_text, require_regular
 from detdistill.data.voc import find_voc, read_image_set
 
 # Cityscapes' published table (cityscapesscripts/helpers/labels.py): name and labelId by trainId.
@@ -63,6 +63,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
         UserError: the file is missing, cannot be decoded, or holds colours or numbers outside 0…255.
     """
     try:
+        require_regular(path)
         with Image.open(path) as image:
             pixels = np.asarray(image)  # of a palette: the indices
     except FileNotFoundError:

@@ -32,16 +32,26 @@ def read_file(path: Path) -> bytes:
         UserError: the file is missing or cannot be read; one line with the file.
     """
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-            raise UserError(f"{path}: is {what}, not a file; give a text file")
+        require_regular(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; restore it or correct its path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}); correct its path or its permissions") from None
+
+
+def require_regular(path: Path) -> None:
+    """Refuse to open a folder, a pipe (which would wait forever) or a device.
+
+    Raises:
+        UserError: it is one of these.
+        OSError: there is nothing at the path.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{path}: is {what}, not a file; put the file in its place")
 
 
 def decode_text(data: bytes, path: Path) -> str:
