@@ -134,7 +134,8 @@ def _raiser(error: BaseException) -> Callable[..., None]:
     ("error", "code", "said"),
     [
         (UserError("mend this"), 2, "error: mend this\n"),
-        (torch.OutOfMemoryError("tried to allocate"), 2, "lower training.batch_size"),
+        (torch.OutOfMemoryError("tried to allocate"), 2, "error: the memory is full: lower the batch size"),
+        (UnicodeEncodeError("utf-8", "a\ud800b", 1, 2, "surrogates"), 2, "error: 'a\\ud800b' is no valid text"),
         (
             OSError(errno.ENOSPC, "No space left on device", "last.pt"),
             2,
@@ -218,7 +219,7 @@ def test_a_signalled_run(recipe: Path, sent: signal.Signals, code: int) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
     assert "Traceback" not in err
-    assert "the same command resumes from" in out
+    assert "; the same command resumes from there" in out
     assert (recipe.parent / "run" / "checkpoints" / "last.pt").is_file()
 
 

@@ -64,6 +64,15 @@ def test_check_and_train_refuse_the_same(recipe, tmp_path, capsys, override, mes
         assert "Traceback" not in shown
 
 
+def test_batch_norm_over_one_value_is_refused_where_the_images_decide_on_the_size(recipe, tmp_path, capsys):
+    tree = {**RECIPE, "student": {**RECIPE["student"], "strides": [8, 16, 32]}}
+    tree["data"] = {**tree["data"], "image_size": 64}
+    recipe.write_text(yaml.safe_dump(tree))
+    small = ["training.batch_size=1", "training.augment.crop_size=[24,24]"]
+    assert main(["train", str(recipe), *small, "--out", str(tmp_path / "run")]) == 2
+    assert "BatchNorm has one value per channel" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [("0", "0"), ("-1", "-1"), ("1000000", "1000000")])
 def test_sizes_on_the_command_line(recipe, tmp_path, capsys, size):
     assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
@@ -94,7 +103,12 @@ def test_weights_that_cannot_be_downloaded_are_refused_at_once(monkeypatch, tmp_
     monkeypatch.setattr(backbones, "getproxies", dict)
     monkeypatch.setattr(backbones, "HUB_TIMEOUT_S", 0.2)
     monkeypatch.setattr(backbones.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(60))
+
+    def silent(*_: object) -> None:
+        time.sleep(5)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", silent)
     started = time.monotonic()
     with pytest.raises(UserError, match="not in the local cache and cannot be downloaded"):
         Backbone("mobilenetv3_small_050", (8, 16, 32), pretrained=True)

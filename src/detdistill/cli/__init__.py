@@ -65,7 +65,7 @@ def _explain(error: Exception) -> int:
 
 
 def _message_for_user(error: Exception) -> str | None:
-    """One line for what the user can mend, None for a bug."""
+    """One line for what the user can fix, None for a bug."""
     from pydantic import ValidationError
 
     from detdistill.config import UserError
@@ -82,6 +82,8 @@ def _message_for_user(error: Exception) -> str | None:
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib, Python < 3.13
         return " ".join(str(error).split())
+    if isinstance(error, UnicodeEncodeError):  # half of a character, as JSON and YAML can write it
+        return f"{str(error.object)[:80]!r} is no valid text; write it anew"
     full = "can't allocate memory" in str(error) or "not enough memory" in str(error)  # torch, on a CPU
     if full or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "the memory is full: lower the batch size or the input size, or raise training.accumulate"

@@ -203,9 +203,9 @@ class _Trainer:
         except Stop:
             if self.saved < self.step:
                 self._save()
+            self.display.note(f"stopped at step {self.step}; the same command resumes from there")
             if self.request.interrupted:
                 raise KeyboardInterrupt from None
-            self.display.note(f"stopped at step {self.step}; the same command resumes from there")
             raise SystemExit(PREEMPTED) from None
         except KeyboardInterrupt:
             self.display.note(
@@ -226,9 +226,17 @@ class _Trainer:
             group["lr"] = group["base_lr"] * factor
         self.pair.at_step(self.step, self.total_steps)
         self.model.train()
-        outcome = optimisation_step(
-            self.accelerator, self.model, self.optimizer, micro_batches, self.step, self.config
-        )
+        try:
+            outcome = optimisation_step(
+                self.accelerator, self.model, self.optimizer, micro_batches, self.step, self.config
+            )
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"step {self.step}: BatchNorm has one value per channel to average over: raise "
+                "training.batch_size or student.size, or give student.norm: frozen"
+            ) from error
         self.pending.append(outcome)
         if self.ema is not None:
             self.ema.update(self.pair.student, self.step)
