@@ -3,6 +3,7 @@
 #   make test     the test suite              make lint   style, types and the order of imports
 #   make test-long   what takes minutes: every family learns eight photographs, every family teaches every other
 #   make bench    the benchmarks, small       make docs   links, commands and keys in the documentation
+#   make fuzz     600 mutations of what a user can give: no traceback, no hang, nothing wrong in silence
 #   make paper-mini  the paper's tables on small sets: hours; stopped, it goes on where it was
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: setup demo test test-long lint format bench docs paper-mini clean
+.PHONY: setup demo test test-long lint format bench fuzz docs paper-mini clean
 
 setup: $(READY)
 
@@ -47,6 +48,10 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/step_cost.py --size 128 128 --rounds 3
 	$(BIN)/python benchmarks/evaluator.py --images 300
+
+# Mutated recipes, data, weights, run folders and arguments: counts tracebacks, hangs and silent acceptances.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py $(FLAGS)
 
 # What it needs and how it takes parts: benchmarks/paper_mini.py.
 paper-mini: setup

@@ -247,6 +247,16 @@ def test_a_run_stopped_at_any_moment_resumes_exactly(make_recipe, tmp_path, monk
     assert evaluations[0] == evaluations[1]
 
 
+def test_another_number_of_processes_is_said_not_to_be_exact(make_recipe, tmp_path, monkeypatch, capsys):
+    recipe, run = make_recipe(), tmp_path / "run"
+    _begun(recipe, run, monkeypatch)
+    state = load_checkpoint(run / "checkpoints" / "last.pt")
+    assert state["processes"] == 1
+    save_checkpoint(run / "checkpoints" / "last.pt", {**state, "processes": 4})
+    train(recipe, run)
+    assert "1 processes resume what 4 began" in capsys.readouterr().out
+
+
 def test_a_second_interrupt_does_not_wait_for_the_step(make_recipe, tmp_path, monkeypatch):
     def slow(*args, **kwargs):
         signal.raise_signal(signal.SIGINT)
