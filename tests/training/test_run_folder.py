@@ -254,7 +254,7 @@ def test_another_number_of_processes_is_said_not_to_be_exact(make_recipe, tmp_pa
     assert state["processes"] == 1
     save_checkpoint(run / "checkpoints" / "last.pt", {**state, "processes": 4})
     train(recipe, run)
-    assert "1 processes resume what 4 began" in capsys.readouterr().out
+    assert "resumed with 1 instead of 4 processes" in capsys.readouterr().out
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(make_recipe, tmp_path, monkeypatch):

@@ -440,7 +440,7 @@ class _Trainer:
         before, now = state.get("processes"), self.accelerator.num_processes
         if before not in (None, now):
             self.display.note(
-                f"warning: {now} processes resume what {before} began: each sees other images and random "
+                f"warning: resumed with {now} instead of {before} processes: each sees other images and random "
                 "numbers, so the result is not exactly that of an uninterrupted run"
             )
 
