@@ -73,6 +73,12 @@ def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
+def test_closed_streams_are_no_bug(tmp_path: Path) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        done = subprocess.run(f"{sys.executable} -m detdistill models {closed}", shell=True, check=False)
+        assert done.returncode == 0
+
+
 # --- exit codes ------------------------------------------------------------------------------------------
 
 

@@ -92,6 +92,8 @@ def print_evaluation(
 
     split = evaluation.split
     say(f"{split.name} of {split.source}: {len(split)} images")
+    for kind, count in split.warning_counts().items():
+        say(f"dropped or changed: {count} × {kind} (see `detdistill check`)")
     masks = {n.removeprefix("mask_"): value for n, value in numbers.items() if n.startswith("mask_")}
     boxes = {n: value for n, value in numbers.items() if n.removeprefix("mask_") == n}
     if masks and isinstance(evaluation, DetectionEvaluation) and evaluation.coco_masks is not None:

@@ -197,7 +197,10 @@ class ModelConfig(Section):
         if value is None:
             return value
         if value[:1] not in ((2,), (4,), (8,), (16,), (32,)) or any(b != 2 * a for a, b in pairwise(value)):
-            raise ValueError(f"strides must double from level to level, as 8, 16, 32; got {list(value)[:20]}")
+            raise ValueError(
+                "strides begin at 2, 4, 8, 16 or 32 and double from level to level, as 8, 16, 32; got "
+                f"{list(value)[:20]}"
+            )
         if value[-1] > COARSEST_STRIDE:
             raise ValueError(f"strides end at {COARSEST_STRIDE} at most; got {list(value)[:20]}")
         return value

@@ -32,6 +32,15 @@ def _escape(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON and YAML can hold halves of characters, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
     """Lines of a Markdown table, the first row being its head."""
     head, *body = ([_cell(cell) for cell in row] for row in rows)

@@ -208,3 +208,23 @@ def test_an_image_that_is_missing_from_its_folder_is_not_taken_from_another(tmp_
     write_image(tmp_path / "images" / "a" / "1.png")
     write_image(tmp_path / "images" / "2.png")
     assert [finding.kind for finding in read_coco(file, None, "train").errors] == ["missing image"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "\ud800", "a\udfff"])
+def test_a_class_without_a_name_that_can_be_written_is_refused(tmp_path, write_coco, name):
+    file = write_coco(tmp_path / "a.json", tmp_path, categories=[{"id": 7, "name": name}])
+    with pytest.raises(UserError, match="needs an integer id and a name"):
+        read_coco(file, tmp_path, "train")
+
+
+@pytest.mark.parametrize("first", [2**53 + 1, 2**62, 7])
+def test_neighboring_category_ids_stay_apart(tmp_path, write_coco, first):
+    """Also where a float could not tell them from each other."""
+    box = {"image_id": 1, "bbox": [4, 6, 10, 20]}
+    annotations = [{**box, "id": i, "category_id": first + i % 2} for i in range(3)]
+    categories = [{"id": first, "name": "cat"}, {"id": first + 1, "name": "dog"}]
+    file = write_coco(tmp_path / "a.json", tmp_path, categories=categories, annotations=annotations)
+    split = read_coco(file, tmp_path, "train")
+    assert split.category_ids == (first, first + 1)
+    assert split.records[0].labels_K.tolist() == [0, 1, 0]
+    assert split.findings == []

@@ -55,6 +55,12 @@ def test_of_few_images_one_is_held_out(tmp_path, write_coco, images, val):
     assert len(open_data(DataConfig(root=tmp_path, val="0.1%"))["val"]) == val
 
 
+def test_each_part_keeps_an_image(tmp_path, write_coco):
+    write_coco(tmp_path / "train.json", tmp_path / "images", images=6)
+    splits = open_data(DataConfig(root=tmp_path, val="99.99%"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1, "val": 5}
+
+
 @pytest.mark.parametrize("val", ["0%", "100%"])
 def test_a_share_that_leaves_nothing_is_refused(tmp_path, write_coco, val):
     write_coco(tmp_path / "train.json", tmp_path / "images")

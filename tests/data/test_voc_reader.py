@@ -88,3 +88,11 @@ def test_a_chosen_class_need_not_be_in_val(tmp_path, write_voc, voc_object):
     assert splits["val"].errors == []
     with pytest.raises(UserError, match="did you mean 'cat'"):
         open_data(DataConfig(root=tmp_path, classes=("cats",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "ignored"), [("1", True), ("1.0", True), ("TRUE", True), ("yes", True), ("0", False), ("", False)]
+)
+def test_difficult_as_tools_write_it(tmp_path, write_voc, voc_object, text, ignored):
+    write_voc(tmp_path, {"train": {"a": voc_object("dog", 1, 1, 20, 20, difficult=text)}})
+    assert read_voc(tmp_path, "train", "train").records[0].ignore_K.tolist() == [ignored]

@@ -237,3 +237,12 @@ def test_auto_weight_passes_over_a_gradient_of_zero_or_nan():
     assert weight.factor.item() == pytest.approx(6.0)  # the first measurement counts whole
     weight.update(torch.tensor(3.0), torch.tensor(4.0))
     assert weight.factor.item() == pytest.approx(3.0)  # half the way from 6 to 1.5, in logarithms
+
+
+def test_a_loss_term_of_the_student_is_not_replaced_by_a_method_of_its_name():
+    student = detector()
+    losses = student.losses
+    student.losses = lambda raw, batch: {"ima": sum(losses(raw, batch).values())}
+    pair = Pair(student, detector(channels=24, seed=1), ["ima"]).train()
+    with pytest.raises(UserError, match="have a term 'ima', as a method is called"):
+        pair(*batch())

@@ -367,7 +367,7 @@ def test_what_an_arm_cannot_be_is_said_before_any_runs(recipe, tmp_path, capsys,
 def test_damaged_runs_and_those_of_another_version_are_told_in_a_line(recipe, tmp_path, capsys) -> None:
     out = tmp_path / "out"
     folder = RunFolder(out / "alone" / "0")
-    folder.open(load_recipe(recipe, ("teacher=null", "methods=[]")), resume=True)
+    folder.begin(load_recipe(recipe, ("teacher=null", "methods=[]")))
     folder.write_result("finished", {"AP": 0.1}, {})
     command = ["compare", str(recipe), "none", "mimic", "--seeds", "1", "--out", str(out)]
     folder.recipe_file.write_text(folder.recipe_file.read_text() + "obsolete: 3\n")

@@ -302,3 +302,40 @@ def test_pipes_in_a_run_folder_are_refused_instead_of_waited_for(tmp_path):
         os.mkfifo(file)
         with pytest.raises(UserError, match=f"{file.name}: is a pipe or a device"):
             read()
+
+
+# --- starting anew ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"student": {"backbone": "nonsense"}},
+        {"teacher": "nowhere", "methods": ["mimic"]},
+        {"methods": ["fgdx"]},
+        {"data": {"root": "nowhere"}},
+        {"student": {"size": (30000, 30000)}},
+    ],
+)
+def test_a_fresh_run_that_cannot_start_leaves_what_was_there(make_recipe, teacher_file, tmp_path, fault):
+    train(make_recipe(training={"max_steps": 1}), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()}
+    recipe = make_recipe(**{"teacher": str(teacher_file), "methods": ["mimic"], **fault})
+    with pytest.raises(UserError):
+        train(recipe, tmp_path, resume=False)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_run_does_not_replace_the_weights_that_it_needs(make_recipe, tmp_path, role):
+    run = tmp_path / "run"
+    train(make_recipe(training={"max_steps": 1}), run)
+    before = (run / "student.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(run)
+    for weights in (run, tmp_path / "link", run / "best.safetensors"):
+        needs = {"teacher": str(weights), "methods": ["mimic"]}
+        needs = needs if role == "teacher" else {"student": {"weights": str(weights)}}
+        for resume in (True, False):
+            with pytest.raises(UserError, match="which the recipe needs: choose another run folder"):
+                train(make_recipe(**needs), run, resume=resume)
+    assert (run / "student.safetensors").read_bytes() == before

@@ -37,6 +37,7 @@ from detdistill.data.images import image_sizes
 from detdistill.data.packed import Packed
 from detdistill.data.records import Finding, Masks, Records, Split, encode_id, encode_segmentation
 from detdistill.data.text import require_regular
+from detdistill.text import is_text
 
 ROBOFLOW_NAME = "_annotations.coco.json"
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -262,6 +263,14 @@ def _number(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
+def _integer(value: Any) -> int | None:
+    """A whole number, also one that is written as text; None for what is none."""
+    if type(value) is int:
+        return value
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
+
+
 # --- categories ------------------------------------------------------------------------------------------
 
 
@@ -275,12 +284,12 @@ def _categories(rows: Sequence[Any], source: Path) -> list[_Category]:
     """By rising id."""
     categories = []
     for row in rows:
-        number = _number(row.get("id")) if isinstance(row, dict) else None
-        if number is None or not number.is_integer() or "name" not in row:
-            shown = str(row)[:80]
-            raise UserError(f"{source}: category {shown} needs an integer id and a name; add them")
+        number = _integer(row.get("id")) if isinstance(row, dict) else None
+        name = str(row.get("name", "")) if isinstance(row, dict) else ""
+        if number is None or not name.strip() or not is_text(name):
+            raise UserError(f"{source}: category {str(row)[:80]!r} needs an integer id and a name; add them")
         group = row.get("supercategory")
-        categories.append(_Category(int(number), str(row["name"]), group if isinstance(group, str) else None))
+        categories.append(_Category(number, name, group if isinstance(group, str) else None))
     if not categories:
         raise UserError(f"{source}: no categories; list the classes under 'categories'")
     _refuse_doubles([category.id for category in categories], "id", source)

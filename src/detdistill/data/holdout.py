@@ -32,12 +32,14 @@ def hold_out(train: Split, share: float) -> dict[str, Split]:
     """Train and val, cut by the images' file names: an image stays where it is when others come.
 
     What Roboflow made of one photograph (``NAME.rf.HASH.jpg``) stays together. Of few images the share is not
-    exact; val has at least one. What was wrong with the annotations is told of train.
+    exact; each part has at least one. What was wrong with the annotations is told of train.
     """
     draws_N = np.array([_draw(Path(path).stem) for path in train.records.paths.texts()])
     held_N = draws_N < share
     if not held_N.any() and len(held_N) > 1:
         held_N[draws_N.argmin()] = True
+    if held_N.all() and len(held_N) > 1:
+        held_N[draws_N.argmax()] = False
     rest, val = (train.records.take(np.flatnonzero(part)) for part in (~held_N, held_N))
     return {"train": replace(train, records=rest), "val": replace(train, name="val", records=val, findings=[])}
 

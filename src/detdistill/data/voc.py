@@ -246,7 +246,7 @@ def _object(
     # One that ends where it starts is a slip of the mouse, not an object of one pixel. Tools that count from 0
     # write 0 for the edge, which must not become -1.
     box = corners if x2 <= x1 or y2 <= y1 else [x1 - 1 if x1 >= 1 else x1, y1 - 1 if y1 >= 1 else y1, x2, y2]
-    difficult = node.findtext("difficult", "0").strip() in ("1", "true", "True")
+    difficult = node.findtext("difficult", "0").strip().lower() in ("1", "1.0", "true", "yes")
     return RawObject(box, label_of[class_name], name, ignore=difficult)
 
 

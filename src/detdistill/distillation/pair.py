@@ -199,6 +199,11 @@ class Pair(nn.Module):
             share = len(unlabelled) / (len(images) + len(unlabelled))
             terms |= {name: torch.lerp(terms[name], more[name], share) for name in free}
         for name, weight in active.items():
+            if name in losses:
+                raise UserError(
+                    f"the student's losses have a term {name!r}, as a method is called: name it otherwise in "
+                    "wrap(..., losses=...)"
+                )
             factor = self._auto(name).factor if name in self.auto else 1.0
             losses[name] = weight * factor * terms[name]
         if self.training and self.total_steps is None:

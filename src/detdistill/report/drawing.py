@@ -18,6 +18,7 @@ from detdistill.data.records import UNLABELLED
 from detdistill.text import printable
 
 CROWD = 30  # boxes from which their labels would hide the image
+LONGEST = 4096  # pixels to which a side is enlarged at most
 MASK_OPACITY = 0.4
 NOTE_COLOR = (34, 37, 43)
 PADDING = 2  # pixels around a label's text
@@ -68,7 +69,8 @@ def draw_detections(
         (3, H', W') uint8 on the CPU.
     """
     image = image_3HW.cpu()
-    factor = max(1, -(-shortest // min(image.shape[-2:])))
+    enlarged = min(-(-shortest // min(image.shape[-2:])), LONGEST // max(image.shape[-2:]))
+    factor = max(1, enlarged)
     if factor > 1:
         image = F.interpolate(image[None], scale_factor=factor, mode="nearest")[0]
     if "semantic" in detections:

@@ -89,7 +89,7 @@ def train(
     folder = RunFolder(run)
     with folder.held(), stop_request() as request:
         folder.open(recipe, resume=resume)
-        done = folder.ended(recipe)
+        done = folder.ended(recipe) if resume else None
         if done is not None:
             if student is not None:
                 student.exported.load_state_dict(load_file(folder.student_file))
@@ -170,6 +170,8 @@ class _Trainer:
 
     def run(self) -> TrainResult:
         try:
+            self.folder.begin(self.recipe, write=self.accelerator.is_main_process)
+            self.accelerator.wait_for_everyone()
             self._resume()
             status = "finished"
             started = time.perf_counter() - self.seconds

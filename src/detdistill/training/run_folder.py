@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from detdistill.config import Recipe, UserError, dump_recipe, load_recipe
+from detdistill.config import ModelConfig, Recipe, UserError, dump_recipe, load_recipe
 from detdistill.data.fingerprint import fingerprint
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
@@ -56,6 +56,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._fresh = False  # what is there is about to be replaced
+        self._mark: str | None = None  # the data's fingerprint
 
     recipe_file = property(lambda self: self.path / "recipe.yaml")
     metrics_file = property(lambda self: self.path / "metrics.jsonl")
@@ -90,22 +92,28 @@ class RunFolder:
             yield
 
     def open(self, recipe: Recipe, *, resume: bool) -> None:
-        """Make the folder, or check that it holds the same recipe.
+        """Check that a run of this recipe may begin or go on here; nothing is written yet.
+
+        Args:
+            resume: go on with what is there; else :meth:`begin` deletes it.
 
         Raises:
-            UserError: the folder holds another recipe's run, or something that is no run.
+            UserError: the folder holds another recipe's run, something that is no run, or the recipe's own
+                teacher or weights.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: choose another run folder")
-        if not resume:
-            old = (
-                self.metrics_file, self.checkpoint_file, self.checkpoint_file.with_name(PREVIOUS),
-                self.result_file, self.student_file, self.best_file, self.data_file, self.teacher_file,
-            )  # fmt: skip
-            for file in old:
-                file.unlink(missing_ok=True)
-        elif self.recipe_file.exists() and (
-            self.has_checkpoint or self.result_file.exists() or self.metrics_file.exists()
+        self._fresh = not resume
+        for section in (recipe.teacher, recipe.student):
+            weights = _weights(section)
+            if weights is not None and weights.resolve().parent == self.path.resolve():
+                raise UserError(
+                    f"{self.path} holds {weights}, which the recipe needs: choose another run folder with --out"
+                )
+        if (
+            resume
+            and self.recipe_file.exists()
+            and (self.has_checkpoint or self.result_file.exists() or self.metrics_file.exists())
         ):
             differing = self.differences(recipe)
             if differing:
@@ -113,12 +121,29 @@ class RunFolder:
                     f"{self.path} holds a run of another recipe ({', '.join(differing[:5])} differ): choose "
                     "another folder with --out, or --fresh to start it anew"
                 )
-            if self.ended(recipe) is not None:
-                return  # nothing of an ended run is written again
+
+    def begin(self, recipe: Recipe, *, write: bool = True) -> None:
+        """Delete what a fresh run replaces and write what the run is; once all that it needs has been found.
+
+        Args:
+            write: false in all processes of a run but one.
+        """
+        fresh, self._fresh = self._fresh, False
+        if not write:
+            return
+        if fresh:
+            old = (
+                self.metrics_file, self.checkpoint_file, self.checkpoint_file.with_name(PREVIOUS),
+                self.result_file, self.student_file, self.best_file, self.data_file, self.teacher_file,
+            )  # fmt: skip
+            for file in old:
+                file.unlink(missing_ok=True)
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, dump_recipe(recipe))
-        if (teacher := _teacher_weights(recipe)) is not None:
+        if (teacher := _weights(recipe.teacher)) is not None:
             write_atomically(self.teacher_file, file_hash(teacher))
+        if self._mark is not None:
+            write_atomically(self.data_file, self._mark)
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2))
 
     def recipe(self) -> Recipe:
@@ -130,11 +155,15 @@ class RunFolder:
         try:
             return load_recipe(self.recipe_file)
         except UserError as error:
-            raise UserError(f"{error}; the run cannot go on: start it anew with --fresh") from None
+            raise UserError(
+                f"{error}; delete the file to resume the run unchecked, or start it anew with --fresh"
+            ) from None
 
     @property
     def has_checkpoint(self) -> bool:
-        return self.checkpoint_file.exists() or self.checkpoint_file.with_name(PREVIOUS).exists()
+        """Whether there is something to resume from."""
+        files = (self.checkpoint_file, self.checkpoint_file.with_name(PREVIOUS))
+        return not self._fresh and any(file.exists() for file in files)
 
     def differences(self, recipe: Recipe) -> list[str]:
         """The settings in which the run differs from a recipe; and its teacher's file, if that has changed.
@@ -142,7 +171,7 @@ class RunFolder:
         A teacher or a dataset that lies elsewhere now, and is the same, is no difference.
         """
         found = differences(self.recipe(), recipe)
-        teacher, known = _teacher_weights(recipe), _text(self.teacher_file)
+        teacher, known = _weights(recipe.teacher), _text(self.teacher_file)
         if teacher is not None and known is not None:
             if file_hash(teacher) != known:
                 found.append(f"the content of {teacher}")
@@ -166,7 +195,7 @@ class RunFolder:
                 f"{self.path} began with other annotations than those of {splits['train'].source} now: choose "
                 "another folder with --out, or --fresh to start it anew"
             )
-        write_atomically(self.data_file, mark)
+        self._mark = mark
 
     def log(self, row: Row) -> None:
         """Append a row; undefined numbers (an AP of sizes that do not occur) are left out."""
@@ -291,12 +320,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _teacher_weights(recipe: Recipe) -> Path | None:
-    """The teacher's file, if it is there: without it a run cannot start, but its results can be read."""
-    if recipe.teacher is None or recipe.teacher.weights in (None, "torchvision"):
+def _weights(section: ModelConfig | None) -> Path | None:
+    """A model's file, if it is there: without it a run cannot start, but its results can be read."""
+    if section is None or section.weights in (None, "torchvision"):
         return None
     try:
-        return find_weights(recipe.teacher.weights)
+        return find_weights(section.weights)
     except UserError:
         return None
 
