@@ -146,6 +146,7 @@ ORIENTED = (
 def oriented(file, layout, orientation):
     """An image of (24, 40) stored pixels with this orientation tag; False where Pillow cannot write it."""
     kind = layout.split()[0]
+    Image.init()  # all plugins
     if kind.upper() not in Image.SAVE:
         return False
     ramp = np.zeros((24, 40, 3), np.uint8)

@@ -15,7 +15,7 @@ from detdistill.data.coco import find_coco
 from detdistill.data.inspect import inspect_data
 from detdistill.data.label_maps import read_numbers
 from detdistill.data.loading import open_data, usable_splits
-from detdistill.data.text import distinct_names, read_lines, read_text
+from detdistill.data.text import distinct_names, read_class_names, read_lines, read_text
 from detdistill.data.unlabelled import find_unlabelled
 
 ENCODINGS = {
@@ -193,3 +193,13 @@ def test_pipes_are_refused_instead_of_waited_for(tmp_path):
             read(pipe)
     with pytest.raises(UserError, match=r"no such file .classes\.json."):
         open_data(DataConfig(root=tmp_path, format="coco", train="classes.json", val="classes.json"))
+
+
+def test_a_blank_line_among_class_names_is_refused_and_not_skipped(tmp_path):
+    """It would move the numbers of all classes after it."""
+    file = tmp_path / "classes.txt"
+    file.write_text("cat\n\ndog\n")
+    with pytest.raises(UserError, match="class 1 has an empty name"):
+        read_class_names(file)
+    file.write_text("cat\ndog\n\n \n")
+    assert read_class_names(file) == ("cat", "dog")

@@ -96,3 +96,10 @@ def test_a_chosen_class_need_not_be_in_val(tmp_path, write_voc, voc_object):
 def test_difficult_as_tools_write_it(tmp_path, write_voc, voc_object, text, ignored):
     write_voc(tmp_path, {"train": {"a": voc_object("dog", 1, 1, 20, 20, difficult=text)}})
     assert read_voc(tmp_path, "train", "train").records[0].ignore_K.tolist() == [ignored]
+
+
+def test_a_namespace_hides_no_object(tmp_path, write_voc, voc_object):
+    write_voc(tmp_path, {"train": {"a": voc_object("dog", 1, 1, 20, 20)}})
+    file = tmp_path / "Annotations" / "a.xml"
+    file.write_text(file.read_text().replace("<annotation>", '<annotation xmlns="urn:x">'))
+    assert len(read_voc(tmp_path, "train", "train").records[0].labels_K) == 1

@@ -254,7 +254,7 @@ def test_errors(make_record, make_split, tmp_path: Path):
 
 def test_file_errors(tmp_path: Path):
     truth, results = tmp_path / "truth.json", tmp_path / "results.json"
-    with pytest.raises(UserError, match=r"truth\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"truth\.json: no such file"):
         coco_ap_from_files(truth, results)
     truth.write_text(json.dumps({"images": [{"id": 1}], "annotations": [], "categories": []}))
     results.write_text("{}")

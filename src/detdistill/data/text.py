@@ -76,17 +76,22 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: as :func:`read_text`.
     """
-    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return [line.strip() for line in lines if line.strip()]
+    return _lines(path, blank=False)
+
+
+def _lines(path: Path, blank: bool) -> list[str]:
+    """The lines without surrounding space; with ``blank`` also empty ones, but for those at the end."""
+    text = read_text(path).rstrip().replace("\r\n", "\n").replace("\r", "\n")
+    return [line.strip() for line in text.split("\n") if line.strip() or (blank and text)]
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The class names of a file that has one on each line.
+    """The class names of a file that has one on each line; a class's number is that of its line, from 0.
 
     Raises:
         UserError: as :func:`read_text`; or there is no name, or one occurs twice.
     """
-    return distinct_names(read_lines(path), path)
+    return distinct_names(_lines(path, blank=True), path)
 
 
 def distinct_names(names: Iterable[str], source: Path) -> tuple[str, ...]:

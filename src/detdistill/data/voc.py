@@ -197,7 +197,10 @@ def _xml(source: Path) -> Element:
     encoding = declared[1].decode() if declared else "utf-8"
     try:
         # Expat itself knows UTF-8, UTF-16 and those of one byte; not, for instance, GBK.
-        return ElementTree.fromstring(data.decode(encoding) if declared else data)
+        tree = ElementTree.fromstring(data.decode(encoding) if declared else data)
+        for node in tree.iter():
+            node.tag = node.tag.rpartition("}")[2]  # of a namespace
+        return tree
     except LookupError:
         raise UserError(f"{source}: declares the unknown encoding {encoding}; save it as UTF-8") from None
     except UnicodeError:

@@ -75,6 +75,8 @@ def load_checkpoint(file: Path) -> dict[str, Any] | None:
 
 def _damage(file: Path) -> str | None:
     """What is wrong with a checkpoint's bytes; None of a whole one."""
+    if not file.is_file():
+        return "it is a folder, a pipe or a device"
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
