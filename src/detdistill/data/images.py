@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import warnings
 from collections.abc import Iterator
 from io import BytesIO
@@ -19,6 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from detdistill.config import UserError
+from detdistill.data.text import require_regular
 
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2",
@@ -71,7 +71,7 @@ def image_sizes(path: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         UserError: the file is missing or its header is no image's.
     """
     try:
-        _require_file(path)
+        require_regular(path)
         with path.open("rb") as file:
             stored, orientation = _header(file, path)
     except OSError as error:
@@ -89,7 +89,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> Tensor:
         UserError: the file is missing or cannot be decoded.
     """
     try:
-        _require_file(path)
+        require_regular(path)
         data = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
@@ -230,11 +230,6 @@ def _as_stored(image: Image.Image) -> Image.Image:
     image.load()
     turned = before in _BACK and ExifTags.Base.Orientation not in image.getexif()
     return image.transpose(_BACK[before]) if turned else image
-
-
-def _require_file(path: Path) -> None:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise UserError(f"{path}: no file but a folder, a pipe or a device; restore the image or drop it")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:

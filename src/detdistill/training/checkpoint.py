@@ -1,6 +1,6 @@
 """What a run resumes from: a file that is whole or is refused, and the one before it.
 
-A checkpoint is torch's zip file, which carries a CRC-32 of each tensor's bytes. It is written beside the last
+A checkpoint is torch's zip file, which carries a CRC-32 of each tensor's bytes. It is written next to the last
 one, forced to disk, read back against these sums, and only then takes the last one's place, which stays as
 ``previous.pt``.
 """

@@ -1,4 +1,4 @@
-"""How a run is told to stop: by a scheduler's signal or Ctrl-C, noticed between two steps."""
+"""How a run is asked to stop: by a scheduler's signal or Ctrl-C, noticed between two steps."""
 
 from __future__ import annotations
 
