@@ -155,8 +155,15 @@ def children() -> list[int]:
 
 
 def unique(pid: int) -> float:
-    """The memory that would be free if this process ended, in MB."""
-    return memory("Private_Clean", pid, "smaps_rollup") + memory("Private_Dirty", pid, "smaps_rollup")
+    """The memory that would be free if this process ended, in MB, without the images that it hands over."""
+    total, counts = 0, True
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if key.endswith(":"):
+            total += int(values[0]) if counts and key in {"Private_Clean:", "Private_Dirty:"} else 0
+        else:  # the first line of a mapping, with its file
+            counts = not values[-1].startswith("/dev/shm/torch_")
+    return total / 1024
 
 
 MEASURES = {

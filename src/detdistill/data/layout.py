@@ -29,12 +29,20 @@ def find_entry(folder: Path, *parts: str) -> Path | None:
     here = folder
     for part in parts:
         if not os.path.lexists(here / part):
-            match = [name for name in entry_names(here) if name_key(name) == name_key(part)]
-            if not match:
+            match = _spelled_otherwise(here, part)
+            if match is None:
                 return None
-            part = match[0]
+            part = match
         here = here / part
     return here
+
+
+def _spelled_otherwise(folder: Path, part: str) -> str | None:
+    """The first entry, by name, that differs from a name in letter case or Unicode form alone."""
+    key = name_key(part)
+    # Most of a hundred thousand names are out by their length, which letter case does not change in ASCII.
+    same = (name for name in _listed(folder) if len(name) == len(key) or not name.isascii())
+    return min((name for name in same if name_key(name) == key), default=None)
 
 
 def find_folder(folder: Path, *parts: str) -> Path | None:
@@ -49,11 +57,15 @@ def entry_names(folder: Path, suffix: str = "") -> list[str]:
     Args:
         suffix: only names that end with it, in any case.
     """
+    names = _listed(folder)
+    return sorted(name for name in names if name.lower().endswith(suffix) and not name.startswith("._"))
+
+
+def _listed(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)  # noqa: PTH208 - names, a hundred thousand of them
+        return os.listdir(folder)  # noqa: PTH208 - names, a hundred thousand of them
     except OSError:
         return []
-    return sorted(name for name in names if name.lower().endswith(suffix) and not name.startswith("._"))
 
 
 def describe_folder(folder: Path, most: int = 10) -> str:
