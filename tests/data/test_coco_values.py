@@ -107,7 +107,10 @@ def test_odd_rows_change_nothing_for_the_others(tmp_path, write_coco):
     """One odd row sends its neighbors, and NaN the whole file, another way: what is read is the same."""
     rng = np.random.default_rng(0)
     boxes = rng.uniform(0, 20, (1500, 4)).round(2).tolist()
-    rows = [_box(k + 1, image_id=k % 5 + 1, bbox=box, segmentation=_SQUARE) for k, box in enumerate(boxes)]
+    rows = [
+        _box(k + 1, image_id=k % 5 + 1, bbox=[x, y, w, h], segmentation=[[x, y, x + w, y, x + w, y + h]])
+        for k, (x, y, w, h) in enumerate(boxes)
+    ]
     plain = _read(tmp_path, write_coco, rows, images=5).records
     for odd in (_box(0, iscrowd="0", image_id=99), _box(0, image_id=99, area=float("nan"))):
         split = _read(tmp_path, write_coco, [*rows[:700], odd, *rows[700:]], images=5)
@@ -240,6 +243,40 @@ def test_a_dropped_polygon_is_counted(tmp_path, write_coco):
     assert list(split.records[0].masks) == [_SQUARE]
 
 
+_SMALL = np.zeros((48, 64), np.uint8)
+_SMALL[30:33, 40:43] = 1
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "dropped"),
+    [
+        ([[40, 6, 50, 6, 50, 26]], True),
+        ([[400, 600, 410, 600, 410, 620]], True),  # outside the image
+        ([[0.06, 0.12, 0.22, 0.12, 0.22, 0.54]], True),  # in fractions of the image
+        ([[0, 0, 64, 0, 64, 48]], True),  # of all the image
+        ({"size": [48, 64], "counts": oracle.encode(np.asfortranarray(_SMALL))["counts"].decode()}, True),
+        ({"size": [48, 64], "counts": [48 * 64]}, True),  # no pixel
+        ([[4, 6, 9, 6, 9, 16]], False),  # a quarter of the box
+        ([[4, 6, 9, 6, 9, 11], [9, 11, 14, 11, 14, 26]], False),
+        ([[-900, 6, 14, 6, 14, 26]], False),  # cut to the image first, as boxes are
+    ],
+)
+def test_a_mask_far_from_its_box_is_dropped_and_its_box_stands_in(tmp_path, write_coco, segmentation, dropped):
+    whole = [_box(k, segmentation=_SQUARE) for k in (1, 2)]
+    split = _read(tmp_path, write_coco, [*whole, _box(3, segmentation=segmentation)])
+    assert split.warning_counts() == ({"misplaced mask": 1, "missing mask": 1} if dropped else {})
+    assert list(split.records[0].masks) == [_SQUARE, _SQUARE, _SQUARE if dropped else segmentation]
+    assert not dropped or "annotation 3 of image 1 has its mask at" in str(split.findings[0])
+
+
+def test_where_all_masks_are_far_from_their_boxes_the_message_says_so(tmp_path, write_coco):
+    far = [_box(k, segmentation=[[40, 6, 50, 6, 50, 26]]) for k in (1, 2, 3)]
+    split = _read(tmp_path, write_coco, far)
+    assert not split.has_masks
+    assert split.warning_counts() == {"misplaced mask": 3, "too few masks": 1}
+    assert len(split.records.labels_M) == 3
+
+
 def test_where_all_masks_are_unusable_the_message_says_so(tmp_path, write_coco):
     flat = [_box(k, segmentation=_SQUARE[0]) for k in (1, 2, 3)]
     split = _read(tmp_path, write_coco, flat)
@@ -290,4 +327,5 @@ def test_what_check_accepts_a_training_step_accepts(tmp_path, write_coco, model,
     kept = sum(list(split.records[0].masks)[k] == one for k, one in enumerate(given_))
     empty = sum(one in (None, [], {}, [[]]) for one in given_)
     counts = split.warning_counts()
-    assert counts["unusable mask"] + counts["polygon dropped"] >= len(given_) - kept - empty
+    dropped = counts["unusable mask"] + counts["misplaced mask"] + counts["polygon dropped"]
+    assert dropped >= len(given_) - kept - empty

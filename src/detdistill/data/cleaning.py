@@ -29,6 +29,7 @@ from detdistill.data.records import (
 )
 
 _ROUNDING = 1.0  # pixels by which a box may leave its image before it is worth a word
+_ELSEWHERE = 0.1  # IoU of a mask's extent and its object's box, below which one of them is wrong
 _MANY_IGNORED = 0.5  # the share of ignored objects above which something is wrong with the flags
 
 
@@ -144,6 +145,27 @@ def check_mask(
     return usable
 
 
+def misplaced(extents_M4: NDArray[np.float32], boxes_M4: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which masks are not of their objects: those whose extent has nearly nothing in common with the box.
+
+    Args:
+        extents_M4: xyxy, of masks, cut to the image; NaN of an object without.
+        boxes_M4: xyxy, of the objects.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        low_M2 = np.maximum(extents_M4[:, :2], boxes_M4[:, :2])
+        both_M = np.clip(np.minimum(extents_M4[:, 2:], boxes_M4[:, 2:]) - low_M2, 0, None).prod(axis=1)
+        areas_M = [(one[:, 2:] - one[:, :2]).prod(axis=1) for one in (extents_M4, boxes_M4)]
+        return np.asarray(both_M < _ELSEWHERE * (areas_M[0] + areas_M[1] - both_M))
+
+
+def mask_finding(name: str, extent: Sequence[float], box: Sequence[float], source: Path) -> Finding:
+    """Of a mask that was dropped since it is :func:`misplaced`; both xyxy in pixels."""
+    where, own = (", ".join(f"{value:g}" for value in corners) for corners in (extent, box))
+    message = f"{name} has its mask at ({where}) and its box at ({own}); the mask was dropped"
+    return Finding("warning", "misplaced mask", source, message, "correct the one that is wrong")
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite number that a float can hold."""
     try:
@@ -190,10 +212,11 @@ def settle_masks(records: Sequence[Record], source: Path, findings: list[Finding
     total, lacking = len(missing_M), int(missing_M.sum())
     if lacking == 0 and total > 0:
         return packed
-    unusable = sum(finding.kind == "unusable mask" for finding in findings)
+    unusable = sum(finding.kind in ("unusable mask", "misplaced mask") for finding in findings)
     if 2 * lacking >= total:
         if lacking < total or unusable:
-            why = f" ({unusable} have a segmentation that cannot be decoded)" if unusable else ""
+            problem = f" ({unusable} have a segmentation that cannot be decoded or is far from the box)"
+            why = problem if unusable else ""
             message = f"only {total - lacking} of {total} objects have a usable mask{why}; masks are not used"
             fix = "correct the segmentations, or remove them" if unusable else "draw masks or remove them"
             findings.append(Finding("warning", "too few masks", source, message, fix))

@@ -28,12 +28,15 @@ from detdistill.data.cleaning import (
     clip_boxes,
     fill_areas,
     is_number,
+    mask_finding,
+    misplaced,
     report_duplicates,
     report_empty,
     select_classes,
     settle_masks,
 )
 from detdistill.data.images import image_sizes
+from detdistill.data.masks import extent_of
 from detdistill.data.packed import Packed
 from detdistill.data.records import Finding, Masks, Records, Split, encode_id, encode_segmentation
 from detdistill.data.text import require_regular
@@ -408,12 +411,14 @@ class _Objects(NamedTuple):
     Attributes:
         ids: of all annotations, also of those that were dropped.
         rows_M: of ``_OBJECT``.
+        extents_M4: xyxy pixels, of their segmentations; NaN where there is none. None where they are not read.
         masks: JSON of their segmentations, empty where there is no usable one; None where they are not read.
         used: the places of all categories that occur.
     """
 
     ids: Sequence[int | str | None]
     rows_M: NDArray[Any]
+    extents_M4: NDArray[np.float64] | None
     masks: list[bytes] | None
     used: set[int]
 
@@ -432,6 +437,7 @@ def _read_objects(
     used: set[int] = set()
     odd: dict[str, list[str]] = defaultdict(list)
     masks: list[bytes] = []
+    extents: list[NDArray[np.float64]] = [np.zeros((0, 4))]
     doubtful: list[int] = []
     rows_M = np.empty(len(rows), _OBJECT)
     count = 0
@@ -461,21 +467,27 @@ def _read_objects(
         part["ignore"] = [bool(row.iscrowd) for row in chunk]
         part["area"] = np.array([row.area for row in chunk], np.float64)  # None becomes NaN
         if with_masks:
-            texts, unclear = _read_masks([row.segmentation for row in chunk])
+            texts, unclear, extents_K4 = _read_masks([row.segmentation for row in chunk])
             doubtful += [len(masks) + k for k in unclear]
             masks += texts
+            extents.append(extents_K4)
     _report_odd(odd, source, findings)
     if len(set(ids)) < len(ids):
         report_duplicates((value for value in ids if value is not None), "annotation id", source, findings)
     objects = rows_M[:count]
+    extents_M4 = np.concatenate(extents)
     for k in doubtful:
         image = objects["image"][k]
         name = f"{_name(ids, objects['place'][k])} of image {images.ids[image]}"
         mask = check_mask(json.loads(masks[k]), images.sizes[image], name, source, findings)
         masks[k] = b"" if mask is None else encode_segmentation(mask)
+        if mask is not None:
+            extents_M4[k] = extent_of(mask, *images.sizes[image])
     with np.errstate(over="ignore", invalid="ignore"):
         objects["box"][:, 2:] += objects["box"][:, :2]
-    return _Objects(ids, objects, masks if with_masks else None, used)
+    if not with_masks:
+        return _Objects(ids, objects, None, None, used)
+    return _Objects(ids, objects, extents_M4, masks, used)
 
 
 def _name(ids: Sequence[int | str | None], place: int) -> str:
@@ -572,33 +584,53 @@ def _report_odd(odd: Mapping[str, Sequence[str]], source: Path, findings: list[F
         findings.append(Finding("warning", f"malformed {key}", source, message, "write a number"))
 
 
-def _read_masks(given: Sequence[msgspec.Raw]) -> tuple[list[bytes], list[int]]:
-    """Segmentations as JSON, empty for an object without; and which of them are not simply polygons."""
+def _read_masks(given: Sequence[msgspec.Raw]) -> tuple[list[bytes], list[int], NDArray[np.float64]]:
+    """Segmentations as JSON, empty for an object without; which of them are not simply polygons; and the
+    extents of the others, (K, 4) xyxy."""
     texts = [bytes(raw) for raw in given]
+    extents_K4 = np.full((len(texts), 4), np.nan)
     if not any(len(text) > len("[]") for text in texts):
-        return [b""] * len(texts), []
+        return [b""] * len(texts), [], extents_K4
     try:
         decoded = _POLYGONS.decode(b"[" + b",".join(text or b"null" for text in texts) + b"]")
     except ValueError:  # run lengths, or something broken
-        return texts, [k for k, text in enumerate(texts) if text]
+        return texts, [k for k, text in enumerate(texts) if text], extents_K4
+    texts = [text if polygons else b"" for text, polygons in zip(texts, decoded, strict=True)]
     doubtful = [
         k
         for k, polygons in enumerate(decoded)
         if polygons and not all(len(part) >= 6 and len(part) % 2 == 0 for part in polygons)
     ]
-    return [text if polygons else b"" for text, polygons in zip(texts, decoded, strict=True)], doubtful
+    for k in doubtful:
+        decoded[k] = None
+    given_K = np.array([bool(polygons) for polygons in decoded])
+    if given_K.any():
+        objects = list(filter(None, decoded))
+        values = np.fromiter(chain.from_iterable(chain.from_iterable(objects)), np.float64).reshape(-1, 2)
+        ends = np.cumsum([len(one[0]) if len(one) == 1 else sum(map(len, one)) for one in objects]) // 2
+        starts = np.concatenate([[0], ends[:-1]])
+        extents_K4[given_K, :2] = np.minimum.reduceat(values, starts)
+        extents_K4[given_K, 2:] = np.maximum.reduceat(values, starts)
+    return texts, doubtful, extents_K4
 
 
 def _records(images: _Images, objects: _Objects, source: Path, findings: list[Finding]) -> Records:
-    """Clip and drop boxes, and bring the objects of each image together."""
+    """Clip and drop boxes, drop masks that are not theirs, and bring the objects of each image together."""
     sizes_N2 = np.array(images.sizes, np.int64).reshape(-1, 2)
     rows_M = objects.rows_M
-    boxes_M4, kept_M, moved_M = clip_boxes(rows_M["box"], sizes_N2[rows_M["image"]].astype(np.float64))
+    sizes_M2 = sizes_N2[rows_M["image"]].astype(np.float64)
+    boxes_M4, kept_M, moved_M = clip_boxes(rows_M["box"], sizes_M2)
     for k in np.flatnonzero(~kept_M | moved_M).tolist():
         image = rows_M["image"][k]
         name, box = _name(objects.ids, rows_M["place"][k]), rows_M["box"][k].tolist()
         size, image_id = images.sizes[image], images.ids[image]
         findings.append(box_finding(name, box, bool(kept_M[k]), size, source, image_id))
+    if objects.masks is not None and objects.extents_M4 is not None:
+        far_M = kept_M & misplaced(clip_boxes(objects.extents_M4, sizes_M2)[0], boxes_M4)
+        for k in np.flatnonzero(far_M).tolist():
+            objects.masks[k] = b""
+            name = f"{_name(objects.ids, rows_M['place'][k])} of image {images.ids[rows_M['image'][k]]}"
+            findings.append(mask_finding(name, objects.extents_M4[k].tolist(), boxes_M4[k].tolist(), source))
     order_M = np.argsort(rows_M["image"], kind="stable")
     order_M = order_M[kept_M[order_M]]
     boxes_M4 = boxes_M4[order_M]
