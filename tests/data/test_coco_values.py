@@ -100,6 +100,24 @@ def test_most_objects_ignored_is_a_warning(tmp_path, write_coco):
         assert ("ignored objects" in kinds) == warned
 
 
+@pytest.mark.parametrize(
+    ("boxes", "severity"),
+    [
+        ([[0.1, 0.2, 0.5, 0.5]] * 2, "error"),
+        ([[0, 0, 1, 1]] * 2, "error"),
+        ([[0.6, 0.7, 0.9, 0.9]] * 2, "error"),  # corners, read as sides
+        ([[0.1, 0.2, 0.5, 0.5], [4, 6, 10, 20], [4, 6, 9, 20]], "warning"),
+        ([[0.1, 0.2, 0.5, 20]] * 2, None),  # a pole
+    ],
+)
+def test_boxes_in_fractions_are_called_so(tmp_path, write_coco, boxes, severity):
+    write_coco(tmp_path / "train.json", tmp_path, annotations=[_box(k, bbox=b) for k, b in enumerate(boxes, 1)])
+    findings = open_data(DataConfig(root=tmp_path))["train"].findings
+    found = [finding for finding in findings if finding.kind == "normalized box"]
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
+    assert not found or "must be in pixels" in str(found[0])
+
+
 # --- the fast way and the other --------------------------------------------------------------------------
 
 

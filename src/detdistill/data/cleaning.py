@@ -30,6 +30,7 @@ from detdistill.data.records import (
 
 _ROUNDING = 1.0  # pixels by which a box may leave its image before it is worth a word
 _ELSEWHERE = 0.1  # IoU of a mask's extent and its object's box, below which one of them is wrong
+_LARGE = 20  # pixels; a box within the first two of such an image is in fractions of it
 _MANY_IGNORED = 0.5  # the share of ignored objects above which something is wrong with the flags
 
 
@@ -321,6 +322,26 @@ def report_ignored(split: Split, findings: list[Finding]) -> None:
         message = f"{ignored} of {total} objects of {split.name} are ignored (COCO's iscrowd, VOC's difficult)"
         fix = "they are neither learned nor measured: clear the flag of those that should be"
         findings.append(Finding("warning", "ignored objects", split.source, message, fix))
+
+
+def report_fractions(split: Split, findings: list[Finding]) -> None:
+    """An error where boxes are in fractions of the image, a warning where a few are: pixels are meant.
+
+    In pixels such a box is in the corner of its image, of one pixel or two.
+    """
+    records = split.records
+    large_M = (np.minimum(records.heights_N, records.widths_N) >= _LARGE)[records.images_M]
+    fractions_M = large_M & (records.boxes_M4.max(axis=1, initial=0) <= 2)  # 2: corners read as (x, y, w, h)
+    count, total = int(fractions_M.sum()), len(fractions_M)
+    if not count:
+        return
+    first = int(np.flatnonzero(fractions_M)[0])
+    box = ", ".join(f"{value:g}" for value in records.boxes_M4[first])
+    example = f"({box}) of image {records.image_id(int(records.images_M[first]))}"
+    message = f"{count} of {total} boxes look normalized (0 to 1), as {example}; they must be in pixels"
+    fix = "multiply them by the width and height of the image"
+    severity: Literal["error", "warning"] = "error" if 2 * count > total else "warning"
+    findings.append(Finding(severity, "normalized box", split.source, message, fix))
 
 
 def select_classes(split: Split, classes: Sequence[str]) -> Split:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
-from detdistill.data.cleaning import relabel, report_ignored
+from detdistill.data.cleaning import relabel, report_fractions, report_ignored
 from detdistill.data.coco import find_coco, open_coco
 from detdistill.data.digits import digits_root
 from detdistill.data.holdout import hold_out, share_of
@@ -82,6 +82,7 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         splits["train"] = splits["train"].evenly(config.limit)
     for split in splits.values():
         report_ignored(split, split.findings)
+        report_fractions(split, split.findings)
     return splits
 
 
