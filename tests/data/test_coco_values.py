@@ -18,6 +18,7 @@ from detdistill.config import DataConfig, UserError
 from detdistill.data.coco import read_coco
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import DetectionDataset, open_data
+from detdistill.evaluation.coco import coco_results
 from detdistill.models import mask_rcnn
 
 _SQUARE = [[4.0, 6.0, 14.0, 6.0, 14.0, 26.0, 4.0, 26.0]]
@@ -54,6 +55,10 @@ def _read(tmp_path, write_coco, annotations, **changes):
         (None, False, []),
         (float("nan"), False, ["malformed iscrowd"]),
         ("crowd", False, ["malformed iscrowd"]),
+        (0.5, False, ["malformed iscrowd"]),
+        (-1, False, ["malformed iscrowd"]),
+        (2, False, ["malformed iscrowd"]),
+        ("2", False, ["malformed iscrowd"]),
         ([1], False, ["malformed iscrowd"]),
     ],
 )
@@ -68,7 +73,9 @@ def test_iscrowd_is_a_number_however_it_is_written(tmp_path, write_coco, value, 
     [
         ("150.5", 150.5, []),
         (None, 200, []),
-        (0, 200, []),
+        (0, 200, ["malformed area"]),
+        (-3.5, 200, ["malformed area"]),
+        (1e300, 200, ["malformed area"]),
         (float("nan"), 200, ["malformed area"]),
         (float("inf"), 200, ["malformed area"]),
         (10**400, 200, ["malformed area"]),
@@ -86,9 +93,32 @@ def test_ids_and_boxes_may_be_text(tmp_path, write_coco):
     boxes = [_box("a", category_id="7", bbox=["4", "6", 10, "20"]), _box(2, category_id=9)]
     split = _read(tmp_path, write_coco, boxes, categories=categories)
     assert split.findings == []
-    assert split.category_ids == (7, 9)
+    assert split.category_ids == ("7", 9)
+    assert split.numeric_ids == (7, 9)
     assert split.records[0].labels_K.tolist() == [0, 1]
     assert split.records[0].boxes_K4[0].tolist() == [4, 6, 14, 26]
+
+
+def test_results_have_ids_as_the_data_write_them(tmp_path, write_coco):
+    categories = [{"id": "7", "name": "cat"}, {"id": "10", "name": "dog"}]
+    write_coco(tmp_path / "train.json", tmp_path, categories=categories)
+    write_coco(tmp_path / "val.json", tmp_path, categories=categories[:1], images=1)
+    val = open_data(DataConfig(root=tmp_path))["val"]
+    found = {"boxes": torch.ones(2, 4), "labels": torch.tensor([1, 0]), "scores": torch.ones(2)}
+    assert [row["category_id"] for row in coco_results(val, [found])] == ["10", "7"]
+
+
+def test_bad_areas_are_one_warning_with_their_number(tmp_path, write_coco):
+    split = _read(tmp_path, write_coco, [_box(k, area=area) for k, area in enumerate([0, 150, -1, "x"], 1)])
+    (finding,) = split.findings
+    assert "the area of 3 annotations is not a number above 0" in finding.message
+
+
+@pytest.mark.parametrize("bbox", ["1234", {"1": 0, "2": 0, "3": 0, "4": 0}, [1, 2, 3], None])
+def test_a_bbox_that_is_no_list_of_four_is_dropped(tmp_path, write_coco, bbox):
+    split = _read(tmp_path, write_coco, [_box(1, bbox=bbox), _box(2)])
+    assert split.warning_counts() == {"malformed box": 1}
+    assert len(split.records.labels_M) == 1
 
 
 def test_most_objects_ignored_is_a_warning(tmp_path, write_coco):

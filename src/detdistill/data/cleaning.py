@@ -363,7 +363,7 @@ def select_classes(split: Split, classes: Sequence[str]) -> Split:
     return relabel(split, classes, lambda name: category_ids[name])
 
 
-def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], int]) -> Split:
+def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], int | str]) -> Split:
     """The split in another list of classes; objects of classes that are not in it are left out."""
     new_label = {name: i for i, name in enumerate(classes)}
     table = np.array([new_label.get(name, -1) for name in split.classes], dtype=np.int64)

@@ -179,7 +179,7 @@ def _read(
         name=name,
         records=replace(records, labels_M=label_of[records.labels_M]),
         classes=tuple(categories[place].name for place in classes_of_file),
-        category_ids=tuple(categories[place].id for place in classes_of_file),
+        category_ids=tuple(categories[place].given for place in classes_of_file),
         source=annotations,
         findings=findings,
     )
@@ -281,6 +281,7 @@ class _Category(NamedTuple):
     id: int
     name: str
     group: str | None  # the supercategory
+    given: int | str  # the id as the file has it, for results: a number, or a number written as text
 
 
 def _categories(rows: Sequence[Any], source: Path) -> list[_Category]:
@@ -292,11 +293,12 @@ def _categories(rows: Sequence[Any], source: Path) -> list[_Category]:
         if number is None or not name.strip() or not is_text(name):
             raise UserError(f"{source}: category {str(row)[:80]!r} needs an integer id and a name; add them")
         group = row.get("supercategory")
-        categories.append(_Category(number, name, group if isinstance(group, str) else None))
+        given = row["id"] if isinstance(row["id"], str) else number
+        categories.append(_Category(number, name, group if isinstance(group, str) else None, given))
     if not categories:
         raise UserError(f"{source}: no categories; list the classes under 'categories'")
     _refuse_doubles([category.id for category in categories], "id", source)
-    return sorted(categories)
+    return sorted(categories, key=lambda category: category.id)
 
 
 def _refuse_doubles(values: Sequence[Any], key: str, source: Path) -> None:
@@ -464,13 +466,26 @@ def _read_objects(
         part["image"] = of_image[places]
         part["label"] = labels[places]
         part["box"] = numbers.reshape(-1, 4)
-        part["ignore"] = [bool(row.iscrowd) for row in chunk]
+        flags = [row.iscrowd for row in chunk]
+        part["ignore"] = [flag == 1 for flag in flags]
+        if not {None, 0, 1}.issuperset(flags):
+            odd["iscrowd"] += [
+                f"{_name(ids, start + place)}: {flag!r}"
+                for place, flag in zip(places.tolist(), flags, strict=True)
+                if flag not in (None, 0, 1)
+            ]
         part["area"] = np.array([row.area for row in chunk], np.float64)  # None becomes NaN
         if with_masks:
             texts, unclear, extents_K4 = _read_masks([row.segmentation for row in chunk])
             doubtful += [len(masks) + k for k in unclear]
             masks += texts
             extents.append(extents_K4)
+    with np.errstate(over="ignore", invalid="ignore"):
+        areas_M = rows_M["area"][:count].astype(np.float32)
+    odd["area"] += [
+        f"{_name(ids, rows_M['place'][k])}: {rows_M['area'][k]:g}"
+        for k in np.flatnonzero((areas_M <= 0) | np.isinf(areas_M)).tolist()
+    ]
     _report_odd(odd, source, findings)
     if len(set(ids)) < len(ids):
         report_duplicates((value for value in ids if value is not None), "annotation id", source, findings)
@@ -570,6 +585,8 @@ def _any_annotation(row: Any, odd: dict[str, list[str]]) -> _Annotation:
 
 
 def _box(bbox: Any) -> tuple[float, float, float, float] | None:
+    if not isinstance(bbox, list):  # not the text "1234" of four digits
+        return None
     try:
         x, y, width, height = map(float, bbox)
     except (TypeError, ValueError, OverflowError):
@@ -578,10 +595,13 @@ def _box(bbox: Any) -> tuple[float, float, float, float] | None:
 
 
 def _report_odd(odd: Mapping[str, Sequence[str]], source: Path, findings: list[Finding]) -> None:
-    for key, found in odd.items():
-        taken = {"iscrowd": "taken as 0", "area": "their box's area is used"}[key]
-        message = f"the {key} of {len(found)} annotations is no number ({found[0]}); {taken}"
-        findings.append(Finding("warning", f"malformed {key}", source, message, "write a number"))
+    for key, wanted, taken in (
+        ("iscrowd", "0 or 1", "taken as 0"),
+        ("area", "a number above 0", "their box's area is used"),
+    ):
+        if found := odd.get(key):
+            message = f"the {key} of {len(found)} annotations is not {wanted} ({found[0]}); {taken}"
+            findings.append(Finding("warning", f"malformed {key}", source, message, f"write {wanted}"))
 
 
 def _read_masks(given: Sequence[msgspec.Raw]) -> tuple[list[bytes], list[int], NDArray[np.float64]]:

@@ -195,14 +195,15 @@ def _agree(train: Split, val: Split, chosen: bool) -> Split:
     return replace(relabel(val, train.classes, lambda name: ids[name]), findings=findings)
 
 
-def _category_ids(train: Split, val: Split) -> dict[str, int]:
+def _category_ids(train: Split, val: Split) -> dict[str, int | str]:
     """Val's own by train's classes; of a class that val lacks train's, where val has no other use for it."""
     own = dict(zip(val.classes, val.category_ids or (), strict=False))
     others = dict(zip(train.classes, train.category_ids or (), strict=False))
-    taken = set(own.values())
-    unused = itertools.count(max([*taken, *others.values()], default=0) + 1)
+    taken = set(val.numeric_ids or ())
+    numbers = dict(zip(train.classes, train.numeric_ids or (), strict=False))
+    unused = itertools.count(max([*taken, *numbers.values()], default=0) + 1)
     return {
-        name: own[name] if name in own else next(unused) if others[name] in taken else others[name]
+        name: own[name] if name in own else next(unused) if numbers[name] in taken else others[name]
         for name in others
     }
 
