@@ -95,7 +95,7 @@ def make_project(root: Path) -> None:
     (root / "yolo" / "data.yaml").write_text(
         yaml.safe_dump({"train": "images/train", "val": "images/val", "names": list(CLASSES)})
     )
-    (root / "maps" / "classes.json").write_text(json.dumps(["none", *CLASSES]))
+    (root / "maps" / "classes.json").write_text(json.dumps({"classes": ["none", *CLASSES]}))
     for name, section in {
         "coco": {"student": STUDENT},
         "voc": {"student": STUDENT},

@@ -243,6 +243,10 @@ def _parse(text: bytes, source: Path) -> Any:
     """JSON as Python reads it: with NaN, numbers of any size, and every Unicode encoding."""
     try:
         return json.loads(text)
+    except UnicodeDecodeError as error:
+        before = text[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
+        byte = f"byte 0x{text[error.start]:02x} after {before!r}"
+        raise UserError(f"{source}: is not UTF-8 ({byte}); save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{source}: not JSON ({error}); it may be cut short: fetch or export it again"
