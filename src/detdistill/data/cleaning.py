@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detdistill.config import UserError, nearest
+from detdistill.config import UserError, names_of, nearest
 from detdistill.data.masks import usable_segmentation
 from detdistill.data.packed import Packed
 from detdistill.data.records import (
@@ -350,6 +350,7 @@ def select_classes(split: Split, classes: Sequence[str]) -> Split:
     Raises:
         UserError: a class that the split does not have, with the nearest name it has.
     """
+    classes = names_of(classes, "classes")
     category_ids = dict(zip(split.classes, split.category_ids or range(len(split.classes)), strict=True))
     for name in classes:
         if name not in category_ids:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from detdistill.config import DataConfig, UserError
+from detdistill.config import DataConfig, UserError, names_of
 from detdistill.data.cleaning import (
     FileIndex,
     RawObject,
@@ -61,6 +61,7 @@ def read_yolo(
     Raises:
         UserError: a folder or list does not exist, or a list cannot be read.
     """
+    classes = names_of(classes, "classes")
     sources = [images] if isinstance(images, Path) else list(images)
     findings: list[Finding] = []
     files = FileIndex()
@@ -94,7 +95,7 @@ def read_yolo(
         findings.append(_no_labels(paths[0], len(records), sources[0]))
     elif not predicted:
         report_empty(name, len(packed), len(packed.labels_M), sources[0], findings)
-    return Split(name, packed, tuple(classes), None, sources[0], findings)
+    return Split(name, packed, classes, None, sources[0], findings)
 
 
 def _folder_of_labels(images: Path) -> Path:
