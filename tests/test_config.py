@@ -381,5 +381,7 @@ def test_no_variable_of_this_machine_is_needed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_lone_overrides_are_not_read_as_their_letters(tmp_path):
-    with pytest.raises(UserError, match=r"overrides is the word 'name=b': give a list of them, as \['name=b'\]"):
+    with pytest.raises(
+        UserError, match=r"overrides is the word 'name=b': give a list of them, as \['name=b'\]"
+    ):
         load_recipe(write(tmp_path, MINIMAL), "name=b")
