@@ -123,7 +123,7 @@ def test_coco_in_latin_1_is_called_not_utf_8(tmp_path, where, write_coco):
     given = {"name": '"cat"', "file_name": '"1.png"'}[where]
     file.write_bytes(file.read_text().replace(given, '"Straße"').encode("latin-1"))
     with pytest.raises(
-        UserError, match=r"train\.json: is not UTF-8 \(byte 0xdf after .*Stra'\); save it"
+        UserError, match=r"train\.json: not JSON in UTF-8 \(byte 0xdf after .*Stra'\); save it"
     ) as error:
         open_data(DataConfig(root=tmp_path))
     assert "\n" not in str(error.value)

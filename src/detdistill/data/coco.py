@@ -246,7 +246,7 @@ def _parse(text: bytes, source: Path) -> Any:
     except UnicodeDecodeError as error:
         before = text[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
         byte = f"byte 0x{text[error.start]:02x} after {before!r}"
-        raise UserError(f"{source}: is not UTF-8 ({byte}); save it as UTF-8") from None
+        raise UserError(f"{source}: not JSON in UTF-8 ({byte}); save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{source}: not JSON ({error}); it may be cut short: fetch or export it again"
