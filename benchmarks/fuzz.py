@@ -95,7 +95,7 @@ def make_project(root: Path) -> None:
     (root / "yolo" / "data.yaml").write_text(
         yaml.safe_dump({"train": "images/train", "val": "images/val", "names": list(CLASSES)})
     )
-    (root / "maps" / "classes.json").write_text(json.dumps(["none", *CLASSES]))
+    (root / "maps" / "classes.json").write_text(json.dumps({"classes": ["none", *CLASSES]}))
     for name, section in {
         "coco": {"student": STUDENT},
         "voc": {"student": STUDENT},
@@ -177,12 +177,14 @@ VALUES: tuple[Any, ...] = (
     10**12, HUGE, "", "0", "1", "no", "nan", "-1", "a" * 5000, "a/../../b", "/etc/passwd", "..", "$x^$",
     "[/b]x", "a|b",
     "\u0000", "\ud800", "\u202e", "é", "e\u0301", ":car:", "\x1b[31m", "<script>", [], {}, [[]], [None], [0, 0],
+    "1234", [0.1, 0.2, 0.3, 0.4], [[900, 900, 950, 900, 950, 950]],
     [1, 2, 3, 4, 5], [[1, 2], [3]], {"a": {"b": [1]}}, ["x"] * 100,
 )  # fmt: skip
 TOKENS = (
     "", "0", "-1", "nan", "inf", "1e400", "9" * 400, "1.5", "0x10", "é", "\u0000", "a b", "<", "&", "%", "'",
     '"',
     "None", "true", "..", "/etc", "\ufeff", "[", "{", "0,5",
+    "0 .5 .5 .2 .2 .9 7", "Object", "&#xD800;", "\\ud800",
 )  # fmt: skip
 
 

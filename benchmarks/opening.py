@@ -81,23 +81,26 @@ def lines_of(
     sides = np.exp(rng.uniform(np.log(8), np.log(320), (objects, 2)))
     corners = rng.uniform(0, 1, (objects, 2)) * (np.array([WIDTH, HEIGHT]) - sides)
     boxes = np.concatenate([corners, sides], axis=1).round(2).tolist()
+    shapes = [outline(rng) for _ in range(500)] if polygons else [("[]", [])]
     owners, labels = (rng.integers(high, size=objects).tolist() for high in (len(names), classes))
-    shapes = [outline(rng) for _ in range(500)] if polygons else ["[]"]
     for k, (box, owner, label) in enumerate(zip(boxes, owners, labels, strict=True)):
+        shape, extent = shapes[k % len(shapes)]
+        box = extent or box
         yield (
-            f'{", " if k else ""}{{"segmentation": {shapes[k % len(shapes)]}, "area": {box[2] * box[3]:.4f}, '
+            f'{", " if k else ""}{{"segmentation": {shape}, "area": {box[2] * box[3]:.4f}, '
             f'"iscrowd": 0, "image_id": {owner}, "bbox": {box}, "category_id": {label + 1}, "id": {k + 1}}}'
         )
     yield "]}"
 
 
-def outline(rng: np.random.Generator) -> str:
-    """A polygon as JSON, anywhere in the image."""
+def outline(rng: np.random.Generator) -> tuple[str, list[float]]:
+    """A polygon as JSON, anywhere in the image, and its box."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(8, 43)))
     radii = rng.uniform(10, 60, (len(angles), 1))
     centre = rng.uniform(70, [WIDTH - 70, HEIGHT - 70])
     corners = centre + radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    return json.dumps([corners.round(2).ravel().tolist()])
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    return json.dumps([corners.round(2).ravel().tolist()]), [*low.tolist(), *(high - low).tolist()]
 
 
 # --- one measurement, in a process of its own ------------------------------------------------------------

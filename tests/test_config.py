@@ -191,6 +191,7 @@ def test_a_teacher_may_be_inherited_from_alone(tmp_path: Path) -> None:
         ("methods.fgd.weight=1", "methods has no item 'fgd'"),
         ("methods.0.name.x=1", "name"),
         ("training=9", "training: input should be a valid dictionary"),
+        ("data.classes=cat", r"data.classes: must be a list, as [a, b] (got 'cat')"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, said: str) -> None:
@@ -377,3 +378,10 @@ def test_dates_stay_text(tmp_path: Path) -> None:
 def test_no_variable_of_this_machine_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {})
     load_recipe(write(tmp_path, MINIMAL))
+
+
+def test_lone_overrides_are_not_read_as_their_letters(tmp_path):
+    with pytest.raises(
+        UserError, match=r"overrides is the word 'name=b': give a list of them, as \['name=b'\]"
+    ):
+        load_recipe(write(tmp_path, MINIMAL), "name=b")

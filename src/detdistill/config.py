@@ -18,6 +18,7 @@ from detdistill.recipe_file import (
     describe,
     expand_method,
     expand_short_forms,
+    names_of,
     nearest,
     read_recipe_file,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "dump_recipe",
     "expand_method",
     "load_recipe",
+    "names_of",
     "nearest",
     "parse_recipe",
 ]

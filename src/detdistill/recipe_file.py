@@ -35,7 +35,7 @@ def read_recipe_file(path: Path, overrides: Iterable[str] = ()) -> tuple[Tree, L
         UserError: a file cannot be read or is no mapping, or an override cannot be applied.
     """
     tree, lines = _read_layers(path, ())
-    for override in overrides:
+    for override in names_of(overrides, "overrides"):
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise UserError(f"{override!r} is no override: write key.sub=value, as training.epochs=12")
@@ -234,6 +234,20 @@ def _position(items: Sequence[Any], key: str) -> int | None:
     return names.index(key) if key in names else None
 
 
+def names_of(given: Iterable[str], what: str) -> tuple[str, ...]:
+    """Several names, as Python's callers give them.
+
+    Args:
+        what: how a message calls them.
+
+    Raises:
+        UserError: it is one text, which would be read as its letters.
+    """
+    if isinstance(given, str):
+        raise UserError(f"{what} is the word {given!r}: give a list of them, as [{given!r}]")
+    return tuple(given)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``did you mean 'x'?`` where one of the known words is near, else what is known."""
     known = sorted(known)
@@ -249,6 +263,8 @@ def describe(error: Any, schema: type[BaseModel], lines: Mapping[tuple[str, ...]
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}; {nearest(at[-1], _known_keys(at[:-1], schema))}"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "tuple_type":
+        message = "must be a list, as [a, b]"
     given = "" if error["type"] in ("value_error", "missing") else f" (got {_short(error['input'])})"
     return f"{where}: {key}: {message[0].lower()}{message[1:]}{given}"
 

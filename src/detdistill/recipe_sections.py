@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from detdistill.text import is_text
+
 # Beyond these a number is a slip: they are above what any machine serves.
 LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
 COARSEST_STRIDE = 1024
@@ -65,6 +67,8 @@ class DataConfig(Section):
     def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and (not value or len(set(value)) < len(value)):
             raise ValueError(f"name at least one class, and each once; got {list(value)}")
+        if value is not None and not all(name.strip() and is_text(name) for name in value):
+            raise ValueError(f"a name is empty or has half a character: correct it; got {list(value)}")
         return value
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from detdistill.config import UserError
 from detdistill.data.cleaning import RawObject, make_record, select_classes, settle_masks
 from detdistill.data.records import Finding, Split
+from detdistill.data.yolo import read_yolo
 
 _NUMBER = st.one_of(st.floats(), st.floats(-50, 150), st.integers(-5, 105).map(float), st.just(1e-9))
 _SOURCE = Path("labels.json")
@@ -83,3 +84,10 @@ def test_classes_are_selected_in_the_order_asked_for():
         select_classes(split, ["cows"])
     with pytest.raises(UserError, match="twice"):
         select_classes(split, ["cow", "cow"])
+
+
+def test_a_lone_class_name_is_not_read_as_its_letters(tmp_path):
+    split = Split("train", [], ("c", "a", "t"), None, _SOURCE)
+    for read in (lambda: select_classes(split, "cat"), lambda: read_yolo(tmp_path, "train", "cat")):
+        with pytest.raises(UserError, match="classes is the word 'cat': give a list of them"):
+            read()

@@ -18,6 +18,7 @@ from detdistill.config import DataConfig, UserError
 from detdistill.data.coco import read_coco
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import DetectionDataset, open_data
+from detdistill.evaluation.coco import coco_results
 from detdistill.models import mask_rcnn
 
 _SQUARE = [[4.0, 6.0, 14.0, 6.0, 14.0, 26.0, 4.0, 26.0]]
@@ -54,6 +55,10 @@ def _read(tmp_path, write_coco, annotations, **changes):
         (None, False, []),
         (float("nan"), False, ["malformed iscrowd"]),
         ("crowd", False, ["malformed iscrowd"]),
+        (0.5, False, ["malformed iscrowd"]),
+        (-1, False, ["malformed iscrowd"]),
+        (2, False, ["malformed iscrowd"]),
+        ("2", False, ["malformed iscrowd"]),
         ([1], False, ["malformed iscrowd"]),
     ],
 )
@@ -68,7 +73,9 @@ def test_iscrowd_is_a_number_however_it_is_written(tmp_path, write_coco, value, 
     [
         ("150.5", 150.5, []),
         (None, 200, []),
-        (0, 200, []),
+        (0, 200, ["malformed area"]),
+        (-3.5, 200, ["malformed area"]),
+        (1e300, 200, ["malformed area"]),
         (float("nan"), 200, ["malformed area"]),
         (float("inf"), 200, ["malformed area"]),
         (10**400, 200, ["malformed area"]),
@@ -86,9 +93,32 @@ def test_ids_and_boxes_may_be_text(tmp_path, write_coco):
     boxes = [_box("a", category_id="7", bbox=["4", "6", 10, "20"]), _box(2, category_id=9)]
     split = _read(tmp_path, write_coco, boxes, categories=categories)
     assert split.findings == []
-    assert split.category_ids == (7, 9)
+    assert split.category_ids == ("7", 9)
+    assert split.numeric_ids == (7, 9)
     assert split.records[0].labels_K.tolist() == [0, 1]
     assert split.records[0].boxes_K4[0].tolist() == [4, 6, 14, 26]
+
+
+def test_results_have_ids_as_the_data_write_them(tmp_path, write_coco):
+    categories = [{"id": "7", "name": "cat"}, {"id": "10", "name": "dog"}]
+    write_coco(tmp_path / "train.json", tmp_path, categories=categories)
+    write_coco(tmp_path / "val.json", tmp_path, categories=categories[:1], images=1)
+    val = open_data(DataConfig(root=tmp_path))["val"]
+    found = {"boxes": torch.ones(2, 4), "labels": torch.tensor([1, 0]), "scores": torch.ones(2)}
+    assert [row["category_id"] for row in coco_results(val, [found])] == ["10", "7"]
+
+
+def test_bad_areas_are_one_warning_with_their_number(tmp_path, write_coco):
+    split = _read(tmp_path, write_coco, [_box(k, area=area) for k, area in enumerate([0, 150, -1, "x"], 1)])
+    (finding,) = split.findings
+    assert "the area of 3 annotations is not a number above 0" in finding.message
+
+
+@pytest.mark.parametrize("bbox", ["1234", {"1": 0, "2": 0, "3": 0, "4": 0}, [1, 2, 3], None])
+def test_a_bbox_that_is_no_list_of_four_is_dropped(tmp_path, write_coco, bbox):
+    split = _read(tmp_path, write_coco, [_box(1, bbox=bbox), _box(2)])
+    assert split.warning_counts() == {"malformed box": 1}
+    assert len(split.records.labels_M) == 1
 
 
 def test_most_objects_ignored_is_a_warning(tmp_path, write_coco):
@@ -100,6 +130,24 @@ def test_most_objects_ignored_is_a_warning(tmp_path, write_coco):
         assert ("ignored objects" in kinds) == warned
 
 
+@pytest.mark.parametrize(
+    ("boxes", "severity"),
+    [
+        ([[0.1, 0.2, 0.5, 0.5]] * 2, "error"),
+        ([[0, 0, 1, 1]] * 2, "error"),
+        ([[0.6, 0.7, 0.9, 0.9]] * 2, "error"),  # corners, read as sides
+        ([[0.1, 0.2, 0.5, 0.5], [4, 6, 10, 20], [4, 6, 9, 20]], "warning"),
+        ([[0.1, 0.2, 0.5, 20]] * 2, None),  # a pole
+    ],
+)
+def test_boxes_in_fractions_are_called_so(tmp_path, write_coco, boxes, severity):
+    write_coco(tmp_path / "train.json", tmp_path, annotations=[_box(k, bbox=b) for k, b in enumerate(boxes, 1)])
+    findings = open_data(DataConfig(root=tmp_path))["train"].findings
+    found = [finding for finding in findings if finding.kind == "normalized box"]
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
+    assert not found or "must be in pixels" in str(found[0])
+
+
 # --- the fast way and the other --------------------------------------------------------------------------
 
 
@@ -107,7 +155,10 @@ def test_odd_rows_change_nothing_for_the_others(tmp_path, write_coco):
     """One odd row sends its neighbors, and NaN the whole file, another way: what is read is the same."""
     rng = np.random.default_rng(0)
     boxes = rng.uniform(0, 20, (1500, 4)).round(2).tolist()
-    rows = [_box(k + 1, image_id=k % 5 + 1, bbox=box, segmentation=_SQUARE) for k, box in enumerate(boxes)]
+    rows = [
+        _box(k + 1, image_id=k % 5 + 1, bbox=[x, y, w, h], segmentation=[[x, y, x + w, y, x + w, y + h]])
+        for k, (x, y, w, h) in enumerate(boxes)
+    ]
     plain = _read(tmp_path, write_coco, rows, images=5).records
     for odd in (_box(0, iscrowd="0", image_id=99), _box(0, image_id=99, area=float("nan"))):
         split = _read(tmp_path, write_coco, [*rows[:700], odd, *rows[700:]], images=5)
@@ -240,6 +291,40 @@ def test_a_dropped_polygon_is_counted(tmp_path, write_coco):
     assert list(split.records[0].masks) == [_SQUARE]
 
 
+_SMALL = np.zeros((48, 64), np.uint8)
+_SMALL[30:33, 40:43] = 1
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "dropped"),
+    [
+        ([[40, 6, 50, 6, 50, 26]], True),
+        ([[400, 600, 410, 600, 410, 620]], True),  # outside the image
+        ([[0.06, 0.12, 0.22, 0.12, 0.22, 0.54]], True),  # in fractions of the image
+        ([[0, 0, 64, 0, 64, 48]], True),  # of all the image
+        ({"size": [48, 64], "counts": oracle.encode(np.asfortranarray(_SMALL))["counts"].decode()}, True),
+        ({"size": [48, 64], "counts": [48 * 64]}, True),  # no pixel
+        ([[4, 6, 9, 6, 9, 16]], False),  # a quarter of the box
+        ([[4, 6, 9, 6, 9, 11], [9, 11, 14, 11, 14, 26]], False),
+        ([[-900, 6, 14, 6, 14, 26]], False),  # cut to the image first, as boxes are
+    ],
+)
+def test_a_mask_far_from_its_box_is_dropped_and_its_box_stands_in(tmp_path, write_coco, segmentation, dropped):
+    whole = [_box(k, segmentation=_SQUARE) for k in (1, 2)]
+    split = _read(tmp_path, write_coco, [*whole, _box(3, segmentation=segmentation)])
+    assert split.warning_counts() == ({"misplaced mask": 1, "missing mask": 1} if dropped else {})
+    assert list(split.records[0].masks) == [_SQUARE, _SQUARE, _SQUARE if dropped else segmentation]
+    assert not dropped or "annotation 3 of image 1 has its mask at" in str(split.findings[0])
+
+
+def test_where_all_masks_are_far_from_their_boxes_the_message_says_so(tmp_path, write_coco):
+    far = [_box(k, segmentation=[[40, 6, 50, 6, 50, 26]]) for k in (1, 2, 3)]
+    split = _read(tmp_path, write_coco, far)
+    assert not split.has_masks
+    assert split.warning_counts() == {"misplaced mask": 3, "too few masks": 1}
+    assert len(split.records.labels_M) == 3
+
+
 def test_where_all_masks_are_unusable_the_message_says_so(tmp_path, write_coco):
     flat = [_box(k, segmentation=_SQUARE[0]) for k in (1, 2, 3)]
     split = _read(tmp_path, write_coco, flat)
@@ -290,4 +375,5 @@ def test_what_check_accepts_a_training_step_accepts(tmp_path, write_coco, model,
     kept = sum(list(split.records[0].masks)[k] == one for k, one in enumerate(given_))
     empty = sum(one in (None, [], {}, [[]]) for one in given_)
     counts = split.warning_counts()
-    assert counts["unusable mask"] + counts["polygon dropped"] >= len(given_) - kept - empty
+    dropped = counts["unusable mask"] + counts["misplaced mask"] + counts["polygon dropped"]
+    assert dropped >= len(given_) - kept - empty

@@ -324,6 +324,16 @@ def test_a_broken_classes_file(folders: Path) -> None:
             open_data(data(folders))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_more_classes_than_a_label_map_has_numbers(folders: Path, named: bool) -> None:
+    names = [f"class {i}" for i in range(256)]
+    (folders / "classes.json").unlink()
+    if named:
+        (folders / "classes.json").write_text(json.dumps({"classes": names}))
+    with pytest.raises(UserError, match="256 classes; a label map has numbers of 8 bits"):
+        open_data(data(folders, classes=None if named else tuple(names)))
+
+
 # --- augmentation ----------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from detdistill.config import DataConfig, UserError
 from detdistill.data.coco import find_coco
@@ -60,10 +61,72 @@ def test_a_class_name_is_there_once_and_has_a_letter(tmp_path):
     for names, message in (
         (["a", "b", "a"], "classes 0 and 2 have the same name 'a'"),
         (["a", " "], "class 1 has an empty name"),
+        (["a", "\ud800"], r"class 1 has half a character in its name '\\ud800'"),
         ([], "names no class"),
     ):
         with pytest.raises(UserError, match=message):
             distinct_names(names, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc", "label maps", "recipe"])
+def test_half_a_character_in_a_class_name_is_one_line_in_each_format(
+    tmp_path, write_yolo, write_voc, voc_object, form
+):
+    classes = ("\ud800",) if form == "recipe" else None
+    if form == "voc":
+        write_voc(tmp_path, {"train": {"a": voc_object("&#xD800;", 1, 1, 20, 20)}})
+    elif form == "label maps":
+        for part in ("images", "labels"):
+            (tmp_path / part / "train").mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / part / "train" / "a.png")
+        (tmp_path / "classes.json").write_text('{"classes": ["a", "\\ud800"]}')
+    else:
+        write_yolo(tmp_path, {"train": {"a": "0 .5 .5 .5 .5"}})
+        (tmp_path / "data.yaml").write_text('names: ["\\ud800"]\ntrain: images/train\n')
+    with pytest.raises((UserError, ValidationError), match=r"half a character|not XML") as error:
+        usable_splits(DataConfig(root=tmp_path, classes=classes), ["train"])
+    assert form == "recipe" or "\n" not in str(error.value)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [cat, dog]\nnc: 3\n", "nc is 3, and names has 2 classes"),
+        ("names: {0: cat}\nnc: two\n", "nc is two, and names has 1 classes"),
+        ("names: [cat, dog]\nnc: 2\n", None),
+        ("names: [cat, dog]\nnc:\n", None),
+    ],
+)
+def test_the_number_of_classes_is_that_of_their_names(tmp_path, write_yolo, text, message):
+    write_yolo(tmp_path, {"train": {"a": "0 .5 .5 .5 .5"}})
+    (tmp_path / "data.yaml").write_text(f"{text}train: images/train\n")
+    if message is None:
+        assert open_data(DataConfig(root=tmp_path))["train"].classes == ("cat", "dog")
+        return
+    with pytest.raises(UserError, match=message):
+        open_data(DataConfig(root=tmp_path))
+
+
+def test_the_number_of_classes_of_darknet_is_that_of_their_names(tmp_path, write_yolo):
+    write_yolo(tmp_path, {"train": {"a": "0 .5 .5 .5 .5"}})
+    (tmp_path / "obj.names").write_text("cat\ndog\n")
+    (tmp_path / "train.txt").write_text("images/train/a.jpg\n")
+    (tmp_path / "obj.data").write_text("classes = 3\ntrain = train.txt\nnames = obj.names\n")
+    with pytest.raises(UserError, match=r"obj\.data: classes is 3, and names has 2 classes"):
+        open_data(DataConfig(root=tmp_path))
+
+
+@pytest.mark.parametrize("where", ["name", "file_name"])
+def test_coco_in_latin_1_is_called_not_utf_8(tmp_path, where, write_coco):
+    file = write_coco(tmp_path / "train.json", tmp_path, categories=[{"id": 7, "name": "cat"}])
+    given = {"name": '"cat"', "file_name": '"1.png"'}[where]
+    file.write_bytes(file.read_text().replace(given, '"Straße"').encode("latin-1"))
+    with pytest.raises(
+        UserError, match=r"train\.json: not JSON in UTF-8 \(byte 0xdf after .*Stra'\); save it"
+    ) as error:
+        open_data(DataConfig(root=tmp_path))
+    assert "\n" not in str(error.value)
 
 
 # --- each file of each format ----------------------------------------------------------------------------

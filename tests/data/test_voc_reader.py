@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from detdistill.config import DataConfig, UserError
@@ -103,3 +105,49 @@ def test_a_namespace_hides_no_object(tmp_path, write_voc, voc_object):
     file = tmp_path / "Annotations" / "a.xml"
     file.write_text(file.read_text().replace("<annotation>", '<annotation xmlns="urn:x">'))
     assert len(read_voc(tmp_path, "train", "train").records[0].labels_K) == 1
+
+
+def test_tags_in_capitals_hide_no_object(tmp_path, write_voc, voc_object):
+    plain = voc_object("cat", 5, 5, 30, 30)
+    capitals = re.sub(r"</?\w+", lambda tag: tag[0].upper(), plain)
+    write_voc(tmp_path, {"train": {"a": capitals, "b": plain}})
+    file = tmp_path / "Annotations" / "a.xml"
+    file.write_text(file.read_text().replace("annotation>", "Annotation>"))
+    split = read_voc(tmp_path, "train", "train")
+    assert split.findings == []
+    assert [record.boxes_K4.tolist() for record in split.records] == [[[4, 4, 30, 30]]] * 2
+
+
+def test_each_box_of_an_object_is_taken(tmp_path, write_voc, voc_object):
+    first, second = voc_object("cat", 5, 5, 30, 30, difficult=1), voc_object("cat", 9, 9, 40, 40)
+    box = re.search("<bndbox>.*</bndbox>", second)[0]
+    both = first.replace("</object>", f"{box}<bndbox><xmin>1</xmin></bndbox></object>")
+    within = f"<part>{voc_object('dog', 1, 1, 9, 9)}</part>"
+    write_voc(tmp_path, {"train": {"a": both + within}})
+    split = read_voc(tmp_path, "train", "train")
+    record = split.records[0]
+    assert record.boxes_K4.tolist() == [[4, 4, 30, 30], [8, 8, 40, 40], [0, 0, 9, 9]]
+    assert record.ignore_K.tolist() == [True, True, False]
+    assert split.warning_counts() == {"several boxes": 1, "malformed box": 1}
+
+
+def test_another_xml_file_is_no_image_without_objects(tmp_path, write_voc, voc_object):
+    write_voc(tmp_path, {"train": {"a": voc_object("cat", 5, 5, 30, 30), "b": ""}})
+    (tmp_path / "Annotations" / "b.xml").write_text("<html><body>404</body></html>")
+    (error,) = read_voc(tmp_path, "train", "train").errors
+    assert "its root is <html>" in error.message
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00\xff\xfe", b"<html></html>", None])
+def test_a_damaged_first_file_does_not_hide_the_others(tmp_path, write_image, voc_object, damage):
+    for stem in "abc":
+        write_image(tmp_path / f"{stem}.jpg")
+        (tmp_path / f"{stem}.xml").write_text(f"<annotation>{voc_object('cat', 5, 5, 30, 30)}</annotation>")
+    if damage is None:
+        (tmp_path / "a.xml").unlink()
+        (tmp_path / "a.xml").mkdir()
+    else:
+        (tmp_path / "a.xml").write_bytes(damage)
+    split = open_data(DataConfig(root=tmp_path))["train"]
+    assert [finding.kind for finding in split.errors] == ["unreadable annotation"]
+    assert len(split.records) == 2

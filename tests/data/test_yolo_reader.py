@@ -49,6 +49,26 @@ def test_a_bad_row_is_dropped_and_counted(tmp_path, write_yolo, row, kind):
     assert "a.txt" in str(split.findings[0])
 
 
+@pytest.mark.parametrize(
+    ("rows", "boxes"),
+    [
+        (["0 .5 .5 .2 .2 .91", "1 .3 .4 .1 .1 .45"], None),
+        (["0 .5 .5 .2 .2 .91 1", "1 .3 .4 .1 .1 .45 12"], None),
+        (["0 .5 .5 .2 .2 1", "1 .3 .4 .1 .1 12"], None),  # of a tracker without scores
+        (["0 .5 .5 .2 .2 .91 1", "1 .3 .4 .1 .1 .45"], None),
+        (["0 .5 .5 .2 .2 .91", "1 .3 .4 .1 .1"], 1),  # one row alone is dropped
+        (["0 .1 .1 .9 .1 .5 1", "0 .1 .1 .9 .1 .5 0"], 2),  # triangles: the boxes would leave the image
+        (["0 .5 .5 .2 .2 .9 1", "0 .5 .5 .2 .2 .9 .5"], 2),  # no track id
+        (["0 .5 .5 .2 .2 .9 1", "0 .5 .5 .2 .2 1.2 1"], 2),  # no score
+    ],
+)
+def test_predictions_are_no_triangles(tmp_path, write_yolo, rows, boxes):
+    write_yolo(tmp_path, {"train": {"a": rows[0], "b": f"\n{rows[1]}\n", "c": None}})
+    split = read_yolo(tmp_path / "images" / "train", "train", ["cat", "dog"])
+    assert [finding.kind for finding in split.errors] == (["predictions"] if boxes is None else [])
+    assert len(split.records.labels_M) == (boxes or 0)
+
+
 def test_labels_without_images_unreadable_images_and_equal_names(tmp_path, write_yolo, write_image):
     write_yolo(tmp_path, {"train": {"a": "0 .5 .5 .1 .1", "b": "0 .5 .5 .1 .1", "c": ""}})
     (tmp_path / "images" / "train" / "a.jpg").unlink()

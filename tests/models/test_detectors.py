@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detdistill.config import ModelConfig, UserError
 from detdistill.models import Preprocess, faster_rcnn, fcos, gfl, reppoints, retinanet
 from detdistill.models.base import Detector
+from detdistill.models.build import FAMILIES as EVERY_FAMILY
+from detdistill.models.build import build_model
 from detdistill.models.fcos import match_cells
 from detdistill.models.heads import tower
 
 FAMILIES: list[Callable[..., Detector]] = [retinanet, fcos, gfl, reppoints, faster_rcnn]
+
 LOSSES = {
     "RetinaNet": {"classification", "bbox_regression"},
     "FCOS": {"classification", "bbox_regression", "bbox_ctrness"},
@@ -22,6 +26,14 @@ LOSSES = {
     "RepPoints": {"classification", "bbox_regression", "bbox_initial"},
     "FasterRCNN": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"},
 }
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_lone_class_name_is_not_read_as_its_letters(family):
+    with pytest.raises(UserError, match=r"classes is the word 'cat'.*give a list"):
+        EVERY_FAMILY[family]("resnet18", classes="cat")
+    with pytest.raises(UserError, match="classes is the word 'cat'"):
+        build_model(ModelConfig(family=family, backbone="resnet18"), "cat")
 
 
 def small(build: Callable[..., Detector], **options: Any) -> Detector:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detdistill.config import UserError, nearest
+from detdistill.config import UserError, names_of, nearest
 from detdistill.data.masks import usable_segmentation
 from detdistill.data.packed import Packed
 from detdistill.data.records import (
@@ -29,6 +29,8 @@ from detdistill.data.records import (
 )
 
 _ROUNDING = 1.0  # pixels by which a box may leave its image before it is worth a word
+_ELSEWHERE = 0.1  # IoU of a mask's extent and its object's box, below which one of them is wrong
+_LARGE = 20  # pixels; a box within the first two of such an image is in fractions of it
 _MANY_IGNORED = 0.5  # the share of ignored objects above which something is wrong with the flags
 
 
@@ -144,6 +146,27 @@ def check_mask(
     return usable
 
 
+def misplaced(extents_M4: NDArray[np.float32], boxes_M4: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which masks are not of their objects: those whose extent has nearly nothing in common with the box.
+
+    Args:
+        extents_M4: xyxy, of masks, cut to the image; NaN of an object without.
+        boxes_M4: xyxy, of the objects.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        low_M2 = np.maximum(extents_M4[:, :2], boxes_M4[:, :2])
+        both_M = np.clip(np.minimum(extents_M4[:, 2:], boxes_M4[:, 2:]) - low_M2, 0, None).prod(axis=1)
+        areas_M = [(one[:, 2:] - one[:, :2]).prod(axis=1) for one in (extents_M4, boxes_M4)]
+        return np.asarray(both_M < _ELSEWHERE * (areas_M[0] + areas_M[1] - both_M))
+
+
+def mask_finding(name: str, extent: Sequence[float], box: Sequence[float], source: Path) -> Finding:
+    """Of a mask that was dropped since it is :func:`misplaced`; both xyxy in pixels."""
+    where, own = (", ".join(f"{value:g}" for value in corners) for corners in (extent, box))
+    message = f"{name} has its mask at ({where}) and its box at ({own}); the mask was dropped"
+    return Finding("warning", "misplaced mask", source, message, "correct the one that is wrong")
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite number that a float can hold."""
     try:
@@ -190,10 +213,11 @@ def settle_masks(records: Sequence[Record], source: Path, findings: list[Finding
     total, lacking = len(missing_M), int(missing_M.sum())
     if lacking == 0 and total > 0:
         return packed
-    unusable = sum(finding.kind == "unusable mask" for finding in findings)
+    unusable = sum(finding.kind in ("unusable mask", "misplaced mask") for finding in findings)
     if 2 * lacking >= total:
         if lacking < total or unusable:
-            why = f" ({unusable} have a segmentation that cannot be decoded)" if unusable else ""
+            problem = f" ({unusable} have a segmentation that cannot be decoded or is far from the box)"
+            why = problem if unusable else ""
             message = f"only {total - lacking} of {total} objects have a usable mask{why}; masks are not used"
             fix = "correct the segmentations, or remove them" if unusable else "draw masks or remove them"
             findings.append(Finding("warning", "too few masks", source, message, fix))
@@ -300,12 +324,33 @@ def report_ignored(split: Split, findings: list[Finding]) -> None:
         findings.append(Finding("warning", "ignored objects", split.source, message, fix))
 
 
+def report_fractions(split: Split, findings: list[Finding]) -> None:
+    """An error where boxes are in fractions of the image, a warning where a few are: pixels are meant.
+
+    In pixels such a box is in the corner of its image, of one pixel or two.
+    """
+    records = split.records
+    large_M = (np.minimum(records.heights_N, records.widths_N) >= _LARGE)[records.images_M]
+    fractions_M = large_M & (records.boxes_M4.max(axis=1, initial=0) <= 2)  # 2: corners read as (x, y, w, h)
+    count, total = int(fractions_M.sum()), len(fractions_M)
+    if not count:
+        return
+    first = int(np.flatnonzero(fractions_M)[0])
+    box = ", ".join(f"{value:g}" for value in records.boxes_M4[first])
+    example = f"({box}) of image {records.image_id(int(records.images_M[first]))}"
+    message = f"{count} of {total} boxes look normalized (0 to 1), as {example}; they must be in pixels"
+    fix = "multiply them by the width and height of the image"
+    severity: Literal["error", "warning"] = "error" if 2 * count > total else "warning"
+    findings.append(Finding(severity, "normalized box", split.source, message, fix))
+
+
 def select_classes(split: Split, classes: Sequence[str]) -> Split:
     """Keep these classes, in this order; images without them stay, as background.
 
     Raises:
         UserError: a class that the split does not have, with the nearest name it has.
     """
+    classes = names_of(classes, "classes")
     category_ids = dict(zip(split.classes, split.category_ids or range(len(split.classes)), strict=True))
     for name in classes:
         if name not in category_ids:
@@ -319,7 +364,7 @@ def select_classes(split: Split, classes: Sequence[str]) -> Split:
     return relabel(split, classes, lambda name: category_ids[name])
 
 
-def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], int]) -> Split:
+def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], int | str]) -> Split:
     """The split in another list of classes; objects of classes that are not in it are left out."""
     new_label = {name: i for i, name in enumerate(classes)}
     table = np.array([new_label.get(name, -1) for name in split.classes], dtype=np.int64)

@@ -28,12 +28,15 @@ from detdistill.data.cleaning import (
     clip_boxes,
     fill_areas,
     is_number,
+    mask_finding,
+    misplaced,
     report_duplicates,
     report_empty,
     select_classes,
     settle_masks,
 )
 from detdistill.data.images import image_sizes
+from detdistill.data.masks import extent_of
 from detdistill.data.packed import Packed
 from detdistill.data.records import Finding, Masks, Records, Split, encode_id, encode_segmentation
 from detdistill.data.text import require_regular
@@ -176,7 +179,7 @@ def _read(
         name=name,
         records=replace(records, labels_M=label_of[records.labels_M]),
         classes=tuple(categories[place].name for place in classes_of_file),
-        category_ids=tuple(categories[place].id for place in classes_of_file),
+        category_ids=tuple(categories[place].given for place in classes_of_file),
         source=annotations,
         findings=findings,
     )
@@ -240,6 +243,10 @@ def _parse(text: bytes, source: Path) -> Any:
     """JSON as Python reads it: with NaN, numbers of any size, and every Unicode encoding."""
     try:
         return json.loads(text)
+    except UnicodeDecodeError as error:
+        before = text[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
+        byte = f"byte 0x{text[error.start]:02x} after {before!r}"
+        raise UserError(f"{source}: not JSON in UTF-8 ({byte}); save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{source}: not JSON ({error}); it may be cut short: fetch or export it again"
@@ -278,6 +285,7 @@ class _Category(NamedTuple):
     id: int
     name: str
     group: str | None  # the supercategory
+    given: int | str  # the id as the file has it, for results: a number, or a number written as text
 
 
 def _categories(rows: Sequence[Any], source: Path) -> list[_Category]:
@@ -289,11 +297,12 @@ def _categories(rows: Sequence[Any], source: Path) -> list[_Category]:
         if number is None or not name.strip() or not is_text(name):
             raise UserError(f"{source}: category {str(row)[:80]!r} needs an integer id and a name; add them")
         group = row.get("supercategory")
-        categories.append(_Category(number, name, group if isinstance(group, str) else None))
+        given = row["id"] if isinstance(row["id"], str) else number
+        categories.append(_Category(number, name, group if isinstance(group, str) else None, given))
     if not categories:
         raise UserError(f"{source}: no categories; list the classes under 'categories'")
     _refuse_doubles([category.id for category in categories], "id", source)
-    return sorted(categories)
+    return sorted(categories, key=lambda category: category.id)
 
 
 def _refuse_doubles(values: Sequence[Any], key: str, source: Path) -> None:
@@ -408,12 +417,14 @@ class _Objects(NamedTuple):
     Attributes:
         ids: of all annotations, also of those that were dropped.
         rows_M: of ``_OBJECT``.
+        extents_M4: xyxy pixels, of their segmentations; NaN where there is none. None where they are not read.
         masks: JSON of their segmentations, empty where there is no usable one; None where they are not read.
         used: the places of all categories that occur.
     """
 
     ids: Sequence[int | str | None]
     rows_M: NDArray[Any]
+    extents_M4: NDArray[np.float64] | None
     masks: list[bytes] | None
     used: set[int]
 
@@ -432,6 +443,7 @@ def _read_objects(
     used: set[int] = set()
     odd: dict[str, list[str]] = defaultdict(list)
     masks: list[bytes] = []
+    extents: list[NDArray[np.float64]] = [np.zeros((0, 4))]
     doubtful: list[int] = []
     rows_M = np.empty(len(rows), _OBJECT)
     count = 0
@@ -458,24 +470,43 @@ def _read_objects(
         part["image"] = of_image[places]
         part["label"] = labels[places]
         part["box"] = numbers.reshape(-1, 4)
-        part["ignore"] = [bool(row.iscrowd) for row in chunk]
+        flags = [row.iscrowd for row in chunk]
+        part["ignore"] = [flag == 1 for flag in flags]
+        if not {None, 0, 1}.issuperset(flags):
+            odd["iscrowd"] += [
+                f"{_name(ids, start + place)}: {flag!r}"
+                for place, flag in zip(places.tolist(), flags, strict=True)
+                if flag not in (None, 0, 1)
+            ]
         part["area"] = np.array([row.area for row in chunk], np.float64)  # None becomes NaN
         if with_masks:
-            texts, unclear = _read_masks([row.segmentation for row in chunk])
+            texts, unclear, extents_K4 = _read_masks([row.segmentation for row in chunk])
             doubtful += [len(masks) + k for k in unclear]
             masks += texts
+            extents.append(extents_K4)
+    with np.errstate(over="ignore", invalid="ignore"):
+        areas_M = rows_M["area"][:count].astype(np.float32)
+    odd["area"] += [
+        f"{_name(ids, rows_M['place'][k])}: {rows_M['area'][k]:g}"
+        for k in np.flatnonzero((areas_M <= 0) | np.isinf(areas_M)).tolist()
+    ]
     _report_odd(odd, source, findings)
     if len(set(ids)) < len(ids):
         report_duplicates((value for value in ids if value is not None), "annotation id", source, findings)
     objects = rows_M[:count]
+    extents_M4 = np.concatenate(extents)
     for k in doubtful:
         image = objects["image"][k]
         name = f"{_name(ids, objects['place'][k])} of image {images.ids[image]}"
         mask = check_mask(json.loads(masks[k]), images.sizes[image], name, source, findings)
         masks[k] = b"" if mask is None else encode_segmentation(mask)
+        if mask is not None:
+            extents_M4[k] = extent_of(mask, *images.sizes[image])
     with np.errstate(over="ignore", invalid="ignore"):
         objects["box"][:, 2:] += objects["box"][:, :2]
-    return _Objects(ids, objects, masks if with_masks else None, used)
+    if not with_masks:
+        return _Objects(ids, objects, None, None, used)
+    return _Objects(ids, objects, extents_M4, masks, used)
 
 
 def _name(ids: Sequence[int | str | None], place: int) -> str:
@@ -558,6 +589,8 @@ def _any_annotation(row: Any, odd: dict[str, list[str]]) -> _Annotation:
 
 
 def _box(bbox: Any) -> tuple[float, float, float, float] | None:
+    if not isinstance(bbox, list):  # not the text "1234" of four digits
+        return None
     try:
         x, y, width, height = map(float, bbox)
     except (TypeError, ValueError, OverflowError):
@@ -566,39 +599,62 @@ def _box(bbox: Any) -> tuple[float, float, float, float] | None:
 
 
 def _report_odd(odd: Mapping[str, Sequence[str]], source: Path, findings: list[Finding]) -> None:
-    for key, found in odd.items():
-        taken = {"iscrowd": "taken as 0", "area": "their box's area is used"}[key]
-        message = f"the {key} of {len(found)} annotations is no number ({found[0]}); {taken}"
-        findings.append(Finding("warning", f"malformed {key}", source, message, "write a number"))
+    for key, wanted, taken in (
+        ("iscrowd", "0 or 1", "taken as 0"),
+        ("area", "a number above 0", "their box's area is used"),
+    ):
+        if found := odd.get(key):
+            message = f"the {key} of {len(found)} annotations is not {wanted} ({found[0]}); {taken}"
+            findings.append(Finding("warning", f"malformed {key}", source, message, f"write {wanted}"))
 
 
-def _read_masks(given: Sequence[msgspec.Raw]) -> tuple[list[bytes], list[int]]:
-    """Segmentations as JSON, empty for an object without; and which of them are not simply polygons."""
+def _read_masks(given: Sequence[msgspec.Raw]) -> tuple[list[bytes], list[int], NDArray[np.float64]]:
+    """Segmentations as JSON, empty for an object without; which of them are not simply polygons; and the
+    extents of the others, (K, 4) xyxy."""
     texts = [bytes(raw) for raw in given]
+    extents_K4 = np.full((len(texts), 4), np.nan)
     if not any(len(text) > len("[]") for text in texts):
-        return [b""] * len(texts), []
+        return [b""] * len(texts), [], extents_K4
     try:
         decoded = _POLYGONS.decode(b"[" + b",".join(text or b"null" for text in texts) + b"]")
     except ValueError:  # run lengths, or something broken
-        return texts, [k for k, text in enumerate(texts) if text]
+        return texts, [k for k, text in enumerate(texts) if text], extents_K4
+    texts = [text if polygons else b"" for text, polygons in zip(texts, decoded, strict=True)]
     doubtful = [
         k
         for k, polygons in enumerate(decoded)
         if polygons and not all(len(part) >= 6 and len(part) % 2 == 0 for part in polygons)
     ]
-    return [text if polygons else b"" for text, polygons in zip(texts, decoded, strict=True)], doubtful
+    for k in doubtful:
+        decoded[k] = None
+    given_K = np.array([bool(polygons) for polygons in decoded])
+    if given_K.any():
+        objects = list(filter(None, decoded))
+        values = np.fromiter(chain.from_iterable(chain.from_iterable(objects)), np.float64).reshape(-1, 2)
+        ends = np.cumsum([len(one[0]) if len(one) == 1 else sum(map(len, one)) for one in objects]) // 2
+        starts = np.concatenate([[0], ends[:-1]])
+        extents_K4[given_K, :2] = np.minimum.reduceat(values, starts)
+        extents_K4[given_K, 2:] = np.maximum.reduceat(values, starts)
+    return texts, doubtful, extents_K4
 
 
 def _records(images: _Images, objects: _Objects, source: Path, findings: list[Finding]) -> Records:
-    """Clip and drop boxes, and bring the objects of each image together."""
+    """Clip and drop boxes, drop masks that are not theirs, and bring the objects of each image together."""
     sizes_N2 = np.array(images.sizes, np.int64).reshape(-1, 2)
     rows_M = objects.rows_M
-    boxes_M4, kept_M, moved_M = clip_boxes(rows_M["box"], sizes_N2[rows_M["image"]].astype(np.float64))
+    sizes_M2 = sizes_N2[rows_M["image"]].astype(np.float64)
+    boxes_M4, kept_M, moved_M = clip_boxes(rows_M["box"], sizes_M2)
     for k in np.flatnonzero(~kept_M | moved_M).tolist():
         image = rows_M["image"][k]
         name, box = _name(objects.ids, rows_M["place"][k]), rows_M["box"][k].tolist()
         size, image_id = images.sizes[image], images.ids[image]
         findings.append(box_finding(name, box, bool(kept_M[k]), size, source, image_id))
+    if objects.masks is not None and objects.extents_M4 is not None:
+        far_M = kept_M & misplaced(clip_boxes(objects.extents_M4, sizes_M2)[0], boxes_M4)
+        for k in np.flatnonzero(far_M).tolist():
+            objects.masks[k] = b""
+            name = f"{_name(objects.ids, rows_M['place'][k])} of image {images.ids[rows_M['image'][k]]}"
+            findings.append(mask_finding(name, objects.extents_M4[k].tolist(), boxes_M4[k].tolist(), source))
     order_M = np.argsort(rows_M["image"], kind="stable")
     order_M = order_M[kept_M[order_M]]
     boxes_M4 = boxes_M4[order_M]

@@ -298,12 +298,19 @@ def open_label_folders(config: DataConfig) -> dict[str, Split]:
     for split, given in (("train", config.train), ("val", config.val)):
         if given is not None:
             folders[split] = _given_folder(root, given, split)
-    named, ignored = _class_file(find_entry(root, "classes.json"))
+    class_file = find_entry(root, "classes.json")
+    named, ignored = _class_file(class_file)
     classes = named or config.classes
     if classes is None:
         raise UserError(
             f'{root}: nothing names the classes; write classes.json ({{"classes": [...]}}) or set data.classes '
             f"in the order of the numbers; the folder holds {describe_folder(root)}"
+        )
+    if len(classes) > UNLABELLED:
+        where = f"{class_file if named else root}: {'' if named else 'data.classes: '}"
+        raise UserError(
+            f"{where}{len(classes)} classes; a label map has numbers of 8 bits, 0…{UNLABELLED - 1} for "
+            f"classes: name {UNLABELLED} at most"
         )
     code = numbered(classes, ignored)
     splits = {}
@@ -351,7 +358,7 @@ def _class_file(file: Path | None) -> tuple[tuple[str, ...] | None, int]:
     tree = tree if isinstance(tree, dict) else {}
     names, ignored = tree.get("classes"), tree.get("ignore_index", UNLABELLED)
     names = names if isinstance(names, list) and all(type(name) in (str, int) for name in names) else []
-    right = 0 < len(names) <= UNLABELLED and type(ignored) is int and 0 <= ignored <= UNLABELLED
+    right = len(names) > 0 and type(ignored) is int and 0 <= ignored <= UNLABELLED
     if not right:
         raise UserError(
             f'{file}: write {{"classes": [names, each once, by number], "ignore_index": {UNLABELLED}}}'

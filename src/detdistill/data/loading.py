@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
-from detdistill.data.cleaning import relabel, report_ignored
+from detdistill.data.cleaning import relabel, report_fractions, report_ignored
 from detdistill.data.coco import find_coco, open_coco
 from detdistill.data.digits import digits_root
 from detdistill.data.holdout import hold_out, share_of
@@ -82,6 +82,7 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         splits["train"] = splits["train"].evenly(config.limit)
     for split in splits.values():
         report_ignored(split, split.findings)
+        report_fractions(split, split.findings)
     return splits
 
 
@@ -194,14 +195,15 @@ def _agree(train: Split, val: Split, chosen: bool) -> Split:
     return replace(relabel(val, train.classes, lambda name: ids[name]), findings=findings)
 
 
-def _category_ids(train: Split, val: Split) -> dict[str, int]:
+def _category_ids(train: Split, val: Split) -> dict[str, int | str]:
     """Val's own by train's classes; of a class that val lacks train's, where val has no other use for it."""
     own = dict(zip(val.classes, val.category_ids or (), strict=False))
     others = dict(zip(train.classes, train.category_ids or (), strict=False))
-    taken = set(own.values())
-    unused = itertools.count(max([*taken, *others.values()], default=0) + 1)
+    taken = set(val.numeric_ids or ())
+    numbers = dict(zip(train.classes, train.numeric_ids or (), strict=False))
+    unused = itertools.count(max([*taken, *numbers.values()], default=0) + 1)
     return {
-        name: own[name] if name in own else next(unused) if others[name] in taken else others[name]
+        name: own[name] if name in own else next(unused) if numbers[name] in taken else others[name]
         for name in others
     }
 

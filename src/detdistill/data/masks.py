@@ -18,13 +18,25 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]
         segmentation: polygons ``[[x1, y1, x2, y2, …], …]`` in pixels (the object is their union), or run
             lengths ``{"size": [height, width], "counts": …}`` with counts as a list or compressed.
     """
+    return np.asarray(hotmask.decode(_compressed(segmentation, height, width))).astype(bool)
+
+
+def _compressed(segmentation: Any, height: int, width: int) -> Any:
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes):
         counts = segmentation["counts"]
-        rle = {**segmentation, "counts": counts.encode() if isinstance(counts, str) else counts}
-    else:
-        rle = hotmask.frPyObjects(segmentation, height, width)
-        rle = hotmask.merge(rle) if isinstance(rle, list) else rle
-    return np.asarray(hotmask.decode(rle)).astype(bool)
+        return {**segmentation, "counts": counts.encode() if isinstance(counts, str) else counts}
+    rle = hotmask.frPyObjects(segmentation, height, width)
+    return hotmask.merge(rle) if isinstance(rle, list) else rle
+
+
+def extent_of(segmentation: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    """The box around a segmentation that can be decoded, xyxy in pixels; polygons are not clipped."""
+    if isinstance(segmentation, list):
+        xs = [x for polygon in segmentation for x in polygon[::2]]
+        ys = [y for polygon in segmentation for y in polygon[1::2]]
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, w, h = map(float, hotmask.toBbox(_compressed(segmentation, height, width)))
+    return x, y, x + w, y + h
 
 
 def encode_mask(mask_HW: NDArray[np.bool_]) -> dict[str, Any]:

@@ -315,7 +315,7 @@ class Split:
     name: str
     records: Records
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...] | None  # the source's own, in the order of ``classes``; None: it has none
+    category_ids: tuple[int | str, ...] | None  # the source's, in the order of ``classes``; None: it has none
     source: Path  # the annotation file or folder
     findings: list[Finding] = field(default_factory=list)
 
@@ -331,6 +331,12 @@ class Split:
         if count >= total:
             return self
         return replace(self, records=self.records.take(np.arange(count) * total // count))
+
+    @property
+    def numeric_ids(self) -> tuple[int, ...] | None:
+        """The category ids as numbers, also those that the source writes as text."""
+        ids = self.category_ids
+        return None if ids is None else tuple(i if isinstance(i, int) else int(float(i)) for i in ids)
 
     @property
     def has_masks(self) -> bool:

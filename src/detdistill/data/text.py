@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from detdistill.config import UserError
+from detdistill.text import is_text
 
 _UTF_16_OR_32 = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # first: UTF-16's mark begins UTF-32's
@@ -98,14 +99,16 @@ def distinct_names(names: Iterable[str], source: Path) -> tuple[str, ...]:
     """Class names, each of them once: classes are matched by name everywhere.
 
     Raises:
-        UserError: there is no name, an empty one, or one occurs twice.
+        UserError: there is no name, an empty one, one that is no text, or one occurs twice.
     """
     names = tuple(names)
     if not names:
         raise UserError(f"{source}: names no class; list the class names in the order of their numbers")
-    if not all(name.strip() for name in names):
-        number = next(i for i, name in enumerate(names) if not name.strip())
-        raise UserError(f"{source}: class {number} has an empty name; give it one")
+    for number, name in enumerate(names):
+        if not name.strip():
+            raise UserError(f"{source}: class {number} has an empty name; give it one")
+        if not is_text(name):
+            raise UserError(f"{source}: class {number} has half a character in its name {name!r}; correct it")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         numbers = " and ".join(str(i) for i, other in enumerate(names) if other == name)

@@ -27,11 +27,13 @@ from detdistill.data.cleaning import (
 from detdistill.data.images import files_below, image_sizes, is_image
 from detdistill.data.layout import SPLIT_NAMES, describe_folder, entry_names, find_entry, find_folder, is_file
 from detdistill.data.records import Finding, Record, Records, Split
-from detdistill.data.text import decode_text, read_file, read_lines
+from detdistill.data.text import decode_text, read_file, read_lines, require_regular
 
 _IMAGE_FOLDERS = ("JPEGImages", "images")
 _XML_FOLDERS = ("Annotations", "xmls", "xml")
 _DECLARED = re.compile(rb"""<\?xml[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)""")
+_ROOT = re.compile(rb"<(?:[\w.-]+:)?annotation[\s>]", re.IGNORECASE)
+_LOOKED_AT = 50  # XML files of a folder, to tell whether they are VOC's
 _NO_IMAGE = "restore the image or delete its XML file"
 
 
@@ -120,13 +122,12 @@ def _read_pairs(
         if tree is not None and files.check(pair.image, pair.xml, findings, _NO_IMAGE):
             size = _size(tree, pair.image, pair.xml, findings)
             if size is not None:
-                parsed.append((pair, size, tree.findall("object")))
+                parsed.append((pair, size, list(tree.iter("object"))))
     names = sorted({_class_of(node) for *_, nodes in parsed for node in nodes} - {""})
     label_of = {class_name: label for label, class_name in enumerate(names)}
     records: list[Record] = []
     for pair, size, nodes in parsed:
-        objects = [_object(node, k, label_of, pair.xml, findings) for k, node in enumerate(nodes)]
-        kept = [raw for raw in objects if raw is not None]
+        kept = [raw for k, node in enumerate(nodes) for raw in _objects(node, k, label_of, pair.xml, findings)]
         record = make_record(pair.image_id, pair.image, size, kept, pair.xml, findings, with_masks=False)
         records.append(replace(record, source=pair.xml))
     report_empty(name, len(records), sum(len(r.labels_K) for r in records), source, findings)
@@ -199,7 +200,9 @@ def _xml(source: Path) -> Element:
         # Expat itself knows UTF-8, UTF-16 and those of one byte; not, for instance, GBK.
         tree = ElementTree.fromstring(data.decode(encoding) if declared else data)
         for node in tree.iter():
-            node.tag = node.tag.rpartition("}")[2]  # of a namespace
+            node.tag = node.tag.rpartition("}")[2].lower()  # without a namespace; some tools write <Object>
+        if tree.tag != "annotation":
+            raise UserError(f"{source}: its root is <{tree.tag[:40]}>, not VOC's <annotation>; export it again")
         return tree
     except LookupError:
         raise UserError(f"{source}: declares the unknown encoding {encoding}; save it as UTF-8") from None
@@ -231,26 +234,35 @@ def _class_of(node: Element) -> str:
     return node.findtext("name", "").strip()
 
 
-def _object(
+def _objects(
     node: Element, place: int, label_of: dict[str, int], source: Path, findings: list[Finding]
-) -> RawObject | None:
+) -> list[RawObject]:
+    """What an <object> holds: one object, or one for each <bndbox> where it has several."""
     name, class_name = f"object {place + 1}", _class_of(node)
     if not class_name:
         message = f"{name} has no class name and was dropped"
         findings.append(Finding("warning", "unknown class", source, message, "write its <name>"))
-        return None
-    try:
-        corners = [float(node.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
-    except ValueError:
+        return []
+    difficult = node.findtext("difficult", "0").strip().lower() in ("1", "1.0", "true", "yes")
+    boxes = [_corners(box) for box in node.findall("bndbox")] or [None]
+    if len(boxes) > 1:
+        message = f"{name} ({class_name}) has {len(boxes)} <bndbox>, and each was taken as an object"
+        findings.append(Finding("warning", "several boxes", source, message, "write one <object> for each"))
+    if None in boxes:
         message = f"{name} ({class_name}) has no <bndbox> of four numbers and was dropped"
         findings.append(Finding("warning", "malformed box", source, message, "draw the box again or delete it"))
+    return [RawObject(box, label_of[class_name], name, ignore=difficult) for box in boxes if box is not None]
+
+
+def _corners(node: Element) -> list[float] | None:
+    """xyxy from 0, the last pixel included, of a <bndbox>; None where it has not four numbers."""
+    try:
+        x1, y1, x2, y2 = corners = [float(node.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax")]
+    except ValueError:
         return None
-    x1, y1, x2, y2 = corners
     # One that ends where it starts is a slip of the mouse, not an object of one pixel. Tools that count from 0
     # write 0 for the edge, which must not become -1.
-    box = corners if x2 <= x1 or y2 <= y1 else [x1 - 1 if x1 >= 1 else x1, y1 - 1 if y1 >= 1 else y1, x2, y2]
-    difficult = node.findtext("difficult", "0").strip().lower() in ("1", "1.0", "true", "yes")
-    return RawObject(box, label_of[class_name], name, ignore=difficult)
+    return corners if x2 <= x1 or y2 <= y1 else [x1 - 1 if x1 >= 1 else x1, y1 - 1 if y1 >= 1 else y1, x2, y2]
 
 
 # --- where the files are ---------------------------------------------------------------------------------
@@ -289,12 +301,17 @@ def _xml_places(name: str) -> list[tuple[str, ...]]:
 
 
 def _has_voc_xml(folder: Path) -> bool:
-    """Whether its first XML file is one of VOC's."""
-    names = entry_names(folder, ".xml")
-    if not names or not (folder / names[0]).is_file():
+    """Whether one of its first XML files is VOC's; one that is damaged does not hide the others."""
+    return any(_looks_like_voc(folder / name) for name in entry_names(folder, ".xml")[:_LOOKED_AT])
+
+
+def _looks_like_voc(file: Path) -> bool:
+    try:
+        require_regular(file)
+        with file.open("rb") as opened:
+            return _ROOT.search(opened.read(1024).replace(b"\0", b"")) is not None
+    except (OSError, UserError):
         return False
-    with (folder / names[0]).open("rb") as opened:
-        return re.search(rb"<annotation[\s>]", opened.read(1024).replace(b"\0", b"")) is not None
 
 
 def open_voc(config: DataConfig) -> dict[str, Split]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from detdistill.config import DataConfig, UserError
+from detdistill.config import DataConfig, UserError, names_of
 from detdistill.data.cleaning import (
     FileIndex,
     RawObject,
@@ -33,6 +33,7 @@ from detdistill.data.yolo_layout import (
 )
 
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
+_INACCURATE = 0.01  # by which a predicted box may leave its image
 _NO_IMAGE = "restore the file or drop it from the list"
 
 
@@ -60,6 +61,7 @@ def read_yolo(
     Raises:
         UserError: a folder or list does not exist, or a list cannot be read.
     """
+    classes = names_of(classes, "classes")
     sources = [images] if isinstance(images, Path) else list(images)
     findings: list[Finding] = []
     files = FileIndex()
@@ -70,6 +72,11 @@ def read_yolo(
     labels = _label_files(paths, files)
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(_read_pair, paths, labels))
+    predicted = not keypoints and _are_predictions(text for _, text in contents if isinstance(text, str))
+    if predicted:
+        message = "each row has 6 or 7 numbers, as predictions with a score and a track id; none is used"
+        fix = "leave score and track id out (class cx cy w h), or give the annotations"
+        findings.append(Finding("error", "predictions", sources[0], message, fix))
     records: list[Record] = []
     for image_id, path, source, (size, rows) in zip(ids, paths, labels, contents, strict=True):
         if isinstance(size, UserError):
@@ -80,15 +87,15 @@ def read_yolo(
             problem, _, fix = str(rows).removeprefix(f"{source}: ").partition("; ")
             findings.append(Finding("error", "unreadable labels", source, problem, fix))
             continue
-        objects = _objects(rows, size, len(classes), keypoints, source, findings)
+        objects = [] if predicted else _objects(rows, size, len(classes), keypoints, source, findings)
         records.append(make_record(image_id, path, size, objects, source, findings, with_masks))
     _report_orphans([source for source in sources if source.is_dir()], {*labels}, findings)
     packed = settle_masks(records, sources[0], findings) if with_masks else Records.pack(records)
     if records and not any(labels):
         findings.append(_no_labels(paths[0], len(records), sources[0]))
-    else:
+    elif not predicted:
         report_empty(name, len(packed), len(packed.labels_M), sources[0], findings)
-    return Split(name, packed, tuple(classes), None, sources[0], findings)
+    return Split(name, packed, classes, None, sources[0], findings)
 
 
 def _folder_of_labels(images: Path) -> Path:
@@ -161,6 +168,28 @@ def _read_pair(image: Path, labels: Path | None) -> tuple[tuple[int, int] | User
         return size, "" if labels is None else read_text(labels)
     except UserError as error:
         return size, error
+
+
+def _are_predictions(texts: Iterable[str]) -> bool:
+    """Whether all rows of a split are ``class cx cy w h`` with a score, a track id, or both.
+
+    Seven numbers are a triangle, too, but not where all boxes are inside their images, and all triangles end on
+    a whole number.
+    """
+    rows = (row for text in texts for row in text.splitlines() if row.strip())
+    first = next(rows, None)
+    return first is not None and _is_prediction(first) and all(map(_is_prediction, rows))
+
+
+def _is_prediction(row: str) -> bool:
+    try:
+        _, cx, cy, w, h, *others = map(float, row.split())
+    except ValueError:
+        return False
+    if not 1 <= len(others) <= 2 or not (0 <= others[0] <= 1 or others[0].is_integer()):
+        return False
+    inside = 0 < w <= 2 * min(cx, 1 - cx) + _INACCURATE and 0 < h <= 2 * min(cy, 1 - cy) + _INACCURATE
+    return inside and (len(others) == 1 or (others[0] <= 1 and others[1].is_integer()))
 
 
 def _objects(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -216,7 +216,15 @@ def _layout_of_yaml(file: Path) -> YoloLayout:
         entries = next((texts for name in names if (texts := _texts(tree.get(keys.get(name, ""))))), [])
         if entries:
             images[split] = [existing_images(bases, entry, f"{file}: {split}") for entry in entries]
-    return YoloLayout(_names_in(tree["names"], file), images, _keypoints(tree.get("kpt_shape"), file))
+    names = _names_in(tree["names"], file)
+    _require_count(next(iter(_texts(tree.get("nc"))), None), "nc", names, file)
+    return YoloLayout(names, images, _keypoints(tree.get("kpt_shape"), file))
+
+
+def _require_count(given: str | None, key: str, names: Sequence[str], file: Path) -> None:
+    """Refuse a number of classes that is not that of their names."""
+    if given is not None and given.strip() != str(len(names)):
+        raise UserError(f"{file}: {key} is {given}, and names has {len(names)} classes; correct one of them")
 
 
 def _names_in(node: yaml.Node, file: Path) -> tuple[str, ...]:
@@ -282,6 +290,8 @@ def _layout_of_darknet(file: Path) -> YoloLayout:
     if not images:
         raise UserError(f"{file}: has no line `train = LIST` and none `valid = LIST`; add the list of images")
     classes = read_class_names(_listed_in_darknet(values["names"], file)) if values.get("names") else None
+    if classes is not None:
+        _require_count(values.get("classes") or None, "classes", classes, file)
     return YoloLayout(classes, images)
 
 

@@ -164,7 +164,7 @@ def result_rows(
     image_id: int | str,
     found: Mapping[str, Tensor],
     classes: Sequence[str],
-    category_ids: Sequence[int] | None,
+    category_ids: Sequence[int | str] | None,
     masks: Sequence[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of a COCO results file for one image: ``bbox`` is (x, y, width, height) in pixels.
@@ -198,7 +198,7 @@ def result_rows(
     ]
 
 
-def ids_in_results(classes: Sequence[str], category_ids: Sequence[int] | None) -> Sequence[int]:
+def ids_in_results(classes: Sequence[str], category_ids: Sequence[int | str] | None) -> Sequence[int | str]:
     """The category ids of results by label: the data's own, or label + 1 where the data have none."""
     return range(1, len(classes) + 1) if category_ids is None else category_ids
 

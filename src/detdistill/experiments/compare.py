@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from detdistill.config import Recipe, UserError, load_recipe, nearest
+from detdistill.config import Recipe, UserError, load_recipe, names_of, nearest
 from detdistill.distillation.methods import check_method
 from detdistill.experiments.comparison import Comparison, arms_of, write_comparison
 from detdistill.experiments.studies import (
@@ -60,6 +60,8 @@ def compare(
         UserError: as :func:`run_study`; or methods or a teacher for a study.
     """
     recipe, folder = Path(recipe), None if out is None else Path(out)
+    methods, overrides = names_of(methods, "methods"), names_of(overrides, "overrides")
+    devices = names_of(devices, "devices")
     if is_study(recipe):
         if methods or teacher is not None:
             raise UserError(f"{recipe} is a study and names its own arms and teacher: leave them out")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import ModelConfig, UserError, names_of
 from detdistill.data.records import Split
 from detdistill.models import torchvision_weights
 from detdistill.models.base import Batch, Model, eval_mode
@@ -177,7 +177,7 @@ def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] 
     """The model without detector weights; the input convention of ``spec`` if there is one."""
     require_memory_for_model(config)
     options: dict[str, Any] = {
-        "classes": tuple(classes),
+        "classes": names_of(classes, "classes"),
         "channels": config.channels,
         "norm": config.norm,
         "freeze_stages": config.freeze_stages,

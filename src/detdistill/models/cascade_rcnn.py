@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import remove_small_boxes
 
 from detdistill.config import Convention
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, TwoStageRaw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, TwoStageRaw, class_names
 from detdistill.models.faster_rcnn import FasterRCNN, RoIHead, roi_losses
 from detdistill.models.heads import clip_to_image
 from detdistill.models.masks import MaskBranch
@@ -168,7 +168,7 @@ def cascade_rcnn(
     Raises:
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
     """
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     parts = build_parts(
         backbone,
         names,
@@ -226,7 +226,7 @@ def cascade_mask_rcnn(
     Raises:
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
     """
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     parts = build_parts(
         backbone,
         names,

@@ -10,7 +10,7 @@ from torch import nn
 
 from detdistill.config import UserError
 from detdistill.models.backbones import Backbone
-from detdistill.models.base import Preprocess
+from detdistill.models.base import Preprocess, class_names
 from detdistill.models.detr import (
     DETR,
     NO_MEAN,
@@ -96,7 +96,7 @@ def rtdetr_v2(
         "RTDetrV2",
         "loss_rt_detr.RTDetrForObjectDetectionLoss",
         backbone,
-        tuple(classes) if classes is not None else tuple(map(str, range(num_classes))),
+        class_names(classes, num_classes),
         config,
         {
             **_sizes(channels, scale.depth if head_depth is None else head_depth),
@@ -153,7 +153,7 @@ def d_fine(
         "DFine",
         "loss_d_fine.DFineForObjectDetectionLoss",
         backbone,
-        tuple(classes) if classes is not None else tuple(map(str, range(num_classes))),
+        class_names(classes, num_classes),
         config,
         {
             **_sizes(channels, scale.depth if head_depth is None else head_depth),

@@ -31,6 +31,7 @@ from detdistill.models.base import (
     Raw,
     Target,
     TwoStageRaw,
+    class_names,
 )
 from detdistill.models.heads import (
     IGNORED,
@@ -356,7 +357,7 @@ def faster_rcnn(
     Raises:
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
     """
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     parts = build_parts(
         backbone,
         names,

@@ -26,7 +26,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detdistill.models.assignment import atss_assign, centres
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
 from detdistill.models.heads import (
     DenseHead,
     flatten_maps,
@@ -209,7 +209,7 @@ def gfl(
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
         ValueError: fewer than two bins.
     """
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     body = Backbone(
         backbone, split_strides(backbone, strides),
         pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,

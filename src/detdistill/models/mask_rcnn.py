@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from detdistill.config import Convention
-from detdistill.models.base import Preprocess
+from detdistill.models.base import Preprocess, class_names
 from detdistill.models.faster_rcnn import FasterRCNN, RoIHead
 from detdistill.models.masks import MaskBranch
 from detdistill.models.two_stage import build_parts
@@ -56,7 +56,7 @@ def mask_rcnn(
     Raises:
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
     """
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     parts = build_parts(
         backbone,
         names,

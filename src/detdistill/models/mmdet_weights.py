@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import ModelConfig, UserError, names_of
 from detdistill.models.backbones import offered_strides
 from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD
 from detdistill.models.build import construct
@@ -223,7 +223,7 @@ def describe(
     if caffe:
         options["stride_in_1x1"] = True
     rows = _class_rows(state, family)
-    names = tuple(classes) if classes is not None else COCO_CLASSES
+    names = names_of(classes, "classes") if classes is not None else COCO_CLASSES
     if len(names) != rows:
         raise UserError(
             f"{source}: has {rows} classes, and {len(names)} names are known: "

@@ -24,7 +24,7 @@ from torchvision.ops import DeformConv2d, box_iou, sigmoid_focal_loss
 
 from detdistill.models.assignment import centres
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
 from detdistill.models.heads import (
     IGNORED,
     UNMATCHED,
@@ -280,7 +280,7 @@ def reppoints(
     Raises:
         UserError: as :class:`~detdistill.models.backbones.Backbone` does.
     """
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     body = Backbone(
         backbone, split_strides(backbone, strides),
         pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,

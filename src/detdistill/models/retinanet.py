@@ -20,7 +20,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw
+from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
 from detdistill.models.heads import (
     IGNORED,
     DenseHead,
@@ -147,7 +147,7 @@ def retinanet(
     """
     check_convention("retinanet", convention, ("torchvision", "mmdet"))
     mmdet = convention == "mmdet"
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     body = Backbone(
         backbone, split_strides(backbone, strides),
         pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,

@@ -36,6 +36,7 @@ from detdistill.models.base import (
     SegmentationRaw,
     Segmenter,
     TappedPyramid,
+    class_names,
 )
 from detdistill.models.heads import normaliser
 
@@ -306,7 +307,7 @@ def _dilated(name: str, norm: str, freeze_stages: int, stride_in_1x1: bool, pret
 
 
 def _names(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    names = tuple(classes) if classes is not None else tuple(map(str, range(num_classes)))
+    names = class_names(classes, num_classes)
     if len(names) > UNLABELLED:
         raise UserError(f"{len(names)} classes: label maps hold {UNLABELLED}; keep fewer with data.classes")
     return names

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from detdistill.config import ModelConfig, UserError
-from detdistill.text import printable
+from detdistill.text import is_text, printable
 
 MOST_CHARACTERS = 50_000_000
 """Of a spec; one with 20,000 classes has less than a million."""
@@ -27,6 +27,8 @@ MOST_CHARACTERS = 50_000_000
 def _unique_names(classes: tuple[str, ...]) -> tuple[str, ...]:
     if any(not name.strip() for name in classes):
         raise ValueError("a class has an empty name")
+    if not all(map(is_text, classes)):
+        raise ValueError("a class has half a character in its name")
     if len(set(classes)) < len(classes):
         twice = next(name for i, name in enumerate(classes) if name in classes[:i])
         raise ValueError(f"the class {printable(twice)!r} is named twice")

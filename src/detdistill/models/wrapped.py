@@ -12,7 +12,7 @@ from torchvision.models import detection
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import clip_boxes_to_image
 
-from detdistill.config import UserError
+from detdistill.config import UserError, names_of
 from detdistill.models.base import (
     Batch,
     Detections,
@@ -135,8 +135,7 @@ def _check_arguments(model: Any, taps: Any, preprocess: Any, classes: Any) -> No
             )
     if preprocess is not None and not isinstance(preprocess, Preprocess):
         raise UserError(f"wrap: preprocess is a {type(preprocess).__name__}: give detdistill.Preprocess(…)")
-    if isinstance(classes, str):
-        raise UserError(f"wrap: classes is the word {classes!r}: give a list of names, as [{classes!r}]")
+    names_of(classes, "wrap: classes")
 
 
 def _call(model: nn.Module, images_N3HW: Tensor, batch: Batch) -> Any:

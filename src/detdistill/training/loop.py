@@ -142,7 +142,7 @@ class _Trainer:
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
         require_values_for_batch_norm(student, recipe)
-        student.category_ids = self.train_split.category_ids
+        student.category_ids = self.train_split.numeric_ids
         if recipe.inherit and not folder.has_checkpoint:  # a run that goes on has learnt since
             assert teacher is not None
             self.display.note(inherit(student, teacher))
