@@ -135,6 +135,8 @@ def print_check(result: Check) -> None:
     if result.classes is not None:
         for line in result.classes.lines():
             say(line)
+    if result.step is not None:
+        say(str(result.step))
     for problem in result.problems:
         say(f"error: {problem}", style=STYLES["error"])
     say("this recipe can run" if result.ok else "this recipe cannot run as it is: mend the errors above")

@@ -47,7 +47,7 @@ def recipe(tmp_path, monkeypatch):
         ("training.batch_size=99999999999999999999", "less than or equal to"),
         ("training.batch_size=10000000", None),
         ("student.size=[30000,30000]", "GiB of memory"),
-        ("student.size=[32,32]", "leaves BatchNorm one value"),
+        ("student.size=[32,32]", "BatchNorm has one value per channel"),
         (f"student.strides={[2**i for i in range(3, 40)]}", "strides end at 1024"),
     ],
 )

@@ -495,6 +495,14 @@ def test_wrong_losses_are_told():
         yolo_teacher().eval()(example()[0])
 
 
+@pytest.mark.parametrize("losses", [lambda *_: {}, lambda _, output, __: {"box": output[0].sum().detach()}])
+def test_losses_without_a_gradient_are_refused(losses):
+    student = detdistill.wrap(YoloLike(), LEVELS, PLAIN, CLASSES, losses=losses)
+    for pair in (Pair(student), Pair(student, our_student(), ["mimic"])):
+        with pytest.raises(UserError, match="loss has no gradient"):
+            pair.train()(*example())
+
+
 BOX = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0]), "scores": torch.ones(1)}
 
 

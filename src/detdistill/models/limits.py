@@ -6,13 +6,10 @@ import os
 
 import psutil
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from detdistill.config import ModelConfig, Recipe, UserError
-from detdistill.models.base import Model
 
 _FLOAT = 4  # bytes
-_SIDE = 32  # of the input, pixels: a backbone's deepest map has one cell there
 
 
 def require_memory_for_model(config: ModelConfig) -> None:
@@ -44,23 +41,6 @@ def require_memory_for_training(recipe: Recipe) -> None:
                 f"{images} images at once of {sides[0]:,}×{sides[1]:,}{what}",
                 "lower the size or training.batch_size",
             )
-
-
-def require_values_for_batch_norm(student: Model, recipe: Recipe) -> None:
-    """Refuse a batch of one small image: BatchNorm has nothing to average over on a map of one cell.
-
-    Raises:
-        UserError: it would fail at the first step.
-    """
-    training, size = recipe.training, recipe.student.size
-    images = training.batch_size // training.accumulate // int(os.environ.get("WORLD_SIZE", "1"))
-    learns = any(isinstance(module, _BatchNorm) for module in student.modules())
-    if images > 1 or not learns or size is None or max(size) > _SIDE:
-        return
-    raise UserError(
-        f"one image of {size[0]}×{size[1]} at a time leaves BatchNorm one value per channel: raise "
-        "training.batch_size or student.size, or give student.norm: frozen"
-    )
 
 
 def _require(needed: int, what: str, fix: str) -> None:
