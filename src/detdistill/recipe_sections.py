@@ -312,6 +312,15 @@ class TrainingConfig(Section):
                 raise ValueError(f"{name} must be a multiple of accumulate; got {size} and {self.accumulate}")
         return self
 
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> TrainingConfig:
+        if self.patience is not None and self.evaluate_every == 0:
+            raise ValueError(
+                "patience counts evaluations, and evaluate_every: 0 has none before the end: raise "
+                "evaluate_every, or leave patience out"
+            )
+        return self
+
 
 class MethodConfig(Section):
     """One distillation method: its name, its weight over time, and the options of its own loss."""

@@ -223,6 +223,22 @@ def test_what_fails_in_the_training_step_is_one_line(
     assert check(recipe(folder)).ok
 
 
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"workers": 500}, "training.workers is 500 and this machine has"),
+        ({"batch_size": 2}, "training.batch_size is 2 for 1 training image:"),
+        ({"augment": {"multi_scale": [5, 6]}}, "up to 6 times as large: it takes factors"),
+    ],
+)
+def test_settings_that_are_hardly_meant_are_warned_of(folder: Path, training: Any, said: str) -> None:
+    plain = check(recipe(folder, training={"batch_size": 1}))
+    assert not any(said in note for note in plain.notes)
+    result = check(recipe(folder, training={"batch_size": 1, **training}))
+    assert result.ok
+    assert any(said in note and note.startswith("warning: ") for note in result.notes)
+
+
 def test_no_training_step_is_tried_where_something_else_is_wrong(folder: Path, tmp_path: Path) -> None:
     result = checking.check(recipe(folder, teacher="nowhere", methods=["ima"]))
     assert result.step is None

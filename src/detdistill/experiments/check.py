@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from detdistill.config import Recipe, UserError, load_recipe
+from detdistill.config import Recipe, TrainingConfig, UserError, load_recipe
 from detdistill.data.box_checks import small_objects
 from detdistill.data.inspect import Inspection, inspect_data
 from detdistill.data.records import Finding, Split
@@ -24,6 +25,8 @@ from detdistill.models.build import check_targets
 from detdistill.models.limits import require_memory_for_training
 from detdistill.training.step import build_optimizer
 from detdistill.training.trial import Trial, try_step
+
+MUCH_LARGER = 4  # a factor on the input size that nobody uses
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,14 @@ def _check_models(result: Check, train: Split, step: bool) -> None:
         except UserError as error:
             result.problems.append(str(error))
         try:
-            require_memory_for_training(recipe)
+            require_memory_for_training(recipe, student, train)
             if student is not None:
                 pair = pair or Pair(student)
                 build_optimizer(pair, recipe.training.optimizer)
         except UserError as error:
             result.problems.append(str(error))
     result.notes += notes
+    result.notes += _budget_notes(recipe.training, len(train))
     if pair is not None and step and result.ok:
         with _messages() as notes:
             try:
@@ -168,6 +172,27 @@ def _check_models(result: Check, train: Split, step: bool) -> None:
     result.models += [
         _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
     ]
+
+
+def _budget_notes(training: TrainingConfig, images: int) -> list[str]:
+    """What can run, and is hardly meant."""
+    notes, processors = [], os.cpu_count() or 1
+    if training.workers > 4 * processors:
+        notes.append(
+            f"warning: training.workers is {training.workers} and this machine has {processors} processors: "
+            f"give training.workers={processors}"
+        )
+    if training.batch_size > images:
+        notes.append(
+            f"warning: training.batch_size is {training.batch_size} for {images} training image{'s' * (images > 1)}: "
+            "each step repeats them"
+        )
+    if (factors := training.augment.multi_scale) is not None and factors[1] > MUCH_LARGER:
+        notes.append(
+            f"warning: training.augment.multi_scale makes inputs up to {factors[1]:g} times as large: it takes "
+            "factors, as [0.8, 1.2], not pixels"
+        )
+    return notes
 
 
 def _small_objects(student: Detector, train: Split) -> list[Finding]:

@@ -14,6 +14,7 @@ from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Detector, Model
 from detdistill.models.checkpoints import load_model
+from detdistill.models.weights import require_usable_weights
 
 Data = Recipe | DataConfig | str | Path
 
@@ -72,8 +73,13 @@ def as_detector(model: Model | str | Path, verb: str) -> Detector:
 
 
 def as_model(model: Model | str | Path) -> Model:
-    """A model as it is, or loaded from a run folder or file."""
+    """A model as it is, or loaded from a run folder or file.
+
+    Raises:
+        UserError: it is no model, or its weights are not finite.
+    """
     if isinstance(model, Model):
+        require_usable_weights(model, f"this {type(model.exported).__name__}")
         return model
     if isinstance(model, torch.nn.Module):
         raise UserError(f"a {type(model).__name__} is no detector yet: give detdistill.wrap(model, ...)")

@@ -8,6 +8,8 @@ import psutil
 import torch
 
 from detdistill.config import ModelConfig, Recipe, UserError
+from detdistill.data.records import Split
+from detdistill.models.base import Model
 
 _FLOAT = 4  # bytes
 
@@ -26,20 +28,31 @@ def require_memory_for_model(config: ModelConfig) -> None:
     )
 
 
-def require_memory_for_training(recipe: Recipe) -> None:
+def require_memory_for_training(recipe: Recipe, student: Model | None, train: Split) -> None:
     """Refuse inputs of which one forward's images alone would not fit.
+
+    Args:
+        student: takes images of its own size, or as they come; None: of the recipe's size.
+        train: the training images.
 
     Raises:
         UserError: with what they would need.
     """
-    training, size = recipe.training, recipe.student.size
+    training, crop = recipe.training, recipe.training.augment.crop_size
     images = -(-training.batch_size // training.accumulate // int(os.environ.get("WORLD_SIZE", "1")))
-    for what, sides in (("", size), (" by training.augment.crop_size", training.augment.crop_size)):
+    largest = int((train.records.heights_N * train.records.widths_N).argmax()) if len(train) else None
+    size = recipe.student.size if student is None else student.preprocessor.size
+    if size is None and largest is not None:
+        size = crop or (int(train.records.heights_N[largest]), int(train.records.widths_N[largest]))
+    factor = max(training.augment.multi_scale or (1.0,))
+    zoomed = None if size is None else (round(size[0] * factor), round(size[1] * factor))
+    for key, sides in (("multi_scale" * (factor != 1), zoomed), ("crop_size", crop)):
         if sides is not None:
+            by = f" by training.augment.{key}" * bool(key)
             _require(
                 _FLOAT * 3 * images * sides[0] * sides[1],
-                f"{images} images at once of {sides[0]:,}×{sides[1]:,}{what}",
-                "lower the size or training.batch_size",
+                f"{images} images at once of {sides[0]:,}×{sides[1]:,}{by}",
+                f"lower {f'training.augment.{key}, ' * bool(key)}the size or training.batch_size",
             )
 
 

@@ -157,6 +157,33 @@ def require_finite(state: Mapping[str, Tensor], source: str) -> None:
         )
 
 
+def require_usable_weights(model: Model, what: str, *, learns: bool = False) -> None:
+    """Refuse a model object whose weights are not finite, or of a type that its input does not have.
+
+    Args:
+        model: a wrapped one may be of any type that its own ``call`` converts images to, unless it ``learns``.
+        what: how messages call it.
+
+    Raises:
+        UserError: with the first of the weights' names.
+    """
+    bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    # A buffer may hold infinity on purpose, as masks of attention do.
+    bad += [name for name, buffer in model.named_buffers() if torch.isnan(buffer).any()]
+    if bad:
+        raise UserError(
+            f"the weights of {what} contain NaN or infinite values: {some(bad)}; load others: its training "
+            "diverged, or its file is damaged"
+        )
+    kinds = {w.dtype for w in model.parameters() if w.is_floating_point()} - {torch.float32}
+    if kinds and (learns or model.exported is model):
+        kind = str(kinds.pop()).removeprefix("torch.")
+        raise UserError(
+            f"the weights of {what} are {kind}: call its float(); a run computes in what "
+            "training.precision says"
+        )
+
+
 def load_backbone(
     backbone: Backbone, state: Mapping[str, Tensor], source: str = "backbone weights"
 ) -> LoadReport:

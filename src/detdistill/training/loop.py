@@ -108,7 +108,6 @@ class _Trainer:
         request: StopRequest,
     ) -> None:
         self.recipe, self.config, self.folder, self.request = recipe, recipe.training, folder, request
-        require_memory_for_training(recipe)
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         folder.keep_to_data(splits)
@@ -139,6 +138,7 @@ class _Trainer:
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
+        require_memory_for_training(recipe, student, self.train_split)
         student.category_ids = self.train_split.category_ids
         if recipe.inherit and not folder.has_checkpoint:  # a run that goes on has learnt since
             assert teacher is not None
