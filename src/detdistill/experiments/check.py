@@ -184,8 +184,8 @@ def _budget_notes(training: TrainingConfig, images: int) -> list[str]:
         )
     if training.batch_size > images:
         notes.append(
-            f"warning: training.batch_size is {training.batch_size} for {images} training image{'s' * (images > 1)}: "
-            "each step repeats them"
+            f"warning: training.batch_size is {training.batch_size} for {images} training "
+            f"image{'s' * (images > 1)}: each step repeats them"
         )
     if (factors := training.augment.multi_scale) is not None and factors[1] > MUCH_LARGER:
         notes.append(
