@@ -21,6 +21,11 @@ LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
 COARSEST_STRIDE = 1024
 
 
+def _with_home(value: str | None) -> str | None:
+    """A path, ``~`` being the home folder."""
+    return str(Path(value).expanduser()) if value is not None and value.startswith("~") else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
 
@@ -59,6 +64,8 @@ class DataConfig(Section):
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else value
+
+    _expand = field_validator("train", "val", "images", "unlabelled")(_with_home)
 
     @field_validator("classes")
     @classmethod
@@ -169,6 +176,8 @@ class ModelConfig(Section):
     python: str | None = Field(
         None, description="only in a run's own recipe: what object `detdistill.distill` was given"
     )
+
+    _expand = field_validator("weights", "backbone_weights")(_with_home)
 
     @model_serializer(mode="wrap")
     def _object_alone(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:

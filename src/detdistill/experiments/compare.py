@@ -27,6 +27,7 @@ from detdistill.experiments.studies import (
 from detdistill.experiments.study_runs import launch, train_missing
 from detdistill.experiments.study_teachers import teachers_of
 from detdistill.models.weights import STUDENT_FILE
+from detdistill.output import output_path
 from detdistill.training.run_folder import RunFolder, differences, write_atomically
 
 
@@ -59,7 +60,7 @@ def compare(
     Raises:
         UserError: as :func:`run_study`; or methods or a teacher for a study.
     """
-    recipe, folder = Path(recipe), None if out is None else Path(out)
+    recipe, folder = Path(recipe), None if out is None else output_path(out)
     if is_study(recipe):
         if methods or teacher is not None:
             raise UserError(f"{recipe} is a study and names its own arms and teacher: leave them out")

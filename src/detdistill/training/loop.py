@@ -86,6 +86,7 @@ def train(
         KeyboardInterrupt: after saving, on Ctrl-C; at once on a second one.
     """
     folder = RunFolder(run)
+    folder.require_apart(recipe.data)
     with folder.held(), stop_request() as request:
         folder.open(recipe, resume=resume)
         done = folder.ended(recipe) if resume else None
