@@ -18,7 +18,7 @@ from pydantic import (
 
 # Beyond these a number is a slip: they are above what any machine serves.
 LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
-COARSEST_STRIDE = 1024
+COARSEST_STRIDE, MOST_DETECTIONS = 1024, 10**5
 
 
 def _with_home(value: str | None) -> str | None:
@@ -169,7 +169,7 @@ class ModelConfig(Section):
     )
     score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
-    max_detections: int = Field(100, gt=0, le=10**5, description="detections kept of an image")
+    max_detections: int = Field(100, gt=0, le=MOST_DETECTIONS, description="detections kept of an image")
     window: tuple[int, int] | None = Field(
         None, description="segmenters: (side, stride) of the windows in which large images are evaluated"
     )
