@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from detdistill.models.base import Detector, Model
 from detdistill.models.checkpoints import load_model
 from detdistill.models.weights import require_usable_weights
 
-Data = Recipe | DataConfig | str | Path
+Data = Recipe | DataConfig | Mapping[str, Any] | str | Path
 
 
 def evaluate(
@@ -37,7 +39,8 @@ def evaluate(
 
     Args:
         model: a detector or segmenter, a run folder, or a file that detdistill saved.
-        data: a dataset's folder, a recipe (object or file) whose data section is taken, or ``digits``.
+        data: a dataset's folder, a recipe (object or file) whose data section is taken, such a section, or
+            ``digits``.
         split: ``val``, ``train``, or another that the dataset has.
         batch_size: images in a batch.
         workers: processes that read images.
@@ -100,6 +103,10 @@ def _data_config(data: Data) -> DataConfig:
         return data
     if isinstance(data, Recipe):
         return data.data
+    if isinstance(data, Mapping):
+        return parse_recipe({"data": data, "student": {}}, source="the data").data
+    if not isinstance(data, str | os.PathLike) or not str(data):
+        raise UserError(f"data is {data!r}: give a dataset's folder, a recipe, a data section, or 'digits'")
     path = Path(data)
     if path.suffix in (".yaml", ".yml"):
         return load_recipe(path).data

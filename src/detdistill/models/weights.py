@@ -6,6 +6,7 @@ No pickle is ever executed: files that are not safetensors are read with ``weigh
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -286,6 +287,8 @@ def find_weights(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise UserError(f"{path!r} is no model: give a run folder or a weights file")
     path = Path(path)
     if path.is_dir() and not (path / STUDENT_FILE).is_file() and (path / "config.json").is_file():
         path = path / transformers_weights.WEIGHTS
