@@ -166,8 +166,12 @@ def test_images_without_labels_are_counted_and_methods_that_cannot_use_them_refu
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors", channels=16)
     data = {"root": str(folder), "unlabelled": "train.json"}
-    result = check(recipe(folder, data=data, teacher=str(teacher), methods=["ima", "fgd"]))
+    bf16 = {"precision": "bf16", "channels_last": True}
+    result = checking.check(
+        recipe(folder, data=data, teacher=str(teacher), methods=["ima", "fgd"], training=bf16)
+    )
     assert result.ok
+    assert result.step is not None
     assert result.inspection is not None
     assert "unlabelled: 1 images" in result.inspection.lines()
     assert "images without labels: ima teaches from them" in result.notes
