@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from detdistill import cli
 from detdistill.cli import main
 from detdistill.config import UserError, parse_recipe
+from detdistill.printing import write_json
 
 DIGITS = """
 name: tiny
@@ -108,17 +109,32 @@ def test_what_succeeds_is_0(arguments: list[str], capsys: pytest.CaptureFixture[
         (["evaluate", "x", "--data", "digits", "--batch-size", "0"], "--batch-size"),
         (["predict", "x", "nowhere.jpg"], "nowhere.jpg: no such image or folder"),
         (["predict", "x", ".", "--threshold", "2"], "--threshold"),
+        (["train", "tiny.yaml", "--out="], "--out= is empty: give a value"),
+        (["train", "tiny.yaml", "--out", ""], "an argument is empty"),
+        (["evaluate", "x", "--data", "digits", "--json", "."], ".: is a folder; give --json a file's name"),
+        (["evaluate", "x", "--data", "digits", "--json=~/x/y"], "HOME/x: cannot be made (Not a directory)"),
+        (["export", "x", "--out", "HOME/y.onnx"], "HOME: cannot be made (File exists)"),
+        (["train", "tiny.yaml", "data={root: ., train: ~/no/a.json, val: b.json}"], "HOME/no/a.json"),
+        (["train", "tiny.yaml", "student.weights=~/no"], "HOME/no: no such weights"),
     ],
 )
 def test_what_the_user_can_mend_is_2_and_one_line(
-    arguments: list[str], said: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], said: str, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
+    monkeypatch.setenv("HOME", "HOME")
+    Path("HOME").write_text("a file, in which there are no folders")
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert not out
     assert err.startswith("error: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_with_the_file() -> None:
+    with pytest.raises(UserError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        write_json(Path("/dev/full"), {"AP": 0.5})
 
 
 class _Section(BaseModel):

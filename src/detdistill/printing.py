@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from detdistill.config import UserError
+from detdistill.output import output_file
 from detdistill.text import printable
 
 if TYPE_CHECKING:
@@ -135,6 +137,8 @@ def print_check(result: Check) -> None:
     if result.classes is not None:
         for line in result.classes.lines():
             say(line)
+    if result.step is not None:
+        say(str(result.step))
     for problem in result.problems:
         say(f"error: {problem}", style=STYLES["error"])
     say("this recipe can run" if result.ok else "this recipe cannot run as it is: mend the errors above")
@@ -237,8 +241,10 @@ def _levels(levels: Mapping[int, int]) -> str:
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
     """JSON for other programs; NaN, which JSON lacks, becomes null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")
+    try:
+        output_file(path).write_text(json.dumps(_without_nan(content), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:  # a full disk names no file
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _without_nan(value: Any) -> Any:

@@ -91,7 +91,8 @@ def _read_layers(path: Path, above: Sequence[Path]) -> tuple[Tree, Lines]:
         raise UserError(f"{path}: a recipe is a mapping with keys such as data, student, training")
     base = tree.pop("base", None)
     if base is not None:
-        base_tree, base_lines = _read_layers(path.parent / str(base), (*above, path.resolve()))
+        below = path.parent / Path(str(base)).expanduser()
+        base_tree, base_lines = _read_layers(below, (*above, path.resolve()))
         tree, lines = _merge(base_tree, tree), {**base_lines, **lines}
     return expand_short_forms(tree), lines
 

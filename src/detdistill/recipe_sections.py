@@ -20,7 +20,12 @@ from detdistill.text import is_text
 
 # Beyond these a number is a slip: they are above what any machine serves.
 LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
-COARSEST_STRIDE = 1024
+COARSEST_STRIDE, MOST_DETECTIONS = 1024, 10**5
+
+
+def _with_home(value: str | None) -> str | None:
+    """A path, ``~`` being the home folder."""
+    return str(Path(value).expanduser()) if value is not None and value.startswith("~") else value
 
 
 class Section(BaseModel):
@@ -61,6 +66,8 @@ class DataConfig(Section):
     @classmethod
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else value
+
+    _expand = field_validator("train", "val", "images", "unlabelled")(_with_home)
 
     @field_validator("classes")
     @classmethod
@@ -166,13 +173,15 @@ class ModelConfig(Section):
     )
     score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
     nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
-    max_detections: int = Field(100, gt=0, le=10**5, description="detections kept of an image")
+    max_detections: int = Field(100, gt=0, le=MOST_DETECTIONS, description="detections kept of an image")
     window: tuple[int, int] | None = Field(
         None, description="segmenters: (side, stride) of the windows in which large images are evaluated"
     )
     python: str | None = Field(
         None, description="only in a run's own recipe: what object `detdistill.distill` was given"
     )
+
+    _expand = field_validator("weights", "backbone_weights")(_with_home)
 
     @model_serializer(mode="wrap")
     def _object_alone(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -314,6 +323,15 @@ class TrainingConfig(Section):
         for name, size in (("batch_size", self.batch_size), ("unlabelled_batch", self.unlabelled_batch)):
             if size is not None and size % self.accumulate:
                 raise ValueError(f"{name} must be a multiple of accumulate; got {size} and {self.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> TrainingConfig:
+        if self.patience is not None and self.evaluate_every == 0:
+            raise ValueError(
+                "patience counts evaluations, and evaluate_every: 0 has none before the end: raise "
+                "evaluate_every, or leave patience out"
+            )
         return self
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from detdistill.config import Recipe, parse_recipe
-from detdistill.experiments.check import check
-from detdistill.models import build_model, save_model
+from detdistill.experiments import check as checking
+from detdistill.models import RetinaNet, build_model, save_model
 from detdistill.printing import print_check
 
+check = partial(checking.check, step=False)
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}
 
 
@@ -162,8 +166,12 @@ def test_images_without_labels_are_counted_and_methods_that_cannot_use_them_refu
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors", channels=16)
     data = {"root": str(folder), "unlabelled": "train.json"}
-    result = check(recipe(folder, data=data, teacher=str(teacher), methods=["ima", "fgd"]))
+    bf16 = {"precision": "bf16", "channels_last": True}
+    result = checking.check(
+        recipe(folder, data=data, teacher=str(teacher), methods=["ima", "fgd"], training=bf16)
+    )
     assert result.ok
+    assert result.step is not None
     assert result.inspection is not None
     assert "unlabelled: 1 images" in result.inspection.lines()
     assert "images without labels: ima teaches from them" in result.notes
@@ -172,3 +180,73 @@ def test_images_without_labels_are_counted_and_methods_that_cannot_use_them_refu
     assert ["needs labels" in problem for problem in refused.problems] == [True]
     lost = check(recipe(folder, data={**data, "unlabelled": "nowhere"}))
     assert ["no such folder or file 'nowhere'" in problem for problem in lost.problems] == [True]
+
+
+# --- the training step -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(1, 1), (2, 2), (16, 2)])
+def test_a_training_step_is_tried_and_leaves_no_trace(
+    folder: Path, tmp_path: Path, capsys: Any, batch_size: int, images: int
+) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors", channels=16)
+    states = torch.random.get_rng_state(), random.getstate()
+    files = set(tmp_path.rglob("*"))
+    pair = recipe(folder, teacher=str(teacher), methods=["ima"], training={"batch_size": batch_size})
+    result = checking.check(pair)
+    assert result.ok
+    assert result.step is not None
+    assert result.step.images == images
+    assert result.step.losses.keys() == {"classification", "bbox_regression", "ima"}
+    assert torch.equal(torch.random.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert set(tmp_path.rglob("*")) == files
+    print_check(result)
+    shown = capsys.readouterr().out
+    assert f"training step: {images} image" in shown
+    assert shown.count("training step") == 1
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (lambda *_: {}, "the student's loss has no gradient: what losses() gave is empty"),
+        (lambda *_: {"a": torch.ones(())}, "loss has no gradient: what losses() gave was detached (a)"),
+        (lambda *_: {"a": torch.tensor(torch.nan, requires_grad=True)}, "loss term a is not finite"),
+        (lambda *_: {}["a\nb"], "KeyError: 'a"),
+    ],
+)
+def test_what_fails_in_the_training_step_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, losses: Any, said: str
+) -> None:
+    monkeypatch.setattr(RetinaNet, "losses", losses)
+    (problem,) = checking.check(recipe(folder)).problems
+    assert problem.startswith("training step: ")
+    assert said in problem
+    assert "\n" not in problem
+    assert check(recipe(folder)).ok
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"workers": 500}, "training.workers is 500 and this machine has"),
+        ({"batch_size": 2}, "training.batch_size is 2 for 1 training image:"),
+        ({"augment": {"multi_scale": [5, 6]}}, "up to 6 times as large: it takes factors"),
+    ],
+)
+def test_settings_that_are_hardly_meant_are_warned_of(folder: Path, training: Any, said: str) -> None:
+    plain = check(recipe(folder, training={"batch_size": 1}))
+    assert not any(said in note for note in plain.notes)
+    result = check(recipe(folder, training={"batch_size": 1, **training}))
+    assert result.ok
+    assert any(said in note and note.startswith("warning: ") for note in result.notes)
+
+
+def test_no_training_step_is_tried_where_something_else_is_wrong(folder: Path, tmp_path: Path) -> None:
+    result = checking.check(recipe(folder, teacher="nowhere", methods=["ima"]))
+    assert result.step is None
+    assert len(result.problems) == 1
+    assert any("no training step was tried" in note for note in result.notes)
+    (folder / "train.png").write_bytes(b"")
+    assert checking.check(recipe(folder)).problems == []  # what is wrong is among the data's findings

@@ -154,6 +154,55 @@ def test_a_section_inherits_from_an_object(tmp_path):
         distill(ours, student(), tmp_path / "other", inherit=True)
 
 
+def test_weights_that_cannot_be_used_are_refused(tmp_path):
+    with torch.no_grad():
+        next(iter((nan := student()).model.parameters())).fill_(torch.nan)
+        next(iter((bad := teacher()).parameters())).fill_(torch.inf)
+        (odd := teacher()).backbone.body.bn1.running_var.fill_(torch.nan)
+    for use, message in (
+        (
+            lambda: distill(teacher(), nan, tmp_path),
+            "the weights of the student contain NaN or infinite .*model.0",
+        ),
+        (lambda: distill(bad, student(), tmp_path), "the weights of the teacher contain NaN"),
+        (lambda: detdistill.evaluate(nan, DataConfig(**DATA)), "the weights of this YoloLike contain NaN"),
+        (lambda: detdistill.evaluate(odd, DataConfig(**DATA)), "this FCOS contain NaN .*bn1.running_var"),
+        (
+            lambda: distill(teacher(), student().half(), tmp_path),
+            r"the student are float16: call its float\(\)",
+        ),
+        (lambda: detdistill.evaluate(teacher().half(), DataConfig(**DATA)), "this FCOS are float16"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_data_may_be_a_section():
+    assert detdistill.evaluate(teacher(), DATA, workers=0, device="cpu").seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: detdistill.evaluate(teacher(), None), "data is None: give a dataset's folder"),
+        (lambda: detdistill.evaluate(teacher(), {"root": "x", "formt": "coco"}), "did you mean 'format'"),
+        (lambda: detdistill.evaluate(None, DATA), "None is no model: give a run folder or a weights file"),
+        (lambda: detdistill.load_model(None), "None is no model: give a run folder"),
+        (lambda: detdistill.load_model(""), "'' is no model"),
+        (lambda: distill(teacher(), student(), ""), "out is '': give a path"),
+        (lambda: distill(teacher(), student(), None), "out is None: give a path"),
+        (lambda: distill(teacher(), student(), "/proc/x"), r"/proc/x/checkpoints: cannot be made \("),
+        (lambda: detdistill.export(teacher(), "", size=(64, 64)), "out is '': give a path"),
+    ],
+)
+def test_arguments_of_another_kind_are_one_line(use, message):
+    with pytest.raises(UserError, match=message) as error:
+        use()
+    assert "\n" not in str(error.value)
+
+
 def test_what_is_refused(tmp_path):
     model = YoloLike()
     for use in (

@@ -48,6 +48,13 @@ def test_maps_in_channels_last_order_are_turned() -> None:
     assert {stride: tuple(x.shape) for stride, x in maps.items()} == {8: (1, 192, 28, 28), 16: (1, 384, 14, 14)}
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+def test_a_backbone_of_one_input_size_says_so(name: str) -> None:
+    backbone = Backbone(name, (16,))
+    with pytest.raises(UserError, match=rf"{name}' cannot take an input of 64×96 .*keep_ratio: false"):
+        backbone(torch.rand(1, 3, 64, 96))
+
+
 def test_the_pyramid_takes_odd_sizes() -> None:
     backbone = Backbone("resnet18", (4, 8, 16, 32)).eval()
     pyramid = FeaturePyramid(backbone.channels, 8, (4, 8, 16, 32, 64), extra="pool")(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ FACTS = {
     "format": 1, "version": "0.1", "classes": ["cat", "dog"], "size": [32, 64], "keep_ratio": True,
     "padding": [0.0, 0.0, 0.0], "spec": None, "task": "detection", "score_threshold": 0.05,
     "nms_threshold": 0.5, "max_detections": 10, "drop_empty": True,
+}  # fmt: skip
+SPEC = {
+    "model": {"family": "fcos"}, "classes": ["cat", "dog"], "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1],
 }  # fmt: skip
 OUTPUTS = {
     "boxes": np.array([[[1, 2, 20, 20], [30, 3, 50, 30]]], np.float32),
@@ -93,19 +97,30 @@ def test_metadata_that_are_not_of_the_graph_are_refused(name: str, tmp_path: Pat
         {"classes": []}, {"classes": ["cat", "cat"]}, {"classes": 2}, {"size": [0, 64]}, {"size": [32]},
         {"size": [10**9, 64]}, {"padding": [0, 0]}, {"padding": [0, 0, float("nan")]}, {"score_threshold": 7},
         {"score_threshold": None}, {"nms_threshold": -1}, {"max_detections": 0}, {"spec": {"classes": 3}},
-        {"spec": [1]}, {"more": 1}, {"format": 2},
+        {"spec": [1]}, {"more": 1}, {"format": 2}, {"padding": [1e30, 0, 0]}, {"max_detections": 10**9},
+        {"spec": {"model": 3, "classes": ["a"], "mean": [0, 0, 0], "std": [1, 1, 1]}, "nms_threshold": None},
+        {"spec": SPEC, "nms_threshold": None}, {"task": 3}, {"spec": {**SPEC, "model": [1]}},
     ],
 )  # fmt: skip
 def test_metadata_that_say_the_impossible_are_refused(change: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.onnx: what it says of its model cannot be used") as caught:
         load_onnx(write(tmp_path / "x.onnx", FACTS | change))
     assert "\n" not in str(caught.value)
+    assert not re.search("Facts|Spec|ModelConfig|instance", str(caught.value))
+
+
+@pytest.mark.parametrize("family", ["rtdetr_v2", None])
+def test_a_family_without_suppression_has_no_threshold(family: str | None, tmp_path: Path) -> None:
+    spec = None if family is None else {**SPEC, "model": {"family": family}}
+    load_onnx(write(tmp_path / "x.onnx", FACTS | {"spec": spec, "nms_threshold": None}))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
 def test_metadata_that_are_no_facts_are_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.onnx: what it says of its model|does not say what model it is"):
+    said = r"x\.onnx: what it says of its model|does not say what model it is"
+    with pytest.raises(UserError, match=said) as caught:
         load_onnx(write(tmp_path / "x.onnx", text))
+    assert "Facts" not in str(caught.value)
 
 
 @pytest.mark.parametrize("label", [2, -1, 10**12])

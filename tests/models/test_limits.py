@@ -47,13 +47,16 @@ def recipe(tmp_path, monkeypatch):
         ("training.batch_size=99999999999999999999", "less than or equal to"),
         ("training.batch_size=10000000", None),
         ("student.size=[30000,30000]", "GiB of memory"),
-        ("student.size=[32,32]", "leaves BatchNorm one value"),
+        ("training.augment.multi_scale=[50,60]", "by training.augment.multi_scale needs more than"),
+        ("training.patience=3", "patience counts evaluations"),
+        ("student.size=[32,32]", "BatchNorm has one value per channel"),
         (f"student.strides={[2**i for i in range(3, 40)]}", "strides end at 1024"),
     ],
 )
 def test_check_and_train_refuse_the_same(recipe, tmp_path, capsys, override, message):
     overrides = [override, *(["training.batch_size=1"] if "32,32" in override else [])]
     overrides += ["training.batch_size=16"] if "30000" in override else []
+    overrides += ["training.batch_size=100000"] if "multi_scale" in override else []
     if message is None:  # 10 million images of one student: what fits depends on the input alone
         overrides, message = [override, "student.size=[64,64]"], "GiB of memory"
     for verb in ("check", "train"):

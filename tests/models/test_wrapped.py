@@ -495,6 +495,14 @@ def test_wrong_losses_are_told():
         yolo_teacher().eval()(example()[0])
 
 
+@pytest.mark.parametrize("losses", [lambda *_: {}, lambda _, output, __: {"box": output[0].sum().detach()}])
+def test_losses_without_a_gradient_are_refused(losses):
+    student = detdistill.wrap(YoloLike(), LEVELS, PLAIN, CLASSES, losses=losses)
+    for pair in (Pair(student), Pair(student, our_student(), ["mimic"])):
+        with pytest.raises(UserError, match="loss has no gradient"):
+            pair.train()(*example())
+
+
 BOX = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0]), "scores": torch.ones(1)}
 
 
@@ -508,6 +516,8 @@ BOX = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0]), "scores": torch.
         ([{**BOX, "labels": torch.tensor([0.0])}] * 2, r"labels \(K,\) of integers"),
         ([{**BOX, "labels": torch.tensor([79])}] * 2, "labels 79 to 79, and there are 3 classes"),
         ([{**BOX, "labels": torch.tensor([-1])}] * 2, "labels -1 to -1"),
+        ([{**BOX, "boxes": torch.zeros(1, 4).numpy()}] * 2, r"boxes as .*return tensors, as torch.from_numpy"),
+        ([{**BOX, "scores": [1.0]}] * 2, r"scores as .*return tensors"),
     ],
 )  # fmt: skip
 def test_wrong_detections_are_told(found, message):

@@ -14,7 +14,7 @@ import zipfile
 import pytest
 import torch
 
-from detdistill.config import DataConfig, UserError
+from detdistill.config import DataConfig, UserError, parse_recipe
 from detdistill.data.loading import open_data
 from detdistill.training import loop
 from detdistill.training.checkpoint import load_checkpoint, save_checkpoint
@@ -339,3 +339,50 @@ def test_a_run_does_not_replace_the_weights_that_it_needs(make_recipe, tmp_path,
             with pytest.raises(UserError, match="which the recipe needs: choose another run folder"):
                 train(make_recipe(**needs), run, resume=resume)
     assert (run / "student.safetensors").read_bytes() == before
+
+
+# --- where a run may be ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("run", "refused"),
+    [
+        ("", True),
+        ("images/train", True),
+        ("images/train/run", True),
+        ("images/run", False),
+        ("runs/x", False),
+        ("more", True),
+        ("more/run", True),
+        ("../run", False),
+        ("run-\udce9", True),
+    ],
+)
+def test_a_run_is_not_written_among_the_images_of_its_dataset(tmp_path, run, refused):
+    root = tmp_path / "data"
+    for name in ("images/train", "more"):
+        (root / name).mkdir(parents=True)
+        (root / name / "1.png").write_bytes(b"")
+    data = DataConfig(root=root, unlabelled="more")
+    before = set(tmp_path.rglob("*"))
+    folder = RunFolder(root / run)
+    if not refused:
+        folder.require_apart(data)
+        return
+    with pytest.raises(UserError, match="choose another folder") as error:
+        train(parse_recipe({"data": data.model_dump(), "student": {}}), root / run)
+    assert "\n" not in str(error.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "recipe.yaml", "checkpoints/last.pt"])
+def test_a_folder_in_a_files_place_is_refused_before_training(tmp_path, make_recipe, name):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"{name}: is a folder, and the run writes a file there"):
+        train(make_recipe(), tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, make_recipe):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run/checkpoints: cannot be made \(Not a directory\)"):
+        train(make_recipe(), tmp_path / "file" / "run")

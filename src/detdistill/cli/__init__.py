@@ -32,6 +32,7 @@ ISSUES = (
     "This is a bug in detdistill: please report it, with the lines above and what `detdistill --version` says."
 )
 _UsageError: Any = typer.BadParameter.__base__  # click's own, wherever this release of typer keeps it
+
 _NO_BUG = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            arguments = [_expanded(each) for each in (sys.argv[1:] if arguments is None else arguments)]
             code = command.main(arguments, prog_name="detdistill", standalone_mode=False)
         except KeyboardInterrupt:
             code = INTERRUPTED
@@ -55,6 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return int(code or 0)
+
+
+def _expanded(argument: str) -> str:
+    """``--out=~/x`` with the home folder, which no shell puts there.
+
+    Raises:
+        UserError: it is empty, as that of an unset variable.
+    """
+    option, _, value = argument.partition("=")
+    if not argument or (option.startswith("--") and argument == f"{option}="):
+        from detdistill.config import UserError
+
+        raise UserError(f"{argument or 'an argument'} is empty: give a value, or leave it out")
+    if option.startswith("--") and value.startswith("~"):
+        return f"{option}={os.path.expanduser(value)}"  # noqa: PTH111 - a value may be no path
+    return argument
 
 
 def _explain(error: Exception) -> int:

@@ -36,8 +36,14 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Look over a recipe's data, models and levels before it runs."""
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    step: Annotated[
+        bool, typer.Option("--step/--no-step", help="Try one training step, on two images at most.")
+    ] = True,
+) -> None:
+    """Validate a recipe's data, models and levels, and try one training step."""
     from detdistill.config import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
@@ -45,7 +51,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from detdistill.experiments.check import check as check_recipe
     from detdistill.printing import print_check
 
-    result = check_recipe(settings)
+    result = check_recipe(settings, step=step)
     print_check(result)
     if not result.ok:
         raise typer.Exit(USER_ERROR)

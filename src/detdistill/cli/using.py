@@ -52,9 +52,13 @@ def evaluate(
     from detdistill.evaluation.detector import DetectionEvaluation
     from detdistill.experiments.evaluate import as_detector, as_model
     from detdistill.experiments.evaluate import evaluate as evaluate_model
+    from detdistill.output import output_file
     from detdistill.printing import print_evaluation, progress_bar, write_json
 
     asked = [name for name, given in (("--metric voc", metric is Metric.voc), ("--results", results)) if given]
+    for file, option in ((json_file, "--json"), (results, "--results")):
+        if file is not None:
+            output_file(file, option)
     model = as_detector(weights, asked[0]) if asked else as_model(weights)
     data = data or _data_of(weights)
     with progress_bar("evaluating") as progress:

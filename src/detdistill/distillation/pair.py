@@ -179,12 +179,17 @@ class Pair(nn.Module):
             zoom: factor on the input sizes of both models.
             unlabelled: more images, as above, from which the methods alone teach, but for those that need
                 labels. Each term is then the mean over all images that it has seen.
+
+        Raises:
+            UserError: in training, no loss of the student's own has a gradient.
         """
         active = {name: weight for name, weight in self.current_weights().items() if weight > 0}
         batch = self.student.preprocess(images, targets, zoom)
         pyramid = self.student.pyramid(batch)
         raw = _predict(self.student, pyramid, batch, self._needs(active))
         losses = self.student.losses(raw, batch)
+        if self.training and torch.is_grad_enabled():
+            _require_gradient(losses)
         if not active or self.teacher is None:
             return losses
 
@@ -331,6 +336,15 @@ def _require_learnable(student: Model) -> None:
     """Some libraries save their models frozen, and a model that was a teacher is: it would learn nothing."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise UserError("no parameter of the student has requires_grad: call requires_grad_(True) on the model")
+
+
+def _require_gradient(losses: Mapping[str, Tensor]) -> None:
+    if not any(value.requires_grad for value in losses.values()):
+        what = "is empty" if not losses else f"was detached ({', '.join(losses)})"
+        raise UserError(
+            f"the student's loss has no gradient: what losses() gave {what}; return scalars that depend on the "
+            "model's output, without .item(), .detach() or no_grad, also for images without objects"
+        )
 
 
 def _predict(model: Model, pyramid: Pyramid, batch: Batch, needs: set[Need]) -> Raw:

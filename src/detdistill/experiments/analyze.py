@@ -36,6 +36,7 @@ from detdistill.evaluation.errors import (
 from detdistill.experiments.comparison import load_comparison
 from detdistill.experiments.evaluate import as_detector, choose_device, open_split
 from detdistill.models.weights import file_hash, find_weights
+from detdistill.output import output_path
 from detdistill.report.gallery import save_differences
 from detdistill.report.plots import plot_errors
 from detdistill.training.run_folder import RunFolder, write_atomically
@@ -144,7 +145,7 @@ def analyze(
         UserError: a folder is no finished run, the runs have other images or classes, or there are no images.
     """
     run = Path(run)
-    folder = Path(out) if out is not None else run / "analysis"
+    folder = output_path(out) if out is not None else run / "analysis"
     if (run / "comparison.json").is_file():
         baseline, run = _from_comparison(run)
         alone = alone or baseline

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detdistill.config import Recipe, UserError, load_recipe
+import torch
+
+from detdistill.config import Recipe, TrainingConfig, UserError, load_recipe
 from detdistill.data.box_checks import small_objects
 from detdistill.data.inspect import Inspection, inspect_data
 from detdistill.data.records import Finding, Split
@@ -19,8 +22,11 @@ from detdistill.distillation.pair import Pair
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Detector, Model
 from detdistill.models.build import check_targets
-from detdistill.models.limits import require_memory_for_training, require_values_for_batch_norm
+from detdistill.models.limits import require_memory_for_training
 from detdistill.training.step import build_optimizer
+from detdistill.training.trial import Trial, try_step
+
+MUCH_LARGER = 4  # a factor on the input size that nobody uses
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Check:
         notes: what loading weights had to say.
         matching: which levels of the pair meet; None without a teacher.
         classes: which classes the two share, by name; None without a teacher.
-        problems: what would stop the run, beside the data's findings.
+        step: a training step that was tried; None where it failed or was left out.
+        problems: what would stop the run, in addition to the data's findings.
     """
 
     recipe: Recipe
@@ -64,6 +71,7 @@ class Check:
     notes: list[str] = field(default_factory=list)
     matching: Matching | None = None
     classes: ClassMatch | None = None
+    step: Trial | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -72,12 +80,13 @@ class Check:
         return not self.problems and self.inspection is not None and not self.inspection.errors
 
 
-def check(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Check:
-    """Look a recipe over before it is run; nothing is trained or written.
+def check(recipe: Recipe | str | Path, overrides: Iterable[str] = (), *, step: bool = True) -> Check:
+    """Look a recipe over before it is run; nothing is written, and random states stay as they were.
 
     Args:
         recipe: a recipe, or its file.
         overrides: as ``training.epochs=12``; only for a file.
+        step: try one training step, where nothing else is wrong; large models take their time for it.
 
     Raises:
         UserError: the recipe itself cannot be read. What is wrong with its data and models is in the result.
@@ -98,13 +107,16 @@ def check(recipe: Recipe | str | Path, overrides: Iterable[str] = ()) -> Check:
         if name not in splits
     ]
     if "train" in splits and splits["train"].classes:
-        _check_models(result, splits["train"])
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(recipe.training.seed)
+            _check_models(result, splits["train"], step)
     return result
 
 
-def _check_models(result: Check, train: Split) -> None:
+def _check_models(result: Check, train: Split, step: bool) -> None:
     recipe, classes = result.recipe, train.classes
-    student = teacher = None
+    student = teacher = pair = None
     with _messages() as notes:
         try:
             student = build_model(recipe.student, classes)
@@ -123,7 +135,7 @@ def _check_models(result: Check, train: Split) -> None:
             try:
                 pair = Pair(student, teacher)  # what meets is told of methods that are refused, too
                 result.matching, result.classes = pair.matching, pair.classes
-                pair = Pair(student, teacher, recipe.methods)
+                pair = Pair(student, teacher, recipe.methods, seed=recipe.training.seed)
                 if recipe.data.unlabelled is not None and (able := pair.without_labels()):
                     result.notes.append(f"images without labels: {', '.join(able)} teaches from them")
                 if recipe.inherit:
@@ -137,16 +149,50 @@ def _check_models(result: Check, train: Split) -> None:
         except UserError as error:
             result.problems.append(str(error))
         try:
-            require_memory_for_training(recipe)
+            require_memory_for_training(recipe, student, train)
             if student is not None:
-                require_values_for_batch_norm(student, recipe)
-                build_optimizer(Pair(student), recipe.training.optimizer)
+                pair = pair or Pair(student)
+                build_optimizer(pair, recipe.training.optimizer)
         except UserError as error:
             result.problems.append(str(error))
     result.notes += notes
+    result.notes += _budget_notes(recipe.training, len(train))
+    if pair is not None and step and result.ok:
+        with _messages() as notes:
+            try:
+                result.step = try_step(recipe, pair, train)
+            except UserError as error:
+                result.problems.append(f"training step: {error}")
+            except Exception as error:  # of a backbone or a model that this project did not write
+                reason = " ".join(str(error).split())[:200]
+                result.problems.append(f"training step: {type(error).__name__}: {reason}")
+        result.notes += notes
+    elif step:
+        result.notes.append("no training step was tried: fix the errors first")
     result.models += [
         _summary(role, model) for role, model in (("student", student), ("teacher", teacher)) if model
     ]
+
+
+def _budget_notes(training: TrainingConfig, images: int) -> list[str]:
+    """What can run, and is hardly meant."""
+    notes, processors = [], os.cpu_count() or 1
+    if training.workers > 4 * processors:
+        notes.append(
+            f"warning: training.workers is {training.workers} and this machine has {processors} processors: "
+            f"give training.workers={processors}"
+        )
+    if training.batch_size > images:
+        notes.append(
+            f"warning: training.batch_size is {training.batch_size} for {images} training "
+            f"image{'s' * (images > 1)}: each step repeats them"
+        )
+    if (factors := training.augment.multi_scale) is not None and factors[1] > MUCH_LARGER:
+        notes.append(
+            f"warning: training.augment.multi_scale makes inputs up to {factors[1]:g} times as large: it takes "
+            "factors, as [0.8, 1.2], not pixels"
+        )
+    return notes
 
 
 def _small_objects(student: Detector, train: Split) -> list[Finding]:

@@ -27,6 +27,7 @@ from detdistill.experiments.studies import (
 from detdistill.experiments.study_runs import launch, train_missing
 from detdistill.experiments.study_teachers import teachers_of
 from detdistill.models.weights import STUDENT_FILE
+from detdistill.output import output_path
 from detdistill.training.run_folder import RunFolder, differences, write_atomically
 
 
@@ -59,7 +60,7 @@ def compare(
     Raises:
         UserError: as :func:`run_study`; or methods or a teacher for a study.
     """
-    recipe, folder = Path(recipe), None if out is None else Path(out)
+    recipe, folder = Path(recipe), None if out is None else output_path(out)
     methods, overrides = names_of(methods, "methods"), names_of(overrides, "overrides")
     devices = names_of(devices, "devices")
     if is_study(recipe):

@@ -25,6 +25,7 @@ from detdistill.experiments.report import try_report
 from detdistill.experiments.report_data import DISTILLED
 from detdistill.experiments.studies import ALONE, Study
 from detdistill.models.checkpoints import load_model
+from detdistill.output import output_path
 from detdistill.report.gallery import save_gallery
 from detdistill.report.plots import plot_comparison
 from detdistill.text import markdown_table
@@ -76,7 +77,7 @@ def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool 
         seeds: the comparison is repeated with each.
         fast: a few steps only, to see that everything works; the numbers then mean nothing.
     """
-    out = Path(out)
+    out = output_path(out)
     console = Console(highlight=False, markup=False, emoji=False)
     console.print("1. A teacher: ResNet-18, trained on the digits")
     teacher = train(_recipe("teacher", TEACHER, epochs=12, lr=0.02, seed=0, fast=fast), out / "teacher")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +16,9 @@ from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Detector, Model
 from detdistill.models.checkpoints import load_model
+from detdistill.models.weights import require_usable_weights
 
-Data = Recipe | DataConfig | str | Path
+Data = Recipe | DataConfig | Mapping[str, Any] | str | Path
 
 
 def evaluate(
@@ -36,7 +39,8 @@ def evaluate(
 
     Args:
         model: a detector or segmenter, a run folder, or a file that detdistill saved.
-        data: a dataset's folder, a recipe (object or file) whose data section is taken, or ``digits``.
+        data: a dataset's folder, a recipe (object or file) whose data section is taken, such a section, or
+            ``digits``.
         split: ``val``, ``train``, or another that the dataset has.
         batch_size: images in a batch.
         workers: processes that read images.
@@ -72,8 +76,13 @@ def as_detector(model: Model | str | Path, verb: str) -> Detector:
 
 
 def as_model(model: Model | str | Path) -> Model:
-    """A model as it is, or loaded from a run folder or file."""
+    """A model as it is, or loaded from a run folder or file.
+
+    Raises:
+        UserError: it is no model, or its weights are not finite.
+    """
     if isinstance(model, Model):
+        require_usable_weights(model, f"this {type(model.exported).__name__}")
         return model
     if isinstance(model, torch.nn.Module):
         raise UserError(f"a {type(model).__name__} is no detector yet: give detdistill.wrap(model, ...)")
@@ -94,6 +103,10 @@ def _data_config(data: Data) -> DataConfig:
         return data
     if isinstance(data, Recipe):
         return data.data
+    if isinstance(data, Mapping):
+        return parse_recipe({"data": data, "student": {}}, source="the data").data
+    if not isinstance(data, str | os.PathLike) or not str(data):
+        raise UserError(f"data is {data!r}: give a dataset's folder, a recipe, a data section, or 'digits'")
     path = Path(data)
     if path.suffix in (".yaml", ".yml"):
         return load_recipe(path).data

@@ -37,6 +37,7 @@ from detdistill.models.exported import (
 from detdistill.models.faster_rcnn import FasterRCNN
 from detdistill.models.graph import DetectionGraph, SegmentationGraph, graph_of, letterbox_of
 from detdistill.models.weights import STUDENT_FILE
+from detdistill.output import output_file, output_path
 from detdistill.recipe_sections import LONGEST_SIDE
 
 ONNX, PROGRAM = ".onnx", ".pt2"
@@ -181,14 +182,14 @@ def export(
 
 def _target(model: Model | str | Path, out: str | Path | None) -> Path:
     if out is not None:
-        path = Path(out)
+        path = output_path(out)
     elif isinstance(model, Model):
         raise UserError("say where to write the file: out='student.onnx'")
     else:
         path = (Path(model) / STUDENT_FILE if Path(model).is_dir() else Path(model)).with_suffix(ONNX)
     if path.suffix not in (ONNX, PROGRAM):
         raise UserError(f"{path}: give a name that ends in .onnx, or in .pt2 for a program of torch.export")
-    return path
+    return output_file(path)
 
 
 def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[int, int]:

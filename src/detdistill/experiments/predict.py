@@ -21,6 +21,7 @@ from detdistill.data.masks import encode_masks
 from detdistill.evaluation.coco import result_rows
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models.base import Detections, Model
+from detdistill.output import make_folder, output_path
 from detdistill.report.drawing import draw_detections
 from detdistill.report.gallery import CELL
 from detdistill.training.run_folder import write_atomically
@@ -119,10 +120,11 @@ def iter_predictions(
     Raises:
         UserError: no such model, image or device, or the pictures would overwrite the images.
     """
-    root, paths = _find_images(Path(images), Path(out) if out is not None else None)
+    out = output_path(out) if out is not None else None
+    root, paths = _find_images(Path(images), out)
     files = _name_files(paths, root)
     if out is not None:
-        _refuse_to_overwrite(files, Path(out))
+        _refuse_to_overwrite(files, out)
     chosen = choose_device(device)
     models = [as_model(each).to(chosen).eval() for each in (model, teacher) if each is not None]
     rows: list[dict[str, Any]] = []
@@ -138,16 +140,16 @@ def iter_predictions(
             prediction = Prediction(path, *arrays, student.get("masks"), student.get("semantic"))
             if out is not None:
                 names = files[path]
-                _save_picture(image, each, models, threshold, Path(out) / names.picture)
-                _save_label_map(prediction, Path(out) / names.label_map)
+                _save_picture(image, each, models, threshold, out / names.picture)
+                _save_label_map(prediction, out / names.label_map)
                 rows += _rows(prediction, names, models[0].category_ids)
             done += 1
             if progress is not None:
                 progress(done, len(paths))
             yield prediction
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(out) / PREDICTIONS_FILE, json.dumps(rows, indent=1) + "\n")
+        make_folder(out)
+        write_atomically(out / PREDICTIONS_FILE, json.dumps(rows, indent=1) + "\n")
 
 
 def _find_images(images: Path, out: Path | None) -> tuple[Path, list[Path]]:

@@ -27,6 +27,7 @@ from detdistill.models.exported import (
     import_for_export,
     load_onnx,
 )
+from detdistill.output import output_file, output_path
 
 CALIBRATED, CHECKED = 128, 32
 OPERATORS = ("Conv", "Gemm")  # nearly all weights; attention, decoding and suppression stay as they are
@@ -93,9 +94,10 @@ def quantize(file: str | Path, images: str | Path, out: str | Path | None = None
             extra ``export`` are not installed.
     """
     file = Path(file)
-    path = Path(out) if out is not None else file.with_suffix(f".int8{ONNX}")
+    path = output_path(out) if out is not None else file.with_suffix(f".int8{ONNX}")
     if path.suffix != ONNX or path == file:
         raise UserError(f"{path}: give --out a name of its own that ends in {ONNX}")
+    output_file(path)
     before = load_onnx(file)
     onnx = import_for_export("onnx")
     if any(node.op_type == "QuantizeLinear" for node in onnx.load(file, load_external_data=False).graph.node):

@@ -21,6 +21,7 @@ from detdistill.experiments.comparison import Arm, Comparison
 from detdistill.experiments.report_data import Subject, json_of, read_subject, result_of, rows_of
 from detdistill.experiments.report_models import model_sections
 from detdistill.experiments.report_runs import class_section, curve_section
+from detdistill.output import output_path
 from detdistill.report.charts import Chart, interval_chart, signed
 from detdistill.report.page import Cell, Code, Page, Section, Table, write_page
 
@@ -82,7 +83,7 @@ def write_report(
         sections=[section for section in sections if section is not None],
         foot=f"Written by detdistill {__version__}. docs/report.md says how to read it.",
     )
-    file = Path(out) if out is not None else folder / "report.html"
+    file = folder / "report.html" if out is None else output_path(out)
     write_page(page, file)
     return file
 

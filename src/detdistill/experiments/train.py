@@ -20,6 +20,7 @@ from detdistill.config import (
 )
 from detdistill.models.base import Model
 from detdistill.models.checkpoints import describe
+from detdistill.output import output_path
 from detdistill.text import printable
 from detdistill.training import loop
 from detdistill.training.loop import TrainResult
@@ -44,7 +45,8 @@ def train(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    return loop.train(recipe, Path(out) if out else Path("runs") / recipe.name, resume=resume)
+    run = Path("runs") / recipe.name if out is None else output_path(out)
+    return loop.train(recipe, run, resume=resume)
 
 
 def distill(
@@ -77,9 +79,10 @@ def distill(
     Example:
         >>> distill("runs/teacher", {"family": "fcos", "backbone": "resnet18"}, "data/boards").metrics["AP"]
     """
+    out = output_path(out)
     recipe = parse_recipe(
         {
-            "name": printable(Path(out).resolve().name) or "run",
+            "name": printable(out.resolve().name) or "run",
             "data": data,
             "teacher": _section(teacher, frozen=True),
             "student": _section(student, frozen=False),
@@ -91,7 +94,7 @@ def distill(
     )
     return loop.train(
         recipe,
-        Path(out),
+        out,
         resume=resume,
         student=student if isinstance(student, Model) else None,
         teacher=teacher if isinstance(teacher, Model) else None,

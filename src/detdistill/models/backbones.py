@@ -68,6 +68,7 @@ class Backbone(nn.Module):
         output_stride: int | None = None,
     ) -> None:
         super().__init__()
+        self.name = name
         offered = offered_strides(name)
         dilation = {} if output_stride is None else _dilation(name, output_stride)
         absent = [stride for stride in strides if stride not in offered]
@@ -109,12 +110,19 @@ class Backbone(nn.Module):
     def _up_to(self, stage: str) -> list[str]:
         """Names of the modules from the input to the end of a stage, in the order of their registration."""
         modules = [name for name, _ in self.body.named_modules()]
-        names = (stage, stage.replace(".", "_"))  # timm's FeatureListNet flattens names
+        names = (stage, stage.replace(".", "_"), f"model.{stage}")  # of timm's three wrappers of a model
         inside = [any(f"{name}.".startswith(f"{top}.") for top in names) for name in modules]
         return modules[: len(inside) - inside[::-1].index(True)]
 
     def forward(self, images_N3HW: Tensor) -> Pyramid:
-        maps = self.body(images_N3HW)
+        try:
+            maps = self.body(images_N3HW)
+        except AssertionError as error:  # of a transformer whose windows or positions are those of one size
+            height, width = images_N3HW.shape[-2:]
+            raise UserError(
+                f"backbone {self.name!r} cannot take an input of {height}×{width} ({error}): give a size that "
+                "it takes with `keep_ratio: false`, or choose another backbone"
+            ) from error
         if self._channels_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
         return dict(zip(self.channels, maps, strict=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -29,15 +29,24 @@ from detdistill.models.base import (
     Target,
 )
 from detdistill.models.graph import Letterbox, suppress
-from detdistill.models.spec import CategoryIds, ClassNames, first_fault, require_id_for_each, require_spec
-from detdistill.recipe_sections import LONGEST_SIDE
+from detdistill.models.spec import (
+    CategoryIds,
+    ClassNames,
+    first_fault,
+    read_json,
+    require_id_for_each,
+    require_spec,
+)
+from detdistill.recipe_sections import LONGEST_SIDE, MOST_DETECTIONS
 
 METADATA_KEY = "detdistill"
+WITHOUT_NMS = ("rtdetr_v2", "d_fine", None)  # families whose queries give each object once; or it is unknown
 INPUTS = ("images", "sizes")
 INSTALL = 'pip install "detdistill[export]"'
 
 
 _Side = Annotated[int, Field(gt=0, le=LONGEST_SIDE)]
+_Padding = Annotated[float, Field(ge=-1e6, le=1e6)]
 
 
 class ExportFacts(BaseModel):
@@ -62,7 +71,7 @@ class ExportFacts(BaseModel):
     category_ids: CategoryIds | None = None
     size: tuple[_Side, _Side]
     keep_ratio: bool
-    padding: tuple[float, float, float]
+    padding: tuple[_Padding, _Padding, _Padding]
     spec: dict[str, Any] | None
 
     @model_validator(mode="after")
@@ -86,7 +95,7 @@ class DetectorFacts(ExportFacts):
     task: Literal["detection"] = "detection"
     score_threshold: float = Field(ge=0, le=1)
     nms_threshold: float | None = Field(ge=0, le=1)
-    max_detections: int = Field(gt=0)
+    max_detections: int = Field(gt=0, le=MOST_DETECTIONS)
     drop_empty: bool
     needs_sizes: bool = False
     mask_convention: Convention | None = None
@@ -97,8 +106,6 @@ class SegmenterFacts(ExportFacts):
 
     task: Literal["segmentation"] = "segmentation"
 
-
-FACTS: TypeAdapter[DetectorFacts | SegmenterFacts] = TypeAdapter(DetectorFacts | SegmenterFacts)
 
 Graph = Callable[..., Sequence[Tensor]]
 """(N, 3, H, W) float32 RGB, 0…255, and perhaps (N, 2) float32 sizes, to the outputs of its task."""
@@ -281,15 +288,7 @@ def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector | Exported
     stored = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if stored is None:
         raise UserError(f"{path}: does not say what model it is: give a file of `detdistill export`")
-    try:
-        facts = FACTS.validate_json(stored)
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: what it says of its model cannot be used ({first_fault(error)}); "
-            "export it again with this version of detdistill"
-        ) from None
-    if facts.spec is not None:
-        require_spec(facts.spec, str(path))
+    facts = parse_facts(stored, path)
     _require_interface(session, facts, path)
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -301,6 +300,37 @@ def load_onnx(path: str | Path, threads: int = 0) -> ExportedDetector | Exported
             raise UserError(f"{path}: its graph fails ({reason}); export it again") from None
 
     return exported_model(facts, run, any_batch=not isinstance(session.get_inputs()[0].shape[0], int))
+
+
+def parse_facts(text: str, path: Path) -> DetectorFacts | SegmenterFacts:
+    """What a file says of itself.
+
+    Args:
+        text: JSON.
+        path: the file, for messages.
+
+    Raises:
+        UserError: it is no JSON, or says something that cannot be.
+    """
+    tree = read_json(text, str(path))
+    is_segmenter = isinstance(tree, dict) and tree.get("task") == SegmenterFacts.model_fields["task"].default
+    kind: type[DetectorFacts | SegmenterFacts] = SegmenterFacts if is_segmenter else DetectorFacts
+    fault = None
+    try:
+        facts = kind.model_validate(tree)
+    except ValidationError as error:
+        fault = first_fault(error)
+    else:
+        spec = None if facts.spec is None else require_spec(facts.spec, str(path))
+        family = None if spec is None else spec["model"]["family"]
+        if isinstance(facts, DetectorFacts) and facts.nms_threshold is None and facts.mask_convention is None:
+            fault = f"nms_threshold: is null, and {family} needs one" if family not in WITHOUT_NMS else None
+    if fault is not None:
+        raise UserError(
+            f"{path}: what it says of its model cannot be used ({fault}); "
+            "export it again with this version of detdistill"
+        )
+    return facts
 
 
 def _require_interface(session: Any, facts: DetectorFacts | SegmenterFacts, path: Path) -> None:

@@ -6,13 +6,12 @@ import os
 
 import psutil
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from detdistill.config import ModelConfig, Recipe, UserError
+from detdistill.data.records import Split
 from detdistill.models.base import Model
 
 _FLOAT = 4  # bytes
-_SIDE = 32  # of the input, pixels: a backbone's deepest map has one cell there
 
 
 def require_memory_for_model(config: ModelConfig) -> None:
@@ -29,38 +28,32 @@ def require_memory_for_model(config: ModelConfig) -> None:
     )
 
 
-def require_memory_for_training(recipe: Recipe) -> None:
+def require_memory_for_training(recipe: Recipe, student: Model | None, train: Split) -> None:
     """Refuse inputs of which one forward's images alone would not fit.
+
+    Args:
+        student: takes images of its own size, or as they come; None: of the recipe's size.
+        train: the training images.
 
     Raises:
         UserError: with what they would need.
     """
-    training, size = recipe.training, recipe.student.size
+    training, crop = recipe.training, recipe.training.augment.crop_size
     images = -(-training.batch_size // training.accumulate // int(os.environ.get("WORLD_SIZE", "1")))
-    for what, sides in (("", size), (" by training.augment.crop_size", training.augment.crop_size)):
+    largest = int((train.records.heights_N * train.records.widths_N).argmax()) if len(train) else None
+    size = recipe.student.size if student is None else student.preprocessor.size
+    if size is None and largest is not None:
+        size = crop or (int(train.records.heights_N[largest]), int(train.records.widths_N[largest]))
+    factor = max(training.augment.multi_scale or (1.0,))
+    zoomed = None if size is None else (round(size[0] * factor), round(size[1] * factor))
+    for key, sides in (("multi_scale" * (factor != 1), zoomed), ("crop_size", crop)):
         if sides is not None:
+            by = f" by training.augment.{key}" * bool(key)
             _require(
                 _FLOAT * 3 * images * sides[0] * sides[1],
-                f"{images} images at once of {sides[0]:,}×{sides[1]:,}{what}",
-                "lower the size or training.batch_size",
+                f"{images} images at once of {sides[0]:,}×{sides[1]:,}{by}",
+                f"lower {f'training.augment.{key}, ' * bool(key)}the size or training.batch_size",
             )
-
-
-def require_values_for_batch_norm(student: Model, recipe: Recipe) -> None:
-    """Refuse a batch of one small image: BatchNorm has nothing to average over on a map of one cell.
-
-    Raises:
-        UserError: it would fail at the first step.
-    """
-    training, size = recipe.training, recipe.student.size
-    images = training.batch_size // training.accumulate // int(os.environ.get("WORLD_SIZE", "1"))
-    learns = any(isinstance(module, _BatchNorm) for module in student.modules())
-    if images > 1 or not learns or size is None or max(size) > _SIDE:
-        return
-    raise UserError(
-        f"one image of {size[0]}×{size[1]} at a time leaves BatchNorm one value per channel: raise "
-        "training.batch_size or student.size, or give student.norm: frozen"
-    )
 
 
 def _require(needed: int, what: str, fix: str) -> None:

@@ -36,6 +36,7 @@ from detdistill.models.mmdet_configs import (
 )
 from detdistill.models.torchvision_weights import COCO_CATEGORIES, TRAINED_SIZE
 from detdistill.models.weights import State, find_weights, load_weights, read_content, state_of
+from detdistill.output import output_file
 
 Style = Literal["pytorch", "caffe"]
 
@@ -160,6 +161,7 @@ def import_mmdet(
             without a place here (all are listed), class names missing.
     """
     path = find_weights(path)
+    out = output_file(out if out is not None else path.with_suffix(".safetensors"))
     content = read_content(path, _strip_command(path))
     state = state_of(content, path)
     meta = content.get("meta") if isinstance(content, Mapping) else None
@@ -169,7 +171,6 @@ def import_mmdet(
     normalisation = {"mean": list(checkpoint.mean), "std": list(checkpoint.std)}
     model = construct(checkpoint.model, checkpoint.classes, normalisation)
     load_weights(model, convert(state, checkpoint, source=str(path)), source=str(path))
-    out = Path(out) if out is not None else path.with_suffix(".safetensors")
     save_model(model, out)
     return out, checkpoint
 

@@ -101,16 +101,24 @@ def parse_spec(text: str, source: str) -> dict[str, Any]:
     Raises:
         UserError: it is no JSON, or not a spec.
     """
+    return require_spec(read_json(text, source), source)
+
+
+def read_json(text: str, source: str) -> Any:
+    """What a file says of its model, before it is checked.
+
+    Raises:
+        UserError: it is no JSON.
+    """
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"{source}: what it says of its model is {len(text):,} characters long; save it again")
     try:
-        tree = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         raise UserError(
             f"{source}: what it says of its model is not JSON ({reason}); save the model again"
         ) from None
-    return require_spec(tree, source)
 
 
 def require_spec(tree: Any, source: str) -> dict[str, Any]:
@@ -136,4 +144,6 @@ def first_fault(error: ValidationError) -> str:
     found = error.errors(include_url=False, include_input=False)[0]
     at = ".".join(map(str, found["loc"]))
     message = found["msg"].removeprefix("Value error, ")
+    if found["type"] in ("model_type", "dict_type"):  # pydantic's words name the class
+        message = "should be names and values, as {}"
     return printable(f"{at}: {message}" if at else message)[:200]

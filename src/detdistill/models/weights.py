@@ -6,6 +6,7 @@ No pickle is ever executed: files that are not safetensors are read with ``weigh
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,33 @@ def require_finite(state: Mapping[str, Tensor], source: str) -> None:
         )
 
 
+def require_usable_weights(model: Model, what: str, *, learns: bool = False) -> None:
+    """Refuse a model object whose weights are not finite, or of a type that its input does not have.
+
+    Args:
+        model: a wrapped one may be of any type that its own ``call`` converts images to, unless it ``learns``.
+        what: how messages call it.
+
+    Raises:
+        UserError: with the first of the weights' names.
+    """
+    bad = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    # A buffer may hold infinity on purpose, as masks of attention do.
+    bad += [name for name, buffer in model.named_buffers() if torch.isnan(buffer).any()]
+    if bad:
+        raise UserError(
+            f"the weights of {what} contain NaN or infinite values: {some(bad)}; load others: its training "
+            "diverged, or its file is damaged"
+        )
+    kinds = {w.dtype for w in model.parameters() if w.is_floating_point()} - {torch.float32}
+    if kinds and (learns or model.exported is model):
+        kind = str(kinds.pop()).removeprefix("torch.")
+        raise UserError(
+            f"the weights of {what} are {kind}: call its float(); a run computes in what "
+            "training.precision says"
+        )
+
+
 def load_backbone(
     backbone: Backbone, state: Mapping[str, Tensor], source: str = "backbone weights"
 ) -> LoadReport:
@@ -259,6 +287,8 @@ def find_weights(path: str | Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise UserError(f"{path!r} is no model: give a run folder or a weights file")
     path = Path(path)
     if path.is_dir() and not (path / STUDENT_FILE).is_file() and (path / "config.json").is_file():
         path = path / transformers_weights.WEIGHTS

@@ -281,6 +281,11 @@ def _check_detections(found: Any, images: int, classes: int) -> None:
         if not isinstance(one, Mapping) or not {"boxes", "labels", "scores"} <= one.keys():
             raise UserError(f"{what} {seen(one)} for an image: return a dict of boxes, labels and scores")
         boxes, labels, scores = one["boxes"], one["labels"], one["scores"]
+        for name, value in one.items():
+            if not isinstance(value, Tensor):
+                raise UserError(
+                    f"{what} {name} as {seen(value)}: return tensors, as torch.from_numpy(…) makes them"
+                )
         shapes = [tuple(x.shape) for x in (boxes, labels, scores)]
         if shapes != [(len(scores), 4), (len(scores),), (len(scores),)] or labels.is_floating_point():
             raise UserError(

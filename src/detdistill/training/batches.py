@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from accelerate import Accelerator
-
-from detdistill.config import TrainingConfig, UserError
+from detdistill.config import Recipe, TrainingConfig, UserError
 from detdistill.data.loading import DetectionDataset, make_loader
-from detdistill.data.unlabelled import UnlabelledImages
+from detdistill.data.records import Split
+from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
+from detdistill.distillation.pair import Pair
 from detdistill.seeding import mix_seed
 from detdistill.training.sampler import StepSampler
 from detdistill.training.step import MicroBatch
@@ -17,13 +17,29 @@ from detdistill.training.step import MicroBatch
 UNLABELLED_SEED = 1  # beside the run's own: else images without labels came in the order of the others
 
 
+def open_datasets(recipe: Recipe, train: Split, pair: Pair) -> tuple[DetectionDataset, UnlabelledImages | None]:
+    """The labelled images of a run, and those without labels, if there are any and methods to learn from them.
+
+    Raises:
+        UserError: no method can use images without labels, or one of them is missing.
+    """
+    augment, seed = recipe.training.augment, recipe.training.seed
+    labelled = DetectionDataset(train, augment, seed, with_masks=pair.student.needs_masks)
+    if recipe.data.unlabelled is None or not pair.methods:
+        return labelled, None
+    pair.without_labels()
+    files = find_unlabelled(recipe.data)
+    return labelled, UnlabelledImages(files, augment, seed, label_maps=train.has_label_maps)
+
+
 def micro_batches(
     labelled: DetectionDataset,
     unlabelled: UnlabelledImages | None,
     config: TrainingConfig,
-    accelerator: Accelerator,
     start: int,
     stop: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of the steps ``start`` ≤ s < ``stop``.
 
@@ -39,8 +55,8 @@ def micro_batches(
                 start=start,
                 stop=stop,
                 seed=seed,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
+                rank=rank,
+                world=world,
                 accumulate=config.accumulate,
             )
         except ValueError as error:

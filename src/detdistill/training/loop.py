@@ -21,8 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from detdistill.config import Recipe, UserError
-from detdistill.data.loading import DetectionDataset, usable_splits
-from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
+from detdistill.data.loading import usable_splits
 from detdistill.distillation.inheriting import inherit
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.measure import Evaluation
@@ -30,16 +29,16 @@ from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.checkpoints import save_model
-from detdistill.models.limits import require_memory_for_training, require_values_for_batch_norm
+from detdistill.models.limits import require_memory_for_training
 from detdistill.report.gallery import save_samples
 from detdistill.report.plots import plot_curves
-from detdistill.training.batches import micro_batches
+from detdistill.training.batches import micro_batches, open_datasets
 from detdistill.training.display import Display
 from detdistill.training.models import models_of
-from detdistill.training.precision import computes_bf16, resolve_precision
+from detdistill.training.precision import computes_bf16, resolve_device, resolve_precision
 from detdistill.training.preemption import PREEMPTED, Stop, StopRequest, stop_request
 from detdistill.training.run_folder import Row, RunFolder
-from detdistill.training.sampler import steps_per_epoch
+from detdistill.training.sampler import steps_per_epoch, total_steps
 from detdistill.training.schedules import learning_rate_factor
 from detdistill.training.step import MicroBatch, StepOutcome, build_optimizer, optimisation_step
 
@@ -87,6 +86,7 @@ def train(
         KeyboardInterrupt: after saving, on Ctrl-C; at once on a second one.
     """
     folder = RunFolder(run)
+    folder.require_apart(recipe.data)
     with folder.held(), stop_request() as request:
         folder.open(recipe, resume=resume)
         done = folder.ended(recipe) if resume else None
@@ -109,7 +109,6 @@ class _Trainer:
         request: StopRequest,
     ) -> None:
         self.recipe, self.config, self.folder, self.request = recipe, recipe.training, folder, request
-        require_memory_for_training(recipe)
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         folder.keep_to_data(splits)
@@ -119,9 +118,8 @@ class _Trainer:
             # Accelerate keeps one state for the process and refuses another precision or device: a second run
             # in this process starts from a new one (but stays in the group of processes, if there is one).
             AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
-        on_cpu = self.config.device == "cpu" or not torch.accelerator.is_available()
-        device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-        assert device is not None
+        device = resolve_device(self.config.device)
+        on_cpu = device.type == "cpu"
         self.precision = resolve_precision(self.config.precision, device)
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
@@ -141,7 +139,7 @@ class _Trainer:
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)
-        require_values_for_batch_norm(student, recipe)
+        require_memory_for_training(recipe, student, self.train_split)
         student.category_ids = self.train_split.numeric_ids
         if recipe.inherit and not folder.has_checkpoint:  # a run that goes on has learnt since
             assert teacher is not None
@@ -157,9 +155,12 @@ class _Trainer:
         self.model, self.optimizer = self.accelerator.prepare(pair, optimizer)
         self.ema = ModelEmaV3(pair.student, self.config.ema, use_warmup=True) if self.config.ema else None
 
-        self.datasets = self._datasets()
+        self.datasets = open_datasets(recipe, self.train_split, pair)
+        if (unlabelled := self.datasets[1]) is not None:
+            able = ", ".join(pair.without_labels())
+            self.display.note(f"{len(unlabelled)} images without labels, from which {able} teaches")
         self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
-        self.total_steps = self.config.max_steps or max(1, round(self.config.epochs * self.steps_per_epoch))
+        self.total_steps = total_steps(self.config, len(self.train_split))
         self.step = self.saved = self.evaluated = 0
         self.best, self.evaluations_since_best = -1.0, 0
         self.seconds = 0.0
@@ -177,7 +178,12 @@ class _Trainer:
             started = time.perf_counter() - self.seconds
             self.log_started = time.perf_counter()
             loader = micro_batches(
-                *self.datasets, self.config, self.accelerator, start=self.step, stop=self.total_steps
+                *self.datasets,
+                self.config,
+                start=self.step,
+                stop=self.total_steps,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
             )
             self.display.start(self.recipe.name, self.step, self.total_steps)
             self.display.note(self._budget())
@@ -228,17 +234,9 @@ class _Trainer:
             group["lr"] = group["base_lr"] * factor
         self.pair.at_step(self.step, self.total_steps)
         self.model.train()
-        try:
-            outcome = optimisation_step(
-                self.accelerator, self.model, self.optimizer, micro_batches, self.step, self.config
-            )
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"step {self.step}: BatchNorm has one value per channel to average over: raise "
-                "training.batch_size or student.size, or give student.norm: frozen"
-            ) from error
+        outcome = optimisation_step(
+            self.accelerator, self.model, self.optimizer, micro_batches, self.step, self.config
+        )
         self.pending.append(outcome)
         if self.ema is not None:
             self.ema.update(self.pair.student, self.step)
@@ -445,14 +443,3 @@ class _Trainer:
                 f"warning: resumed with {now} instead of {before} processes: each sees other images and random "
                 "numbers, so the result is not exactly that of an uninterrupted run"
             )
-
-    # --- what it sees ----------------------------------------------------------------------------------
-
-    def _datasets(self) -> tuple[DetectionDataset, UnlabelledImages | None]:
-        augment, seed = self.config.augment, self.config.seed
-        labelled = DetectionDataset(self.train_split, augment, seed, with_masks=self.pair.student.needs_masks)
-        if self.recipe.data.unlabelled is None or not self.pair.methods:
-            return labelled, None
-        able, files = self.pair.without_labels(), find_unlabelled(self.recipe.data)
-        self.display.note(f"{len(files)} images without labels, from which {', '.join(able)} teaches")
-        return labelled, UnlabelledImages(files, augment, seed, label_maps=self.train_split.has_label_maps)

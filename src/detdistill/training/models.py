@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from detdistill.config import Recipe, UserError
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
+from detdistill.models.weights import require_usable_weights
 
 
 def models_of(
@@ -20,7 +21,8 @@ def models_of(
         student, teacher: objects for the sections that say ``python``.
 
     Raises:
-        UserError: a section cannot be built, or the student object has other classes than the data.
+        UserError: a section cannot be built, the student object has other classes than the data, or weights
+            are not finite or not of 32 bits.
     """
     if student is None:
         student = build_model(recipe.student, classes)
@@ -31,6 +33,9 @@ def models_of(
         )
     if teacher is None and recipe.teacher is not None:
         teacher = load_teacher(recipe.teacher, classes)
+    require_usable_weights(student, "the student", learns=True)
+    if teacher is not None:
+        require_usable_weights(teacher, "the teacher")
     if not student.can_answer:
         raise UserError("the student gives no detections, and cannot be evaluated: give wrap(..., decode=...)")
     return student, teacher

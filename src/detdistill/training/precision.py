@@ -1,4 +1,4 @@
-"""Which numbers a run computes in."""
+"""Where a run computes, and in which numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 }  # fmt: skip
+
+
+def resolve_device(wanted: Literal["auto", "cpu"]) -> torch.device:
+    """What ``training.device`` means on this machine."""
+    found = torch.accelerator.current_accelerator(check_available=True) if wanted == "auto" else None
+    return found or torch.device("cpu")
 
 
 def resolve_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:

@@ -31,13 +31,16 @@ from typing import Any
 
 import torch
 
-from detdistill.config import ModelConfig, Recipe, UserError, dump_recipe, load_recipe
+from detdistill.config import DataConfig, ModelConfig, Recipe, UserError, dump_recipe, load_recipe
 from detdistill.data.fingerprint import fingerprint
+from detdistill.data.images import is_image
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
 from detdistill.data.text import read_file
 from detdistill.distillation.weighting import RATIO
 from detdistill.models.weights import file_hash, find_weights
+from detdistill.output import make_folder
+from detdistill.text import is_text, printable
 from detdistill.training.checkpoint import PREVIOUS, load_checkpoint, save_checkpoint
 
 try:
@@ -68,6 +71,39 @@ class RunFolder:
     teacher_file = property(lambda self: self.path / "teacher.sha256")
     data_file = property(lambda self: self.path / "data.sha256")
 
+    @property
+    def _written(self) -> tuple[Path, ...]:
+        """What a run writes in its course, and a fresh one deletes first."""
+        return (
+            self.metrics_file, self.checkpoint_file, self.checkpoint_file.with_name(PREVIOUS),
+            self.result_file, self.student_file, self.best_file, self.data_file, self.teacher_file,
+        )  # fmt: skip
+
+    def require_apart(self, data: DataConfig) -> None:
+        """Refuse a folder in which the run's pictures or its recipe would be taken for parts of the dataset.
+
+        A dataset's root may hold runs, even beside images; its other folders of images may not.
+
+        Raises:
+            UserError: the folder is the dataset's root, or lies in one of its folders of images; or its name is
+                not UTF-8, which TensorBoard cannot write.
+        """
+        if not is_text(str(self.path)):
+            shown = printable(str(self.path))
+            raise UserError(f"{shown}: the name is not UTF-8: choose another folder with --out")
+        run, top = self.path.resolve(), data.root or Path()
+        for given in (data.root, data.images, data.unlabelled):
+            root = (top / given).resolve() if given is not None else None
+            if root is None or root not in (run, *run.parents):
+                continue
+            folders = [run, *run.parents]
+            folders = folders[: folders.index(root) + (given is not data.root)]
+            if run == root or any(_has_images(folder) for folder in folders):
+                raise UserError(
+                    f"{self.path} lies among the images of the dataset in {root}, where the run's pictures "
+                    "would be taken for images: choose another folder with --out"
+                )
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep others from training in this folder. Other processes of one run are none of these.
@@ -78,7 +114,7 @@ class RunFolder:
         if fcntl is None or os.environ.get("RANK", "0") != "0" or self.path.is_file():
             yield
             return
-        self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.checkpoint_file.parent, "--out")
         # Record locks go with the process: none is left behind by a killed run or held by its loaders.
         with (self.checkpoint_file.parent / "lock").open("w", encoding="utf-8") as file:
             try:
@@ -103,6 +139,9 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: choose another run folder")
+        for file in (self.recipe_file, *self._written):
+            if file.is_dir():
+                raise UserError(f"{file}: is a folder, and the run writes a file there: move it away")
         self._fresh = not resume
         for section in (recipe.teacher, recipe.student):
             weights = _weights(section)
@@ -132,11 +171,7 @@ class RunFolder:
         if not write:
             return
         if fresh:
-            old = (
-                self.metrics_file, self.checkpoint_file, self.checkpoint_file.with_name(PREVIOUS),
-                self.result_file, self.student_file, self.best_file, self.data_file, self.teacher_file,
-            )  # fmt: skip
-            for file in old:
+            for file in self._written:
                 file.unlink(missing_ok=True)
         self.checkpoint_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.recipe_file, dump_recipe(recipe))
@@ -285,6 +320,13 @@ def _row(line: str) -> Row | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether a folder that holds no run has images in it."""
+    if not folder.is_dir() or (folder / "recipe.yaml").is_file():
+        return False
+    return any(is_image(path) for path in folder.iterdir())
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from detdistill.config import TrainingConfig
 from detdistill.seeding import mix_seed
 
 
@@ -38,10 +39,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        if batch_size % (world * accumulate):
-            raise ValueError(
-                f"batch_size {batch_size} cannot be shared by {world} processes × {accumulate} micro-batches"
-            )
+        micro_batch_size(batch_size, world, accumulate)
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop = start, stop
         self.rank, self.world, self.accumulate = rank, world, accumulate
@@ -67,6 +65,24 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order: list[int] = torch.randperm(self.length, generator=generator).tolist()
         return order * -(-self.batch_size // self.length)
+
+
+def micro_batch_size(batch_size: int, world: int, accumulate: int) -> int:
+    """Images of one forward pass in one process.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly.
+    """
+    if batch_size % (world * accumulate):
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared by {world} processes × {accumulate} micro-batches"
+        )
+    return batch_size // (world * accumulate)
+
+
+def total_steps(config: TrainingConfig, images: int) -> int:
+    """Optimizer steps of a run on so many images."""
+    return config.max_steps or max(1, round(config.epochs * steps_per_epoch(images, config.batch_size)))
 
 
 def steps_per_epoch(length: int, batch_size: int) -> int:

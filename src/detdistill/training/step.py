@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from detdistill.config import OptimizerConfig, TrainingConfig
+from detdistill.config import OptimizerConfig, TrainingConfig, UserError
 from detdistill.distillation.pair import Pair
 from detdistill.models.base import Target
 from detdistill.models.detr import DETR
@@ -63,9 +63,7 @@ def optimisation_step(
         torch.manual_seed(mix_seed(config.seed, step, i, accelerator.process_index))
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            images, targets = to_device(micro_batch.images, micro_batch.targets, accelerator.device)
-            unlabelled, _ = to_device(micro_batch.unlabelled, [], accelerator.device)
-            losses = model(images, targets, zoom, unlabelled)
+            losses = losses_of(model, micro_batch, zoom, accelerator.device)
             accelerator.backward(torch.stack(list(losses.values())).sum() / len(micro_batches))
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
@@ -76,6 +74,28 @@ def optimisation_step(
     optimizer.zero_grad()
     indices = [target["index"] for micro_batch in micro_batches for target in micro_batch.targets]
     return StepOutcome(step, totals, norm, indices)
+
+
+def losses_of(
+    model: nn.Module, micro_batch: MicroBatch, zoom: float, device: torch.device
+) -> dict[str, Tensor]:
+    """The forward pass of a pair on a micro-batch: every loss term by name.
+
+    Raises:
+        UserError: a BatchNorm layer has one value per channel.
+    """
+    images, targets = to_device(micro_batch.images, micro_batch.targets, device)
+    unlabelled, _ = to_device(micro_batch.unlabelled, [], device)
+    try:
+        losses: dict[str, Tensor] = model(images, targets, zoom, unlabelled)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "BatchNorm has one value per channel to average over: raise training.batch_size or student.size, "
+            "or give student.norm: frozen"
+        ) from error
+    return losses
 
 
 def to_device(
