@@ -22,13 +22,11 @@ from detdistill.recipe_file import (
     nearest,
     read_recipe_file,
 )
+from detdistill.recipe_models import AnyModel, Convention, ModelConfig, ObjectConfig
 from detdistill.recipe_sections import (
     AugmentConfig,
-    Convention,
     DataConfig,
-    Family,
     MethodConfig,
-    ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     Section,
@@ -40,9 +38,9 @@ __all__ = [
     "AugmentConfig",
     "Convention",
     "DataConfig",
-    "Family",
     "MethodConfig",
     "ModelConfig",
+    "ObjectConfig",
     "OptimizerConfig",
     "Recipe",
     "ScheduleConfig",
@@ -62,8 +60,8 @@ class Recipe(Section):
 
     name: str = Field("run", description="the run folder is `runs/NAME` unless `--out` is given")
     data: DataConfig = Field(description="`FOLDER`, `digits`, or the section below")
-    student: ModelConfig = Field(description="the detector that learns")
-    teacher: ModelConfig | None = Field(
+    student: AnyModel = Field(description="the detector that learns")
+    teacher: AnyModel | None = Field(
         None, description="a run folder or weights file, or a section as the student's; none: plain training"
     )
     inherit: bool = Field(False, description="the student starts from the teacher's neck and head")
@@ -92,7 +90,11 @@ class Recipe(Section):
             raise ValueError("inherit overwrites neck and head of student.weights: leave one of the two out")
         if self.teacher is not None and not (names or self.inherit):
             raise ValueError("a teacher without methods teaches nothing: add `methods: [ima]`")
-        if self.teacher is not None and self.teacher.weights is None and self.teacher.python is None:
+        if (
+            self.teacher is not None
+            and self.teacher.weights is None
+            and not isinstance(self.teacher, ObjectConfig)
+        ):
             raise ValueError("teacher.weights is missing: an untrained teacher teaches noise")
         if self.training.unlabelled_batch is not None and self.data.unlabelled is None:
             raise ValueError("training.unlabelled_batch has no images: add `data.unlabelled: FOLDER`")
@@ -135,7 +137,5 @@ def dump_recipe(recipe: Recipe) -> str:
     for section in ("student", "teacher"):
         model = getattr(recipe, section)
         if model is not None and model.weights is not None:
-            tree[section] = {
-                key: value for key, value in tree[section].items() if key in model.model_fields_set
-            }
+            tree[section] = {key: value for key, value in tree[section].items() if key in model.given}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -10,9 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -23,7 +21,7 @@ LONGEST_SIDE, MOST_IMAGES, MOST_EPOCHS, MOST_STEPS = 2**15, 10**7, 10**6, 10**9
 COARSEST_STRIDE, MOST_DETECTIONS = 1024, 10**5
 
 
-def _with_home(value: str | None) -> str | None:
+def with_home(value: str | None) -> str | None:
     """A path, ``~`` being the home folder."""
     return str(Path(value).expanduser()) if value is not None and value.startswith("~") else value
 
@@ -67,7 +65,7 @@ class DataConfig(Section):
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else value
 
-    _expand = field_validator("train", "val", "images", "unlabelled")(_with_home)
+    _expand = field_validator("train", "val", "images", "unlabelled")(with_home)
 
     @field_validator("classes")
     @classmethod
@@ -123,99 +121,6 @@ class AugmentConfig(Section):
             raise ValueError(
                 f"give (smallest, largest) factor from 0.01 to 100, as [0.8, 1.2]; got {list(value)}"
             )
-        return value
-
-
-Family = Literal[
-    "retinanet", "fcos", "gfl", "reppoints", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn",
-    "rtdetr_v2", "d_fine", "pspnet", "deeplabv3",
-]  # fmt: skip
-
-
-Convention = Literal["torchvision", "mmdet", "mmdet_tricks"]
-
-
-class ModelConfig(Section):
-    """A detector: family, backbone, sizes, and where its weights come from."""
-
-    family: Family = Field("retinanet", description="kind of detector; `detdistill models` lists them")
-    backbone: str = Field("resnet50", description="any timm model that gives feature maps")
-    backbone_weights: str | None = Field(
-        None, description="`imagenet` (timm downloads them), a file of timm's layout, or none"
-    )
-    weights: str | None = Field(
-        None, description="the whole detector: a run folder, a .safetensors or .pt file, or `torchvision`"
-    )
-    channels: int = Field(256, gt=0, le=2**16, description="width of pyramid and head")
-    head_depth: int | None = Field(
-        None, ge=0, le=100, description="convolutions in each head tower; family's default"
-    )
-    strides: tuple[int, ...] | None = Field(None, description="pyramid levels; the family's own by default")
-    anchor_scale: float | None = Field(
-        None,
-        gt=0,
-        le=1000,
-        description="smallest anchor side over its stride; 4 (RetinaNet) or 8 (RPN) by default",
-    )
-    convention: Convention = Field(
-        "torchvision", description="where these libraries differ, whose way a family takes: docs/mmdet.md"
-    )
-    stride_in_1x1: bool = Field(False, description="ResNet with the strides where Caffe's models have them")
-    norm: Literal["batch", "frozen"] = Field(
-        "batch", description="backbone normalisation; frozen for batches < 8"
-    )
-    freeze_stages: int = Field(0, ge=0, le=5, description="backbone stages, from the input, that do not learn")
-    size: tuple[int, int] | None = Field(
-        None, description="(short, long) side of the input; none: as it comes, for DETRs 640×640"
-    )
-    keep_ratio: bool | None = Field(
-        None, description="false: images are stretched to `size`; by default true, for DETRs false"
-    )
-    score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
-    nms_threshold: float = Field(0.5, gt=0, le=1, description="of two boxes that overlap more, one is dropped")
-    max_detections: int = Field(100, gt=0, le=MOST_DETECTIONS, description="detections kept of an image")
-    window: tuple[int, int] | None = Field(
-        None, description="segmenters: (side, stride) of the windows in which large images are evaluated"
-    )
-    python: str | None = Field(
-        None, description="only in a run's own recipe: what object `detdistill.distill` was given"
-    )
-
-    _expand = field_validator("weights", "backbone_weights")(_with_home)
-
-    @model_serializer(mode="wrap")
-    def _object_alone(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """An object's section says what it was and nothing else; other sections do not mention objects."""
-        section: dict[str, Any] = serialise(self)
-        python = section.pop("python")
-        return section if python is None else {"python": python}
-
-    @field_validator("size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return (value, value) if isinstance(value, int) else value
-
-    @field_validator("size")
-    @classmethod
-    def _short_long(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and not 0 < value[0] <= value[1] <= LONGEST_SIDE:
-            raise ValueError(
-                f"give (short, long) side in pixels, at most {LONGEST_SIDE}, as [480, 800]; got {list(value)}"
-            )
-        return value
-
-    @field_validator("strides")
-    @classmethod
-    def _strides_double(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is None:
-            return value
-        if value[:1] not in ((2,), (4,), (8,), (16,), (32,)) or any(b != 2 * a for a, b in pairwise(value)):
-            raise ValueError(
-                "strides begin at 2, 4, 8, 16 or 32 and double from level to level, as 8, 16, 32; got "
-                f"{list(value)[:20]}"
-            )
-        if value[-1] > COARSEST_STRIDE:
-            raise ValueError(f"strides end at {COARSEST_STRIDE} at most; got {list(value)[:20]}")
         return value
 
 

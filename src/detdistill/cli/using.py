@@ -251,23 +251,11 @@ def models(
 
         print("\n".join(timm.list_models(backbones)))
         return
-    import inspect
-
-    from detdistill.models.build import FAMILIES
-    from detdistill.models.detr import STRIDES
-    from detdistill.models.segmentation import OUTPUT_STRIDE
     from detdistill.printing import first_line, say, show
+    from detdistill.recipe_models import families
 
-    rows = []
-    for name, build in FAMILIES.items():
-        options = inspect.signature(build).parameters
-        levels: Sequence[int] = STRIDES  # the DETRs' are fixed, and so is a segmenter's
-        if "window" in options:
-            levels = (OUTPUT_STRIDE,)
-        elif "strides" in options:
-            levels = options["strides"].default
-        rows.append((name, " ".join(map(str, levels)), first_line(build.__doc__)))
-    show(("family", "strides", "what it is"), rows, text_columns=3)
+    rows = [(name, config.task, first_line(config.__doc__)) for name, config in families().items()]
+    show(("family", "task", "what it is"), rows, text_columns=3)
     say("backbone: any timm model with feature maps; `detdistill models --backbones 'resnet*'` lists names")
 
 

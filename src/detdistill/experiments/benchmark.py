@@ -10,6 +10,7 @@ from detdistill.evaluation.efficiency import Efficiency, efficiency
 from detdistill.experiments.evaluate import as_model, choose_device
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
+from detdistill.recipe_models import model_config
 from detdistill.recipe_sections import LONGEST_SIDE
 
 
@@ -71,8 +72,6 @@ def _detectors(model: Model | str | Path) -> dict[str, Model]:
 
 def _built(section: ModelConfig, classes: Sequence[str]) -> Model:
     """The model of a section: a weights file says what it is, what would be downloaded does not matter here."""
-    changes = {"backbone_weights": None}
-    if section.weights == "torchvision":
-        changes["weights"] = None
-    section = section.model_copy(update=changes)
+    downloads = {"backbone_weights"} | ({"weights"} if section.weights == "torchvision" else set())
+    section = model_config({name: value for name, value in section.given.items() if name not in downloads})
     return build_model(section, classes) if section.weights is None else load_teacher(section, classes)

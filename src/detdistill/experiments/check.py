@@ -208,11 +208,10 @@ def _small_objects(student: Detector, train: Split) -> list[Finding]:
 
 
 def _summary(role: str, model: Model) -> ModelSummary:
-    described = (model.spec or {}).get("model", {})
     learns = (p.numel() for p in model.parameters() if p.requires_grad)
     return ModelSummary(
         role=role,
-        what=f"{described.get('family', type(model).__name__)} {described.get('backbone', '')}".strip(),
+        what=model.description,
         parameters=sum(p.numel() for p in model.parameters()),
         learning=sum(learns) if role == "student" else 0,
         levels=dict(model.pyramid_channels),

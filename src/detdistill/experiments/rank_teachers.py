@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detdistill.config import ModelConfig, Recipe, TrainingConfig, UserError, load_recipe
+from detdistill.config import Recipe, TrainingConfig, UserError, load_recipe
 from detdistill.data.loading import DetectionDataset, collate, make_loader, usable_splits
 from detdistill.data.records import Split
 from detdistill.distillation.matching import match_classes
@@ -30,6 +30,7 @@ from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model, Target
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.weights import find_weights
+from detdistill.recipe_models import SavedModelConfig
 from detdistill.training.precision import DTYPES, resolve_precision
 from detdistill.training.step import build_optimizer, to_device
 
@@ -209,7 +210,7 @@ def _pairs(
             if file in seen:
                 raise UserError(f"the same file as {seen[file]}: name each teacher once")
             seen[file] = name
-            teacher = load_teacher(ModelConfig(weights=name), classes)
+            teacher = load_teacher(SavedModelConfig(weights=name), classes)
             if not match_classes(classes, teacher.classes).pairs:
                 known = ", ".join(teacher.classes[:3]) + ", …" * (len(teacher.classes) > 3)
                 raise UserError(f"knows {known} and none of the data's classes: it cannot be measured here")
@@ -240,12 +241,11 @@ class _Measure:
         def agreement(student: Model) -> dict[int, float]:
             return feature_agreement(student, teacher, matching, self._batches())
 
-        described = (teacher.spec or {}).get("model", {})
         parameters = _parameters(teacher)
         quality = self.quality(teacher)
         return TeacherScore(
             teacher=name,
-            what=f"{described.get('family', type(teacher).__name__)} {described.get('backbone', '')}".strip(),
+            what=teacher.description,
             quality=quality,
             gap=None if student_quality is None else quality - student_quality,
             cka_start=agreement(copy.deepcopy(self.start).train()),  # a copy: BatchNorm's averages move

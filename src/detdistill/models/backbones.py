@@ -24,6 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from detdistill.config import UserError
 from detdistill.models.base import Pyramid
+from detdistill.recipe_models import NetworkConfig
 
 HUB_TIMEOUT_S = 3.0
 
@@ -106,6 +107,19 @@ class Backbone(nn.Module):
             if module_name in self._frozen or module_name not in used:
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
+
+    @classmethod
+    def of(cls, config: NetworkConfig, strides: Sequence[int], output_stride: int | None = None) -> Backbone:
+        """The backbone of a recipe's section; ``backbone_weights`` that are a file are not loaded here."""
+        return cls(
+            config.backbone,
+            strides,
+            pretrained=config.backbone_weights == "imagenet",
+            norm=config.norm,
+            freeze_stages=config.freeze_stages,
+            stride_in_1x1=getattr(config, "stride_in_1x1", False),
+            output_stride=output_stride,
+        )
 
     def _up_to(self, stage: str) -> list[str]:
         """Names of the modules from the input to the end of a stage, in the order of their registration."""

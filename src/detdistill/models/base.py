@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from detdistill.config import names_of
+from detdistill.config import ModelConfig, names_of
 from detdistill.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess, Target
 
 __all__ = [
@@ -148,6 +148,11 @@ class SegmentationRaw:
     aux_NQHW: Tensor | None = None
 
 
+SETTINGS = ("score_threshold", "nms_threshold", "max_detections", "topk_candidates", "window")
+"""Options of a section that are attributes of its model, which may be set anew."""
+
+SOURCES = {"weights", "backbone_weights"}
+
 Raw = DenseRaw | TwoStageRaw | QueryRaw | ForeignRaw | SegmentationRaw
 
 
@@ -195,7 +200,7 @@ class Model(nn.Module, ABC):
         pyramid_norms: ``{stride: BatchNorm}`` of the levels whose map is the very output of a BatchNorm; none
             unless a model says so.
         needs_masks: whether it learns from the targets' ``masks``; its detections have masks, too.
-        spec: how to build this model again (what a student file records), or None.
+        config: the section that describes it, where it was built from one.
         opaque: whether its raw predictions have a form of their own, which no method can compare.
         can_learn: whether it has losses.
         can_answer: whether it has a decode.
@@ -210,10 +215,36 @@ class Model(nn.Module, ABC):
     preprocessor: Preprocess
     pyramid_channels: dict[int, int]
     pyramid_norms: Mapping[int, nn.BatchNorm2d] = MappingProxyType({})
-    spec: dict[str, Any] | None = None
+    config: ModelConfig | None = None
     opaque: ClassVar[bool] = False
     can_learn: bool = True
     can_answer: bool = True
+
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        """How to build this model again, as its file says it: of the model as it is now, not as it was built.
+
+        None for a model that no section describes.
+        """
+        if self.config is None:
+            return None
+        now = {name: getattr(self, name) for name in SETTINGS if hasattr(self, name)}
+        now |= {name: getattr(self.preprocessor, name) for name in ("size", "keep_ratio")}
+        changed = {name: value for name, value in now.items() if name in type(self.config).model_fields}
+        return {
+            # Where weights came from is the run's affair: a file carries no paths of the machine that made it.
+            "model": self.config.model_copy(update=changed).model_dump(mode="json", exclude=SOURCES),
+            "classes": list(self.classes),
+            "mean": list(self.preprocessor.mean),
+            "std": list(self.preprocessor.std),
+        } | ({} if self.category_ids is None else {"category_ids": list(self.category_ids)})
+
+    @property
+    def description(self) -> str:
+        """Family and backbone, in a word or two."""
+        if self.config is None:
+            return type(self).__name__
+        return f"{self.config.family} {getattr(self.config, 'backbone', '')}".strip()
 
     def preprocess(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, zoom: float = 1.0

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from detdistill.config import ModelConfig, UserError, names_of
+from detdistill.config import ModelConfig, ObjectConfig, UserError, names_of
 from detdistill.data.records import Split
 from detdistill.models import torchvision_weights
-from detdistill.models.base import Batch, Model, eval_mode
-from detdistill.models.cascade_rcnn import cascade_mask_rcnn, cascade_rcnn
-from detdistill.models.detr_families import d_fine, rtdetr_v2
-from detdistill.models.faster_rcnn import faster_rcnn
-from detdistill.models.fcos import fcos
-from detdistill.models.gfl import gfl
+from detdistill.models.backbones import Backbone
+from detdistill.models.base import SOURCES, Batch, Model, eval_mode
 from detdistill.models.limits import require_memory_for_model
-from detdistill.models.mask_rcnn import mask_rcnn
-from detdistill.models.reppoints import reppoints
-from detdistill.models.retinanet import retinanet
-from detdistill.models.segmentation import deeplabv3, pspnet
+from detdistill.models.spec import Spec
 from detdistill.models.weights import (
     PARTS,
     LoadReport,
@@ -34,40 +26,30 @@ from detdistill.models.weights import (
     read_spec,
     read_state_dict,
 )
+from detdistill.recipe_models import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    WEIGHTS_OF_A_LIBRARY,
+    SavedModelConfig,
+    families,
+    model_config,
+)
 
 logger = logging.getLogger(__name__)
 
-FAMILIES: Mapping[str, Callable[..., Model]] = {
-    "retinanet": retinanet,
-    "fcos": fcos,
-    "gfl": gfl,
-    "reppoints": reppoints,
-    "faster_rcnn": faster_rcnn,
-    "mask_rcnn": mask_rcnn,
-    "cascade_rcnn": cascade_rcnn,
-    "cascade_mask_rcnn": cascade_mask_rcnn,
-    "rtdetr_v2": rtdetr_v2,
-    "d_fine": d_fine,
-    "pspnet": pspnet,
-    "deeplabv3": deeplabv3,
-}
-"""How a family's model is built: over a backbone, with keyword options of :class:`ModelConfig`'s names."""
+TUNABLE = frozenset({
+    "weights", "backbone_weights", "norm", "freeze_stages", "size", "keep_ratio", "score_threshold",
+    "nms_threshold", "max_detections", "topk_candidates", "rpn_samples", "roi_samples", "window",
+})  # fmt: skip
+"""Options that trained weights do not depend on; a file decides on the others."""
 
-ARCHITECTURE = (
-    "family", "backbone", "channels", "head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1",
-)  # fmt: skip
-
-
-BOXES_ALONE = {"mask_rcnn": "faster_rcnn", "cascade_mask_rcnn": "cascade_rcnn"}
+WITHOUT_MASKS = {"mask_rcnn": "faster_rcnn", "cascade_mask_rcnn": "cascade_rcnn"}
 """The families that learn from masks, and what each is without."""
-
-SEGMENTERS = ("pspnet", "deeplabv3")
-"""The families that learn from label maps; the others are detectors."""
 
 
 def needs_masks(config: ModelConfig) -> bool:
-    """Whether the detector of a section learns from masks; told before data are read and it is built."""
-    return _family(config) in BOXES_ALONE
+    """Whether the detector of a section learns from masks, before data are read and it is built."""
+    return _class_of(config).learns_masks
 
 
 def check_targets(config: ModelConfig, train: Split, student: Model | None = None) -> None:
@@ -76,32 +58,41 @@ def check_targets(config: ModelConfig, train: Split, student: Model | None = Non
     Raises:
         UserError: they have no label maps, or label maps alone; or boxes only, and it learns from masks.
     """
-    family = _family(config) if student is None else type(student).__name__
-    task = ("segmentation" if family in SEGMENTERS else "detection") if student is None else student.task
+    if student is None:
+        described = _class_of(config)
+        family, task, with_masks = (
+            described.model_fields["family"].default, described.task, described.learns_masks
+        )  # fmt: skip
+    else:
+        family, task, with_masks = type(student).__name__, student.task, student.needs_masks
     if task == "segmentation" and not train.has_label_maps:
         raise UserError(
             f"{train.source}: has no label maps, and {family} learns from them: take other data, or a detector"
         )
     if task == "detection" and train.has_label_maps:
+        segmenters = [name for name, known in families().items() if known.task == "segmentation"]
         raise UserError(
-            f"{train.source}: has label maps and no boxes: use {' or '.join(SEGMENTERS)}, not {family}"
+            f"{train.source}: has label maps and no boxes: use {' or '.join(segmenters)}, not {family}"
         )
-    if family in BOXES_ALONE and not train.has_masks:
-        raise UserError(
-            f"{train.source}: has boxes only, and {family} learns from masks: use {BOXES_ALONE[family]}"
-        )
+    if student is None and with_masks and not train.has_masks:
+        instead = WITHOUT_MASKS.get(family, "a family without masks")
+        raise UserError(f"{train.source}: has boxes only, and {family} learns from masks: use {instead}")
 
 
-def _family(config: ModelConfig) -> str:
-    """The file's own, where the section starts from a file that detdistill saved."""
-    if config.weights in (None, "torchvision"):
-        return config.family
+def _class_of(config: ModelConfig) -> type[ModelConfig]:
+    """The class of its family; the file's own, where the section starts from a file that detdistill saved."""
+    if config.weights in (None, WEIGHTS_OF_A_LIBRARY):
+        return type(config)
     spec = read_spec(find_weights(config.weights))
-    return config.family if spec is None else spec["model"]["family"]
+    if spec is not None:
+        return type(spec.model)
+    return FAMILIES[DEFAULT_FAMILY] if isinstance(config, SavedModelConfig) else type(config)
 
 
-def build_model(config: ModelConfig, classes: Sequence[str]) -> Model:
-    """Build the detector that a recipe's ``student`` section describes.
+def build_model(
+    model: ModelConfig | Mapping[str, Any] | str, classes: int | Sequence[str], **options: Any
+) -> Model:
+    """Build the model that a recipe's ``student`` section describes.
 
     ``backbone_weights`` are loaded first, ``weights`` over them. The backbone must load whole; where the head
     does not, it stays as initialised and a warning holds the report. A file saved by detdistill knows its
@@ -109,20 +100,28 @@ def build_model(config: ModelConfig, classes: Sequence[str]) -> Model:
     Files of torchvision's detectors are recognised by their names.
 
     Args:
-        config: the section.
-        classes: the data's class names.
+        model: a section, or the name of a family, as ``"fcos"``.
+        classes: the data's class names, or how many there are.
+        options: of the section, as ``backbone="resnet18"``.
 
     Returns:
-        A detector with ``spec`` set, on the CPU, in training mode.
+        A model with ``config`` set, on the CPU, in training mode: it can be saved, loaded and exported.
 
     Raises:
-        UserError: unknown backbone or stride, weights that cannot be had or read, or that do not fit.
+        UserError: an option is unknown or impossible, or weights cannot be downloaded, read, or do not fit.
+
+    Example:
+        >>> build_model("fcos", ["cat", "dog"], backbone="mobilenetv3_small_050", channels=64)
     """
-    return _build(config, classes, require=("backbone",))
+    section = {"family": model} if isinstance(model, str) else model
+    if options:
+        section = {**(section.given if isinstance(section, ModelConfig) else section), **options}
+    names = tuple(map(str, range(classes))) if isinstance(classes, int) else names_of(classes, "classes")
+    return _build(model_config(section), names, require=("backbone",))
 
 
 def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Model:
-    """Build the detector that a recipe's ``teacher`` section describes; all of it must load.
+    """Build the model that a recipe's ``teacher`` section describes; all of it must load.
 
     Args:
         config: the section; ``weights`` alone is enough for a run folder or a file saved by detdistill.
@@ -136,19 +135,19 @@ def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Model:
         UserError: as :func:`build_model`, and where an entry of backbone, neck or head did not load, or a class
             has no row.
     """
-    if config.weights is None and config.python is None:
+    if config.weights is None and not isinstance(config, ObjectConfig):
         raise UserError("teacher.weights is missing: an untrained teacher teaches noise")
     return _build(config, classes, require=PARTS).eval()
 
 
 def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) -> Model:
-    if config.python is not None:
+    if isinstance(config, ObjectConfig):
         raise UserError(
             f"{config.python}: a Python object, which no recipe can build: give it to detdistill.distill again"
         )
     if config.weights is None:
         return construct(config, classes)
-    if config.weights == "torchvision":
+    if config.weights == WEIGHTS_OF_A_LIBRARY:
         model = construct(config, classes)
         report = _load_published(model, config, require)
     else:
@@ -156,8 +155,10 @@ def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) 
         spec = read_spec(path)
         if spec is not None:
             require_buildable(spec, path)
-            config = _with_spec(config, spec, path)
-            classes = spec["classes"] if require == PARTS else classes
+            config = _completed(config, spec, path)
+            classes = spec.classes if require == PARTS else classes
+        elif isinstance(config, SavedModelConfig):  # as a section without weights
+            config = model_config({**config.given, "family": DEFAULT_FAMILY})
         model = construct(config, classes, spec)
         require_forward(model, path)
         state, source = read_state_dict(path), str(path)
@@ -167,73 +168,39 @@ def _build(config: ModelConfig, classes: Sequence[str], require: Sequence[str]) 
                 model, state, categories, require=require, norm_epsilon=epsilon, source=source
             )
         else:
-            rows = spec["classes"] if spec is not None else None
+            rows = spec.classes if spec is not None else None
             report = load_weights(model, state, require=require, classes=rows, source=source)
     _tell(report)
     return model
 
 
-def construct(config: ModelConfig, classes: Sequence[str], spec: dict[str, Any] | None = None) -> Model:
-    """The model without detector weights; the input convention of ``spec`` if there is one."""
+def construct(config: ModelConfig, classes: Sequence[str], spec: Spec | None = None) -> Model:
+    """The model without the weights of ``weights``; with the input normalization of its file's ``spec``."""
     require_memory_for_model(config)
-    options: dict[str, Any] = {
-        "classes": names_of(classes, "classes"),
-        "channels": config.channels,
-        "norm": config.norm,
-        "freeze_stages": config.freeze_stages,
-        "pretrained_backbone": config.backbone_weights == "imagenet",
-        "score_threshold": config.score_threshold,
-        "nms_threshold": config.nms_threshold,
-        "max_detections": config.max_detections,
-    }
-    for name in ("head_depth", "strides", "anchor_scale", "convention", "stride_in_1x1", "window"):
-        if getattr(config, name) != ModelConfig.model_fields[name].get_default():
-            options[name] = getattr(config, name)
-    build = FAMILIES[config.family]
-    if spec is not None and "transformers" in spec:
-        options["config"] = spec["transformers"]
-    for name in sorted(options.keys() - inspect.signature(build).parameters.keys()):
-        if (
-            name in ModelConfig.model_fields
-            and getattr(config, name) == ModelConfig.model_fields[name].get_default()
-        ):
-            del options[name]
-        else:
-            raise UserError(f"{name} is given, but {config.family} has none: leave it out")
-    model: Any = build(config.backbone, **options)
-    mean, std = _normalisation(config, model, spec)
-    given = {"size": config.size, "keep_ratio": config.keep_ratio}
-    given = {name: value for name, value in given.items() if value is not None}  # else the family's own
-    model.preprocessor = replace(model.preprocessor, mean=mean, std=std, **given)
-    if config.backbone_weights not in (None, "imagenet"):
-        report = load_backbone(
-            model.backbone, read_state_dict(config.backbone_weights), source=str(config.backbone_weights)
-        )
-        _tell(report)
-    model.spec = {
-        # Where weights came from is the run's affair: a file carries no paths of the machine that made it.
-        "model": config.model_dump(mode="json") | {"weights": None, "backbone_weights": None},
-        "classes": list(classes),
-        "mean": list(mean),
-        "std": list(std),
-    } | ({"transformers": options["config"]} if "config" in options else {})
+    model = config.network(classes)
+    if spec is not None:
+        model.preprocessor = replace(model.preprocessor, mean=spec.mean, std=spec.std)
+        model.category_ids = spec.category_ids
+    source = getattr(config, "backbone_weights", None)
+    if source not in (None, "imagenet"):
+        assert isinstance(model.backbone, Backbone)
+        _tell(load_backbone(model.backbone, read_state_dict(source), source=str(source)))
     return model
 
 
-def require_buildable(spec: dict[str, Any], path: Path) -> None:
+def require_buildable(spec: Spec, path: Path) -> None:
     """Refuse a spec whose model its file cannot hold, before memory is taken for it.
 
     Args:
-        spec: of the schema of :class:`~detdistill.models.spec.Spec`.
-        path: the weights file that says it.
+        spec: what the file says.
+        path: the weights file.
 
     Raises:
         UserError: no model can be built from it, or one much larger than the file.
     """
-    config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
     try:
         with torch.device("meta"):  # shapes without values
-            model = construct(config, spec["classes"], spec)
+            model = construct(of_file(spec), spec.classes, spec)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (
@@ -248,6 +215,11 @@ def require_buildable(spec: dict[str, Any], path: Path) -> None:
         )
 
 
+def of_file(spec: Spec) -> ModelConfig:
+    """The section that a file describes, without the sources that a stranger's file may name."""
+    return model_config(spec.model.model_dump(exclude=SOURCES))
+
+
 def require_forward(model: Model, path: Path) -> None:
     """Refuse a transformers configuration whose numbers make a model that cannot run.
 
@@ -258,7 +230,7 @@ def require_forward(model: Model, path: Path) -> None:
     Raises:
         UserError: a small image does not pass through it.
     """
-    if "transformers" not in (model.spec or {}):
+    if getattr(model.config, "transformers", None) is None:
         return
     batch = Batch(torch.zeros(1, 3, 64, 64), [(64, 64)], [(64, 64)], None)
     try:
@@ -275,29 +247,19 @@ def _unusable(error: Exception, path: Path) -> UserError:
     )
 
 
-def _normalisation(
-    config: ModelConfig, model: Any, spec: dict[str, Any] | None
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    if spec is not None:
-        return tuple(spec["mean"]), tuple(spec["std"])
-    if config.backbone_weights is not None:
-        return model.backbone.mean, model.backbone.std
-    return model.preprocessor.mean, model.preprocessor.std
-
-
-def _with_spec(config: ModelConfig, spec: dict[str, Any], path: Path) -> ModelConfig:
+def _completed(config: ModelConfig, spec: Spec, path: Path) -> ModelConfig:
     """The section, completed from the file's spec wherever it says nothing."""
-    stored = ModelConfig.model_validate(spec["model"])
-    given = {name: getattr(config, name) for name in config.model_fields_set}
-    for name in ARCHITECTURE:
-        if given.get(name) is None:  # "the family's own" is no other architecture
-            given.pop(name, None)
-        elif given[name] != getattr(stored, name):
+    stored = spec.model
+    given = {name: value for name, value in config.given.items() if not (value is None and name not in TUNABLE)}
+    if isinstance(config, SavedModelConfig):
+        given.pop("family", None)
+    for name in given.keys() & (type(stored).model_fields.keys() - TUNABLE):
+        if given[name] != getattr(stored, name):
             raise UserError(
                 f"{path}: was trained with {name}: {getattr(stored, name)}, the recipe says {given[name]}; "
                 f"leave {name} out"
             )
-    return stored.model_copy(update={**given, "weights": config.weights, "backbone_weights": None})
+    return model_config({**stored.model_dump(exclude=SOURCES), **given}, str(path))
 
 
 def _load_published(model: Model, config: ModelConfig, require: Sequence[str]) -> LoadReport:

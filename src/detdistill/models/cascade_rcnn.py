@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import remove_small_boxes
 
-from detdistill.config import Convention
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, TwoStageRaw, class_names
+from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw, TwoStageRaw
 from detdistill.models.faster_rcnn import FasterRCNN, RoIHead, roi_losses
 from detdistill.models.heads import clip_to_image
 from detdistill.models.masks import MaskBranch
 from detdistill.models.two_stage import TwoStageParts, build_parts
+from detdistill.recipe_models import CascadeMaskRCNNConfig, CascadeRCNNConfig
 
 
 class Stage(NamedTuple):
@@ -64,7 +64,7 @@ class CascadeRCNN(FasterRCNN):
                 iou=stage.iou,
                 box_stds=stage.box_stds,
                 class_agnostic=True,
-                convention=parts.convention,
+                convention=parts.config.convention,
             )
             for stage in stages
         )
@@ -135,116 +135,13 @@ class CascadeMaskRCNN(CascadeRCNN):
     needs_masks = True
 
 
-def cascade_rcnn(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (4, 8, 16, 32, 64),
-    head_depth: int = 1,
-    anchor_scale: float = 8.0,
-    convention: Convention = "torchvision",
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 100,
-    rpn_samples: int = 256,
-    roi_samples: int = 512,
-) -> CascadeRCNN:
-    """A Cascade R-CNN over any timm backbone: three RoI heads on the body of a Faster R-CNN.
-
-    Args:
-        backbone, num_classes, classes, channels, strides, head_depth, anchor_scale, convention, norm,
-            freeze_stages, stride_in_1x1, pretrained_backbone, preprocess, score_threshold, nms_threshold,
-            max_detections, rpn_samples:
-            as of :func:`~detdistill.models.faster_rcnn.faster_rcnn`.
-        roi_samples: proposals of an image that each stage samples in training.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
-    """
-    names = class_names(classes, num_classes)
-    parts = build_parts(
-        backbone,
-        names,
-        channels=channels,
-        strides=strides,
-        head_depth=head_depth,
-        anchor_scale=anchor_scale,
-        convention=convention,
-        norm=norm,
-        freeze_stages=freeze_stages,
-        stride_in_1x1=stride_in_1x1,
-        pretrained_backbone=pretrained_backbone,
-        preprocess=preprocess,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        rpn_samples=rpn_samples,
-        roi_samples=roi_samples,
-    )
-    return CascadeRCNN(parts)
+def build_cascade_rcnn(config: CascadeRCNNConfig, classes: Sequence[str]) -> CascadeRCNN:
+    """A Cascade R-CNN over any timm backbone: three RoI heads, each of which samples ``roi_samples``."""
+    return CascadeRCNN(build_parts(config, classes))
 
 
-def cascade_mask_rcnn(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (4, 8, 16, 32, 64),
-    head_depth: int = 1,
-    anchor_scale: float = 8.0,
-    convention: Convention = "torchvision",
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 100,
-    rpn_samples: int = 256,
-    roi_samples: int = 512,
-) -> CascadeMaskRCNN:
-    """A Cascade Mask R-CNN over any timm backbone: a Cascade R-CNN with three mask heads.
-
-    It learns from targets with ``masks``, and its detections have ``masks``, too.
-
-    Args:
-        channels: width of the pyramid and of the mask heads; the RoI heads' linear layers are four times wider.
-        backbone, num_classes, classes, strides, head_depth, anchor_scale, convention, norm,
-            freeze_stages, stride_in_1x1, pretrained_backbone, preprocess, score_threshold, nms_threshold,
-            max_detections, rpn_samples,
-            roi_samples: as of :func:`cascade_rcnn`.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
-    """
-    names = class_names(classes, num_classes)
-    parts = build_parts(
-        backbone,
-        names,
-        channels=channels,
-        strides=strides,
-        head_depth=head_depth,
-        anchor_scale=anchor_scale,
-        convention=convention,
-        norm=norm,
-        freeze_stages=freeze_stages,
-        stride_in_1x1=stride_in_1x1,
-        pretrained_backbone=pretrained_backbone,
-        preprocess=preprocess,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        rpn_samples=rpn_samples,
-        roi_samples=roi_samples,
-    )
-    branch = MaskBranch(parts.backbone.channels, channels, len(names), len(STAGES), convention)
+def build_cascade_mask_rcnn(config: CascadeMaskRCNNConfig, classes: Sequence[str]) -> CascadeMaskRCNN:
+    """A Cascade R-CNN with three mask heads."""
+    parts = build_parts(config, classes)
+    branch = MaskBranch(parts.backbone.channels, config.channels, len(classes), len(STAGES), config.convention)
     return CascadeMaskRCNN(parts, mask_branch=branch)

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError
 from detdistill.models.base import Model
-from detdistill.models.build import construct, require_buildable, require_forward
+from detdistill.models.build import construct, of_file, require_buildable, require_forward
 from detdistill.models.exported import load_onnx
 from detdistill.models.weights import find_weights, load_weights, read_metadata, read_spec, read_state_dict
 
@@ -28,7 +28,7 @@ def save_model(model: Model, path: str | Path) -> None:
     """Write a self-describing safetensors file, whole or not at all.
 
     Args:
-        model: built by ``build_model`` (it then has a ``spec``), or any other: then only its weights are kept.
+        model: built from a section (it then has a ``config``), or any other: then only its weights are kept.
         path: the file; its folder must exist.
 
     Raises:
@@ -40,8 +40,7 @@ def save_model(model: Model, path: str | Path) -> None:
     # One entry: safetensors writes several in random order, and equal models are to be equal bytes.
     if model.spec is not None:
         version = importlib.metadata.version("detdistill")
-        ids = {} if model.category_ids is None else {"category_ids": model.category_ids}
-        metadata = {"spec": json.dumps({**model.spec, **ids, "detdistill": version})}
+        metadata = {"spec": json.dumps({**model.spec, "detdistill": version})}
     else:
         metadata = {"python": describe(model)}
         tensors = {n: t.clone() for n, t in tensors.items()}  # tied weights, which the format has no word for
@@ -95,11 +94,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> Model:
             f"describe the model in a recipe and give the file as its `weights`"
         )
     require_buildable(spec, path)
-    config = ModelConfig.model_validate({**spec["model"], "weights": None, "backbone_weights": None})
-    model = construct(config, spec["classes"], spec)
+    model = construct(of_file(spec), spec.classes, spec)
     require_forward(model, path)
-    ids = spec.get("category_ids")
-    model.category_ids = None if ids is None else tuple(ids)
     load_weights(model, read_state_dict(path), source=str(path))
     return model.to(device).eval()
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from detdistill.config import UserError
 from detdistill.models.backbones import Backbone
-from detdistill.models.base import Preprocess, class_names
+from detdistill.models.base import Preprocess
 from detdistill.models.detr import (
     DETR,
     NO_MEAN,
@@ -20,6 +20,7 @@ from detdistill.models.detr import (
     TransformersBackbone,
     transformers_module,
 )
+from detdistill.recipe_models import DETRConfig, DFINEConfig, RTDETRv2Config
 
 SIZE = (640, 640)
 HEADS = 8  # of attention
@@ -48,128 +49,21 @@ D_FINE_SCALES = {
 }  # S, M; B4 and B5 are L, X
 
 
-def rtdetr_v2(
-    backbone: str = "resnet50d",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    head_depth: int | None = None,
-    neck_width: float | None = None,
-    num_queries: int = 300,
-    num_denoising: int = 100,
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.0,
-    max_detections: int = 300,
-    config: Mapping[str, Any] | None = None,
-) -> DETR:
-    """An RT-DETRv2 over any timm backbone; the defaults are the published RT-DETRv2-L.
+def build_rtdetr_v2(config: RTDETRv2Config, classes: Sequence[str]) -> DETR:
+    """An RT-DETRv2 over any timm backbone with maps of strides 8, 16, 32.
 
-    Args:
-        backbone: timm model with maps of strides 8, 16, 32. Published: resnet18d (S), 34d (M*), 50d (L), 101d
-            (X, with 384 channels).
-        num_classes: number of classes; there is no background class.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of the pyramid, a multiple of 32; the decoder's is at most 256.
-        head_depth: decoder layers; when not given 3 for resnet18d, 4 for resnet34d, else 6.
-        neck_width: width of the neck's convolution blocks over ``channels``; when not given 0.5 for resnet18d
-            and resnet34d, else 1.
-        num_queries: objects that an image can have at most.
-        num_denoising: noised objects that train the decoder beside the queries; 0: none.
-        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; when not given stretched to 640×640, in [0, 1] (with
-            ``pretrained_backbone`` normalised as its weights want).
-        score_threshold, max_detections: of detections.
-        config: a transformers configuration as a dictionary. It then decides on everything but classes,
-            ``norm`` and detections, and the backbone is transformers' own.
-
-    Raises:
-        UserError: transformers is not installed; sizes that do not fit; otherwise as
-            :class:`~detdistill.models.backbones.Backbone` does.
+    Published: resnet18d (S), 34d (M*), 50d (L), 101d (X, with 384 channels).
     """
-    scale = RTDETR_SCALES.get(backbone, Scale())
-    return _build(
-        "rtdetr_v2",
-        "RTDetrV2",
-        "loss_rt_detr.RTDetrForObjectDetectionLoss",
-        backbone,
-        class_names(classes, num_classes),
-        config,
-        {
-            **_sizes(channels, scale.depth if head_depth is None else head_depth),
-            "hidden_expansion": scale.neck_width if neck_width is None else neck_width,
-            "num_queries": num_queries,
-            "num_denoising": num_denoising,
-        },
-        norm=norm,
-        freeze_stages=freeze_stages,
-        pretrained_backbone=pretrained_backbone,
-        preprocess=preprocess,
-        score_threshold=score_threshold,
-        max_detections=max_detections,
-    )
+    scale = RTDETR_SCALES.get(config.backbone, Scale())
+    return _build(config, classes, "RTDetrV2", "loss_rt_detr.RTDetrForObjectDetectionLoss", scale, {})
 
 
-def d_fine(
-    backbone: str = "hgnetv2_b4",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    head_depth: int | None = None,
-    neck_width: float | None = None,
-    neck_depth: float | None = None,
-    num_queries: int = 300,
-    num_denoising: int = 100,
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.0,
-    max_detections: int = 300,
-    config: Mapping[str, Any] | None = None,
-) -> DETR:
-    """A D-FINE over any timm backbone; the defaults are the published D-FINE-L.
-
-    Args:
-        backbone: as in :func:`rtdetr_v2`. Published: hgnetv2_b0 (S), b2 (M), b4 (L), b5 (X, with 384 channels).
-        head_depth: decoder layers; when not given 3 for hgnetv2_b0, 4 for hgnetv2_b2, else 6.
-        neck_width: width of the neck's convolution blocks over ``channels``; when not given 0.5 for hgnetv2_b0,
-            else 1.
-        neck_depth: factor on the number of their convolutions; when not given 0.34 for hgnetv2_b0, 0.67 for
-            hgnetv2_b2, else 1.
-        num_classes, classes, channels, num_queries, num_denoising, norm, freeze_stages, pretrained_backbone,
-            preprocess, score_threshold, max_detections, config: as in :func:`rtdetr_v2`.
-
-    Raises:
-        UserError: as :func:`rtdetr_v2` does.
-    """
-    scale = D_FINE_SCALES.get(backbone, Scale())
-    return _build(
-        "d_fine",
-        "DFine",
-        "loss_d_fine.DFineForObjectDetectionLoss",
-        backbone,
-        class_names(classes, num_classes),
-        config,
-        {
-            **_sizes(channels, scale.depth if head_depth is None else head_depth),
-            "hidden_expansion": scale.neck_width if neck_width is None else neck_width,
-            "depth_mult": scale.neck_depth if neck_depth is None else neck_depth,
-            "decoder_n_points": [3, 6, 3],
-            "num_queries": num_queries,
-            "num_denoising": num_denoising,
-        },
-        norm=norm,
-        freeze_stages=freeze_stages,
-        pretrained_backbone=pretrained_backbone,
-        preprocess=preprocess,
-        score_threshold=score_threshold,
-        max_detections=max_detections,
-    )
+def build_d_fine(config: DFINEConfig, classes: Sequence[str]) -> DETR:
+    """A D-FINE over any timm backbone. Published: hgnetv2_b0 (S), b2 (M), b4 (L), b5 (X, with 384 channels)."""
+    scale = D_FINE_SCALES.get(config.backbone, Scale())
+    depth = scale.neck_depth if config.neck_depth is None else config.neck_depth
+    options = {"depth_mult": depth, "decoder_n_points": [3, 6, 3]}
+    return _build(config, classes, "DFine", "loss_d_fine.DFineForObjectDetectionLoss", scale, options)
 
 
 def _sizes(channels: int, depth: int) -> dict[str, Any]:
@@ -178,8 +72,6 @@ def _sizes(channels: int, depth: int) -> dict[str, Any]:
         raise UserError(
             f"channels is {channels}; give a multiple of 32 ({HEADS} attention heads of 4 at least)"
         )
-    if depth < 1:
-        raise UserError("head_depth is 0, but the decoder needs a layer: give 1 or more")
     width = min(channels, 256)
     return {
         "encoder_hidden_dim": channels,
@@ -193,43 +85,41 @@ def _sizes(channels: int, depth: int) -> dict[str, Any]:
 
 
 def _build(
-    family: str,
+    config: DETRConfig,
+    classes: Sequence[str],
     prefix: str,
     criterion: str,
-    backbone: str,
-    classes: tuple[str, ...],
-    config: Mapping[str, Any] | None,
+    scale: Scale,
     options: dict[str, Any],
-    *,
-    norm: str,
-    freeze_stages: int,
-    pretrained_backbone: bool,
-    preprocess: Preprocess | None,
-    score_threshold: float,
-    max_detections: int,
 ) -> DETR:
+    """The family of transformers whose classes begin with ``prefix``, over a timm backbone or its own."""
     transformers = transformers_module()
     body: Any = None
-    if config is None:
-        body = Backbone(
-            backbone, STRIDES, pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages
-        )  # fmt: skip
+    if config.transformers is None:
+        body = Backbone.of(config, STRIDES)
         # transformers builds a backbone of its own, here a small one: the neck reads its channels.
         widths = list(body.channels.values())
         stand_in = transformers.RTDetrResNetConfig(
             embedding_size=8, hidden_sizes=[8, *widths], depths=[1, 1, 1, 1], out_indices=[2, 3, 4]
         )
-        options |= {"backbone_config": stand_in, "encoder_in_channels": widths}
-    elif freeze_stages:
+        options |= {
+            **_sizes(config.channels, config.head_depth or scale.depth),
+            "hidden_expansion": scale.neck_width if config.neck_width is None else config.neck_width,
+            "num_queries": config.num_queries,
+            "num_denoising": config.num_denoising,
+            "backbone_config": stand_in,
+            "encoder_in_channels": widths,
+        }
+    elif config.freeze_stages:
         raise UserError(
             "freeze_stages needs a timm backbone; a transformers checkpoint has its own: leave it out"
         )
     else:
-        options = _checked(config)
+        options = _checked(config.transformers)
     options |= {
         "id2label": dict(enumerate(classes)),
         "label2id": {name: label for label, name in enumerate(classes)},
-        "freeze_backbone_batch_norms": norm == "frozen",
+        "freeze_backbone_batch_norms": config.norm == "frozen",
         # Any input size; and each layer's predictions its own, as in the papers (transformers would tie them).
         "anchor_image_size": None,
         "eval_size": None,
@@ -245,18 +135,19 @@ def _build(
     neck = HybridEncoder(model.encoder_input_proj, model.encoder)
     del model.encoder_input_proj, model.encoder
     module, _, function = criterion.partition(".")
-    mean, std = (body.mean, body.std) if pretrained_backbone else (NO_MEAN, NO_STD)
+    # The published models take images in [0, 1]; the weights of a backbone know better.
+    mean, std = (NO_MEAN, NO_STD) if config.backbone_weights is None else (body.mean, body.std)
     detector = DETR(
         body,
         neck,
         model,
         getattr(transformers_module(f"loss.{module}"), function),
         classes,
-        preprocess or Preprocess(size=SIZE, mean=mean, std=std, keep_ratio=False),
-        score_threshold=score_threshold,
-        max_detections=max_detections,
+        Preprocess(size=SIZE, mean=mean, std=std, keep_ratio=False),
+        score_threshold=config.score_threshold,
+        max_detections=config.max_detections,
     )
-    detector.family = family
+    detector.family = config.family
     return detector
 
 

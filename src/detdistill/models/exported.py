@@ -158,7 +158,7 @@ class _Exported(Model):
         self.any_batch = any_batch
         self.classes = facts.classes
         self.category_ids = facts.category_ids
-        self.spec = facts.spec
+        self._spec = facts.spec
         self.pyramid_channels = {}
         # 255 · x - padding, filled with 0: adding the padding afterwards gives each channel its own.
         self.padding = facts.padding
@@ -170,6 +170,10 @@ class _Exported(Model):
         )
         self._graph = (graph,)  # in a tuple: a graph that is a module would become a part of this one
         self.eval()
+
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        return self._spec
 
     def preprocess(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, zoom: float = 1.0
@@ -322,7 +326,7 @@ def parse_facts(text: str, path: Path) -> DetectorFacts | SegmenterFacts:
         fault = first_fault(error)
     else:
         spec = None if facts.spec is None else require_spec(facts.spec, str(path))
-        family = None if spec is None else spec["model"]["family"]
+        family = None if spec is None else spec.model.family
         if isinstance(facts, DetectorFacts) and facts.nms_threshold is None and facts.mask_convention is None:
             fault = f"nms_threshold: is null, and {family} needs one" if family not in WITHOUT_NMS else None
     if fault is not None:

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from detdistill.config import Convention
 from detdistill.models.base import (
     Batch,
     Candidates,
@@ -31,7 +30,6 @@ from detdistill.models.base import (
     Raw,
     Target,
     TwoStageRaw,
-    class_names,
 )
 from detdistill.models.heads import (
     IGNORED,
@@ -59,6 +57,7 @@ from detdistill.models.two_stage import (
     build_parts,
     suppress_proposals,
 )
+from detdistill.recipe_models import FasterRCNNConfig
 
 BETA = 1 / 9  # where smooth L1 turns from a parabola into a line
 RPN_LIMIT = {True: 2000, False: 1000}  # proposals, in training and not: of a level before, of an image after
@@ -98,16 +97,16 @@ class FasterRCNN(ExportableDetector):
         self.mask_branch = mask_branch
         self.anchor_generator = parts.anchor_generator
         self.classes = parts.classes
-        self.preprocessor = parts.preprocess
+        self.preprocessor = Preprocess(mean=parts.backbone.mean, std=parts.backbone.std)
         self.pyramid_channels = parts.neck.channels
-        self.convention = parts.convention
-        self.roi_pool = region_pool(parts.backbone.channels, POOLED, parts.convention)
-        self.rpn_coder = box_coder((1.0, 1.0, 1.0, 1.0), parts.convention)
-        self.rpn_sampler = BalancedPositiveNegativeSampler(parts.rpn_samples, positive_fraction=0.5)
-        self.roi_sampler = BalancedPositiveNegativeSampler(parts.roi_samples, positive_fraction=0.25)
-        self.score_threshold = parts.score_threshold
-        self.nms_threshold = parts.nms_threshold
-        self.max_detections = parts.max_detections
+        self.convention = parts.config.convention
+        self.roi_pool = region_pool(parts.backbone.channels, POOLED, parts.config.convention)
+        self.rpn_coder = box_coder((1.0, 1.0, 1.0, 1.0), parts.config.convention)
+        self.rpn_sampler = BalancedPositiveNegativeSampler(parts.config.rpn_samples, positive_fraction=0.5)
+        self.roi_sampler = BalancedPositiveNegativeSampler(parts.config.roi_samples, positive_fraction=0.25)
+        self.score_threshold = parts.config.score_threshold
+        self.nms_threshold = parts.config.nms_threshold
+        self.max_detections = parts.config.max_detections
 
     def pyramid(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))
@@ -315,66 +314,7 @@ def roi_losses(raw: TwoStageRaw) -> dict[str, Tensor]:
     return losses
 
 
-def faster_rcnn(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (4, 8, 16, 32, 64),
-    head_depth: int = 1,
-    anchor_scale: float = 8.0,
-    convention: Convention = "torchvision",
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 100,
-    rpn_samples: int = 256,
-    roi_samples: int = 512,
-) -> FasterRCNN:
-    """A Faster R-CNN over any timm backbone; the defaults are torchvision's ``fasterrcnn_resnet50_fpn``.
-
-    Args:
-        backbone: timm model with feature maps.
-        num_classes: number of classes, without the background.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of the pyramid; the RoI head's linear layers are four times as wide.
-        strides: pyramid levels for proposals; regions are pooled from those that the backbone has, the levels
-            beyond take every second cell.
-        head_depth: 3×3 convolutions of the region proposal network.
-        anchor_scale: anchor side over its level's stride; each cell has one size and 3 ratios.
-        convention: where the two libraries differ, whose way is taken (see the head of this file).
-        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
-            :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
-        score_threshold, nms_threshold, max_detections: of detections.
-        rpn_samples, roi_samples: anchors and proposals of an image that training samples.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
-    """
-    names = class_names(classes, num_classes)
-    parts = build_parts(
-        backbone,
-        names,
-        channels=channels,
-        strides=strides,
-        head_depth=head_depth,
-        anchor_scale=anchor_scale,
-        convention=convention,
-        norm=norm,
-        freeze_stages=freeze_stages,
-        stride_in_1x1=stride_in_1x1,
-        pretrained_backbone=pretrained_backbone,
-        preprocess=preprocess,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        rpn_samples=rpn_samples,
-        roi_samples=roi_samples,
-    )
-    return FasterRCNN(parts, RoIHead(channels, len(names), convention=convention))
+def build_faster_rcnn(config: FasterRCNNConfig, classes: Sequence[str]) -> FasterRCNN:
+    """A Faster R-CNN over any timm backbone; ``convention`` is torchvision or MMDetection."""
+    parts = build_parts(config, classes)
+    return FasterRCNN(parts, RoIHead(config.channels, len(classes), convention=config.convention))

@@ -21,24 +21,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
+from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
 from detdistill.models.heads import (
     UNMATCHED,
     DenseHead,
-    check_convention,
     flatten_maps,
     giou_loss,
     init_head,
     normaliser,
     one_hot_targets,
+    square_cells,
     take_objects,
 )
 from detdistill.models.one_stage import OneStage
+from detdistill.recipe_models import Convention, FCOSConfig
 
 CODER = BoxLinearCoder(normalize_by_size=True)
 CENTER_RADIUS = 1.5  # in strides: how far from an object's centre a cell may answer for it
@@ -193,66 +192,14 @@ def centerness_of(distances: Tensor) -> Tensor:
     return torch.sqrt(across.amin(dim=-1) / across.amax(dim=-1) * (along.amin(dim=-1) / along.amax(dim=-1)))
 
 
-def fcos(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (8, 16, 32, 64, 128),
-    head_depth: int = 4,
-    convention: Convention = "torchvision",
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.2,
-    nms_threshold: float = 0.6,
-    max_detections: int = 100,
-    topk_candidates: int = 1000,
-) -> FCOS:
-    """An FCOS over any timm backbone; the defaults are torchvision's ``fcos_resnet50_fpn``.
-
-    Args:
-        backbone: timm model with feature maps.
-        num_classes: number of classes; there is no background class.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of pyramid and head.
-        strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2.
-        head_depth: 3×3 convolutions in each tower.
-        convention: where the two libraries differ, whose way is taken (see the head of this file).
-        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
-            :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
-        score_threshold, nms_threshold, max_detections: of detections.
-        topk_candidates: candidates of one level before suppression.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does; an unknown convention.
-    """
-    check_convention("fcos", convention, ("torchvision", "mmdet", "mmdet_tricks"))
-    names = class_names(classes, num_classes)
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
-    )  # fmt: skip
-    cells = AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides))
-    if convention != "torchvision":
+def build_fcos(config: FCOSConfig, classes: Sequence[str]) -> FCOS:
+    """An FCOS over any timm backbone; ``convention`` decides where torchvision and MMDetection differ."""
+    body = Backbone.of(config, split_strides(config.backbone, config.strides))
+    cells = square_cells(config.strides)
+    if config.convention != "torchvision":
         cells.cell_anchors = [
-            cell + stride / 2 for cell, stride in zip(cells.cell_anchors, strides, strict=True)
+            cell + stride / 2 for cell, stride in zip(cells.cell_anchors, config.strides, strict=True)
         ]
-    model = FCOS(
-        body,
-        FeaturePyramid(body.channels, channels, strides, extra="conv"),
-        FCOSHead(channels, head_depth, len(names), strides, convention),
-        cells,
-        names,
-        preprocess or Preprocess(mean=body.mean, std=body.std),
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        topk_candidates=topk_candidates,
-    )
-    model.convention = convention
-    return model
+    neck = FeaturePyramid(body.channels, config.channels, config.strides, extra="conv")
+    head = FCOSHead(config.channels, config.head_depth, len(classes), config.strides, config.convention)
+    return FCOS(config, classes, body, neck, head, cells)

@@ -22,11 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detdistill.models.assignment import atss_assign, centres
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
+from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
 from detdistill.models.heads import (
     DenseHead,
     flatten_maps,
@@ -35,9 +34,11 @@ from detdistill.models.heads import (
     mean_sides,
     normaliser,
     one_hot_targets,
+    square_cells,
     take_objects,
 )
 from detdistill.models.one_stage import OneStage
+from detdistill.recipe_models import GFLConfig
 
 ANCHOR_SCALE = 8  # side of a cell's one square anchor over its stride; the anchors serve the assignment alone
 BOX_WEIGHT, DISTRIBUTION_WEIGHT = 2.0, 0.25
@@ -171,58 +172,9 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (area_a + area_b - overlap).clamp(min=1e-6)
 
 
-def gfl(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (8, 16, 32, 64, 128),
-    head_depth: int = 4,
-    bins: int = 17,
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.6,
-    max_detections: int = 100,
-    topk_candidates: int = 1000,
-) -> GFL:
-    """A GFL over any timm backbone; the defaults are the published ResNet-50's.
-
-    Args:
-        backbone: timm model with feature maps.
-        num_classes: number of classes; there is no background class.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of pyramid and head.
-        strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2.
-        head_depth: 3×3 convolutions in each tower.
-        bins: of the distribution of a box side, one for each whole number of strides from 0; a box reaches at
-            most bins - 1 strides from its cell.
-        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
-        score_threshold, nms_threshold, max_detections: of detections.
-        topk_candidates: candidates of one level before suppression.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
-        ValueError: fewer than two bins.
-    """
-    names = class_names(classes, num_classes)
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
-    )  # fmt: skip
-    return GFL(
-        body,
-        FeaturePyramid(body.channels, channels, strides, extra="linear"),
-        GFLHead(channels, head_depth, len(names), strides, bins),
-        AnchorGenerator(tuple((ANCHOR_SCALE * stride,) for stride in strides), ((1.0,),) * len(strides)),
-        names,
-        preprocess or Preprocess(mean=body.mean, std=body.std),
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        topk_candidates=topk_candidates,
-    )
+def build_gfl(config: GFLConfig, classes: Sequence[str]) -> GFL:
+    """A GFL over any timm backbone. A box reaches at most ``bins - 1`` strides from its cell."""
+    body = Backbone.of(config, split_strides(config.backbone, config.strides))
+    neck = FeaturePyramid(body.channels, config.channels, config.strides, extra="linear")
+    head = GFLHead(config.channels, config.head_depth, len(classes), config.strides, config.bins)
+    return GFL(config, classes, body, neck, head, square_cells(config.strides, ANCHOR_SCALE))

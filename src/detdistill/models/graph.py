@@ -125,7 +125,7 @@ def graph_of(model: Model) -> DetectionGraph | SegmentationGraph:
     Raises:
         UserError: it has no outputs of a fixed size.
     """
-    family = (model.spec or {}).get("model", {}).get("family", type(model).__name__)
+    family = type(model).__name__ if model.config is None else model.config.family
     if isinstance(model, EncoderDecoder):
         return SegmentationGraph(model)
     if not isinstance(model, ExportableDetector):

@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import LevelMapper
 
-from detdistill.config import Convention, UserError
+from detdistill.config import Convention
 from detdistill.models.backbones import group_norm_of
 from detdistill.models.base import Batch, Candidates, DenseRaw, Detections, Pyramid
 
@@ -139,16 +139,6 @@ def level_anchors(
     ]
     generator.set_cell_anchors(torch.float32, batch.images_N3HW.device)
     return generator.grid_anchors(sizes, steps)
-
-
-def check_convention(family: str, convention: str, known: Sequence[str]) -> None:
-    """Refuse a convention that a family has not.
-
-    Raises:
-        UserError: which ones it has.
-    """
-    if convention not in known:
-        raise UserError(f"convention: {family} has none called {convention!r}; give {' or '.join(known)}")
 
 
 def box_coder(weights: tuple[float, float, float, float], convention: Convention) -> BoxCoder:
@@ -387,3 +377,8 @@ def _pool_all_levels(pool: nn.Module, maps: Mapping[str, Tensor], regions: list[
         here = roi_align(maps[stride], rois_R5, side, 1 / int(stride), samples, aligned)
         pooled_RCSS = torch.where((level_R == level)[:, None, None, None], here, pooled_RCSS)
     return pooled_RCSS
+
+
+def square_cells(strides: Sequence[int], scale: int = 1) -> AnchorGenerator:
+    """One square to each cell of a level, its side ``scale`` times the stride."""
+    return AnchorGenerator(tuple((scale * stride,) for stride in strides), ((1.0,),) * len(strides))

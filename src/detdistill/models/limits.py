@@ -10,6 +10,7 @@ import torch
 from detdistill.config import ModelConfig, Recipe, UserError
 from detdistill.data.records import Split
 from detdistill.models.base import Model
+from detdistill.recipe_models import NetworkConfig
 
 _FLOAT = 4  # bytes
 
@@ -20,7 +21,10 @@ def require_memory_for_model(config: ModelConfig) -> None:
     Raises:
         UserError: with what they would need.
     """
-    convolutions = 2 * (config.head_depth if config.head_depth is not None else 2) + 3
+    if not isinstance(config, NetworkConfig):
+        return
+    depth = getattr(config, "head_depth", None)
+    convolutions = 2 * (2 if depth is None else depth) + 3
     _require(
         _FLOAT * 9 * config.channels**2 * convolutions,
         f"{config.family} with {config.channels:,} channels",

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from detdistill.config import ModelConfig, UserError, names_of
+from detdistill.config import UserError, names_of
 from detdistill.models.backbones import offered_strides
 from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD
 from detdistill.models.build import construct
@@ -37,6 +37,7 @@ from detdistill.models.mmdet_configs import (
 from detdistill.models.torchvision_weights import COCO_CATEGORIES, TRAINED_SIZE
 from detdistill.models.weights import State, find_weights, load_weights, read_content, state_of
 from detdistill.output import output_file
+from detdistill.recipe_models import NetworkConfig, model_config
 
 Style = Literal["pytorch", "caffe"]
 
@@ -126,7 +127,7 @@ class Checkpoint:
         settings: where what the entries do not say was taken from.
     """
 
-    model: ModelConfig
+    model: NetworkConfig
     classes: tuple[str, ...]
     mean: Triple
     std: Triple
@@ -168,8 +169,8 @@ def import_mmdet(
     meta = meta if isinstance(meta, Mapping) else {}
     settings = read_config(Path(config)) if config is not None else config_in(meta)
     checkpoint = describe(state, settings, style=style, classes=classes or classes_in(meta), source=str(path))
-    normalisation = {"mean": list(checkpoint.mean), "std": list(checkpoint.std)}
-    model = construct(checkpoint.model, checkpoint.classes, normalisation)
+    model = construct(checkpoint.model, checkpoint.classes)
+    model.preprocessor = replace(model.preprocessor, mean=checkpoint.mean, std=checkpoint.std)
     load_weights(model, convert(state, checkpoint, source=str(path)), source=str(path))
     save_model(model, out)
     return out, checkpoint
@@ -231,7 +232,9 @@ def describe(
             f"give all {rows} in their order, --classes a,b,c"
         )
     settings = "its config" if config is not None else f"published, {style}"
-    return Checkpoint(ModelConfig(**options), names, mean, std, bgr, settings)
+    section = model_config(options, source)
+    assert isinstance(section, NetworkConfig)
+    return Checkpoint(section, names, mean, std, bgr, settings)
 
 
 def family_of(state: Mapping[str, Tensor], source: str) -> str:

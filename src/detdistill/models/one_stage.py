@@ -14,7 +14,6 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import clip_boxes_to_image
 
-from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid
 from detdistill.models.base import (
     Batch,
@@ -34,6 +33,7 @@ from detdistill.models.heads import (
     level_anchors,
     select_candidates,
 )
+from detdistill.recipe_models import Convention, OneStageConfig
 
 
 class OneStage(ExportableDetector):
@@ -44,21 +44,16 @@ class OneStage(ExportableDetector):
             (:func:`~detdistill.models.heads.level_anchors`), and boxes without an area are no candidates.
     """
 
-    convention: Convention = "torchvision"
+    convention: Convention
 
     def __init__(
         self,
+        config: OneStageConfig,
+        classes: Sequence[str],
         backbone: Backbone,
         neck: FeaturePyramid,
         head: DenseHead,
         anchor_generator: AnchorGenerator,
-        classes: Sequence[str],
-        preprocess: Preprocess,
-        *,
-        score_threshold: float,
-        nms_threshold: float,
-        max_detections: int,
-        topk_candidates: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -66,12 +61,13 @@ class OneStage(ExportableDetector):
         self.head = head
         self.anchor_generator = anchor_generator
         self.classes = tuple(classes)
-        self.preprocessor = preprocess
+        self.preprocessor = Preprocess(mean=backbone.mean, std=backbone.std)
+        self.convention = getattr(config, "convention", "torchvision")
         self.pyramid_channels = neck.channels
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
-        self.max_detections = max_detections
-        self.topk_candidates = topk_candidates
+        self.score_threshold = config.score_threshold
+        self.nms_threshold = config.nms_threshold
+        self.max_detections = config.max_detections
+        self.topk_candidates = config.topk_candidates
 
     def pyramid(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))

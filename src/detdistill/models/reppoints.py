@@ -19,12 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import DeformConv2d, box_iou, sigmoid_focal_loss
 
 from detdistill.models.assignment import centres
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
+from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
 from detdistill.models.heads import (
     IGNORED,
     UNMATCHED,
@@ -33,9 +32,11 @@ from detdistill.models.heads import (
     init_head,
     normaliser,
     one_hot_targets,
+    square_cells,
     take_objects,
 )
 from detdistill.models.one_stage import OneStage
+from detdistill.recipe_models import RepPointsConfig
 
 TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3×3 convolution, from its centre
 POINT_GRADIENT = 0.1  # share of the second look's gradient that moves the first points
@@ -245,57 +246,11 @@ def match_first_boxes(boxes_K4: Tensor, first_P4: Tensor) -> Tensor:
     return torch.where(last_P >= 0, last_P, matched_P)
 
 
-def reppoints(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (8, 16, 32, 64, 128),
-    head_depth: int = 3,
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 100,
-    topk_candidates: int = 1000,
-) -> RepPoints:
-    """A RepPoints over any timm backbone; the defaults are the published ResNet-50's, with GroupNorm.
-
-    Args:
-        backbone: timm model with feature maps.
-        num_classes: number of classes; there is no background class.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of pyramid and head.
-        strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2, the first
-            over the backbone's last map.
-        head_depth: 3×3 convolutions in each tower.
-        norm, freeze_stages, pretrained_backbone: as in :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
-        score_threshold, nms_threshold, max_detections: of detections.
-        topk_candidates: candidates of one level before suppression.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does.
-    """
-    names = class_names(classes, num_classes)
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages,
-    )  # fmt: skip
-    return RepPoints(
-        body,
-        FeaturePyramid(
-            body.channels, channels, strides, extra="linear", extra_from="backbone", group_norm=True
-        ),
-        RepPointsHead(channels, head_depth, len(names)),
-        AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
-        names,
-        preprocess or Preprocess(mean=body.mean, std=body.std),
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        topk_candidates=topk_candidates,
+def build_reppoints(config: RepPointsConfig, classes: Sequence[str]) -> RepPoints:
+    """A RepPoints over any timm backbone, with GroupNorm in neck and head as published."""
+    body = Backbone.of(config, split_strides(config.backbone, config.strides))
+    neck = FeaturePyramid(
+        body.channels, config.channels, config.strides, extra="linear", extra_from="backbone", group_norm=True
     )
+    head = RepPointsHead(config.channels, config.head_depth, len(classes))
+    return RepPoints(config, classes, body, neck, head, square_cells(config.strides))

@@ -18,15 +18,13 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import Batch, DenseRaw, Preprocess, Pyramid, Raw, class_names
+from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
 from detdistill.models.heads import (
     IGNORED,
     DenseHead,
     ExactAnchors,
     box_coder,
-    check_convention,
     flatten_maps,
     init_head,
     match_boxes,
@@ -34,6 +32,7 @@ from detdistill.models.heads import (
     take_objects,
 )
 from detdistill.models.one_stage import OneStage
+from detdistill.recipe_models import RetinaNetConfig
 
 WEIGHTS = (1.0, 1.0, 1.0, 1.0)
 CODER = BoxCoder(WEIGHTS)
@@ -104,77 +103,23 @@ class RetinaNet(OneStage):
         return flat.view_as(encoded)
 
 
-def retinanet(
-    backbone: str = "resnet50",
-    num_classes: int = 80,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    strides: Sequence[int] = (8, 16, 32, 64, 128),
-    head_depth: int = 4,
-    anchor_scale: float = 4.0,
-    convention: Convention = "torchvision",
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    max_detections: int = 300,
-    topk_candidates: int = 1000,
-) -> RetinaNet:
-    """A RetinaNet over any timm backbone; the defaults are torchvision's ``retinanet_resnet50_fpn``.
-
-    Args:
-        backbone: timm model with feature maps.
-        num_classes: number of classes; there is no background class.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of pyramid and head.
-        strides: pyramid levels; those beyond the backbone's last stride are convolutions of stride 2.
-        head_depth: 3×3 convolutions in each tower.
-        anchor_scale: smallest anchor side over its level's stride; each cell has 3 sizes (a third of an octave
-            apart) and 3 ratios.
-        convention: where the two libraries differ, whose way is taken (see the head of this file).
-        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
-            :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
-        score_threshold, nms_threshold, max_detections: of detections.
-        topk_candidates: candidates of one level before suppression.
-
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does; an unknown convention.
-    """
-    check_convention("retinanet", convention, ("torchvision", "mmdet"))
-    mmdet = convention == "mmdet"
-    names = class_names(classes, num_classes)
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
-    )  # fmt: skip
-    sides = [stride * anchor_scale for stride in strides]
+def build_retinanet(config: RetinaNetConfig, classes: Sequence[str]) -> RetinaNet:
+    """A RetinaNet over any timm backbone; ``convention`` decides where torchvision and MMDetection differ."""
+    body = Backbone.of(config, split_strides(config.backbone, config.strides))
+    sides = [stride * config.anchor_scale for stride in config.strides]
     octave = [2 ** (i / 3) for i in range(3)]
     generator: AnchorGenerator
-    if mmdet:
+    if config.convention == "mmdet":
         sizes = tuple(tuple(side * factor for factor in octave) for side in sides)
         generator = ExactAnchors(sizes, (RATIOS,) * len(sizes))
-        neck = FeaturePyramid(body.channels, channels, strides, extra="linear", extra_from="backbone")
+        neck = FeaturePyramid(
+            body.channels, config.channels, config.strides, extra="linear", extra_from="backbone"
+        )
     else:
         # The two larger sides are cut to whole pixels, as torchvision's anchors are.
         sizes = tuple((side, int(side * octave[1]), int(side * octave[2])) for side in sides)
         generator = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-        neck = FeaturePyramid(body.channels, channels, strides, extra="conv")
-    model = RetinaNet(
-        body,
-        neck,
-        RetinaNetHead(channels, head_depth, generator.num_anchors_per_location()[0], len(names)),
-        generator,
-        names,
-        preprocess or Preprocess(mean=body.mean, std=body.std),
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        topk_candidates=topk_candidates,
-    )
-    model.convention = convention
-    return model
+        neck = FeaturePyramid(body.channels, config.channels, config.strides, extra="conv")
+    anchors = generator.num_anchors_per_location()[0]
+    head = RetinaNetHead(config.channels, config.head_depth, anchors, len(classes))
+    return RetinaNet(config, classes, body, neck, head, generator)

@@ -36,9 +36,9 @@ from detdistill.models.base import (
     SegmentationRaw,
     Segmenter,
     TappedPyramid,
-    class_names,
 )
 from detdistill.models.heads import normaliser
+from detdistill.recipe_models import DeepLabV3Config, PSPNetConfig, SegmenterConfig
 
 OUTPUT_STRIDE = 8
 DROPOUT = 0.1
@@ -142,22 +142,24 @@ class EncoderDecoder(Segmenter):
 
     def __init__(
         self,
+        config: SegmenterConfig,
+        classes: Sequence[str],
         backbone: Backbone,
         neck: nn.Module,
-        head: SegmentationHead,
-        classes: Sequence[str],
-        preprocess: Preprocess,
-        *,
-        window: Window | None,
     ) -> None:
         super().__init__()
+        if len(classes) > UNLABELLED:
+            raise UserError(
+                f"{len(classes)} classes: label maps hold {UNLABELLED}; keep fewer with data.classes"
+            )
+        self.family = config.family
         self.backbone = backbone
         self.neck = neck
-        self.head = head
+        self.head = SegmentationHead(config.channels, next(iter(backbone.channels.values())), len(classes))
         self.classes = tuple(classes)
-        self.preprocessor = preprocess
-        self.pyramid_channels = {OUTPUT_STRIDE: head.cls.in_channels}
-        self.window = window
+        self.preprocessor = Preprocess(mean=backbone.mean, std=backbone.std, divisor=OUTPUT_STRIDE)
+        self.pyramid_channels = {OUTPUT_STRIDE: config.channels}
+        self.window = config.window
 
     def pyramid(self, batch: Batch) -> Pyramid:
         earlier_NCHW, last_NCHW = self.backbone(batch.images_N3HW).values()
@@ -235,97 +237,23 @@ def _cross_entropy(logits_NQHW: Tensor, labels_NHW: Tensor) -> Tensor:
         return F.cross_entropy(logits_NQHW, labels_NHW, ignore_index=UNLABELLED, reduction="sum")
 
 
-def pspnet(
-    backbone: str = "resnet50",
-    num_classes: int = 19,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    window: Window | None = None,
-) -> EncoderDecoder:
-    """PSPNet, a segmenter: every pixel gets a class, with means over grids of the map (stride 8).
+def build_pspnet(config: PSPNetConfig, classes: Sequence[str]) -> EncoderDecoder:
+    """PSPNet: means over grids of the map of stride 8. Published width: 512, over ResNet-18 128."""
+    body = _dilated(config)
+    neck = PyramidPooling(list(body.channels.values())[-1], config.channels)
+    return EncoderDecoder(config, classes, body, neck)
 
-    Args:
-        backbone: timm model that can be dilated to an output stride of 8: ResNets, RegNets, EfficientNets,
-            MobileNets, ConvNeXts, …
-        num_classes: number of classes, at most 255.
-        classes: their names (``num_classes`` is then their number); "0", "1", … when not given.
-        channels: width of the decoder. Published: 512, over ResNet-18 128.
-        norm, freeze_stages, stride_in_1x1, pretrained_backbone: as in
-            :class:`~detdistill.models.backbones.Backbone`.
-        preprocess: input convention; images as they come, with the backbone's mean and std, when not given.
-        window: (side, stride): in evaluation look at large images by windows; None looks at them whole.
 
-    Raises:
-        UserError: as :class:`~detdistill.models.backbones.Backbone` does; too many classes.
+def build_deeplabv3(config: DeepLabV3Config, classes: Sequence[str]) -> EncoderDecoder:
+    """DeepLabV3: convolutions of several dilations on the map of stride 8.
+
+    Published width: 256; 512 in MMSegmentation and for the IMA paper's teacher.
     """
-    body = _dilated(backbone, norm, freeze_stages, stride_in_1x1, pretrained_backbone)
-    neck = PyramidPooling(list(body.channels.values())[-1], channels)
-    return _segmenter("pspnet", body, neck, channels, _names(classes, num_classes), preprocess, window)
+    body = _dilated(config)
+    neck = AtrousPooling(list(body.channels.values())[-1], config.channels)
+    return EncoderDecoder(config, classes, body, neck)
 
 
-def deeplabv3(
-    backbone: str = "resnet50",
-    num_classes: int = 19,
-    *,
-    classes: Sequence[str] | None = None,
-    channels: int = 256,
-    norm: str = "batch",
-    freeze_stages: int = 0,
-    stride_in_1x1: bool = False,
-    pretrained_backbone: bool = False,
-    preprocess: Preprocess | None = None,
-    window: Window | None = None,
-) -> EncoderDecoder:
-    """DeepLabV3, a segmenter: every pixel gets a class, by convolutions of several dilations (stride 8).
-
-    Args:
-        channels: width of the decoder. Published: 256; 512 in MMSegmentation and for the IMA paper's teacher.
-        backbone, num_classes, classes, norm, freeze_stages, stride_in_1x1, pretrained_backbone, preprocess,
-            window: as of :func:`pspnet`.
-
-    Raises:
-        UserError: as :func:`pspnet` does.
-    """
-    body = _dilated(backbone, norm, freeze_stages, stride_in_1x1, pretrained_backbone)
-    neck = AtrousPooling(list(body.channels.values())[-1], channels)
-    return _segmenter("deeplabv3", body, neck, channels, _names(classes, num_classes), preprocess, window)
-
-
-def _dilated(name: str, norm: str, freeze_stages: int, stride_in_1x1: bool, pretrained: bool) -> Backbone:
+def _dilated(config: SegmenterConfig) -> Backbone:
     """The backbone, tapped at its last two stages."""
-    return Backbone(
-        name, sorted(set(offered_strides(name)))[-2:],
-        pretrained=pretrained, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
-        output_stride=OUTPUT_STRIDE,
-    )  # fmt: skip
-
-
-def _names(classes: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    names = class_names(classes, num_classes)
-    if len(names) > UNLABELLED:
-        raise UserError(f"{len(names)} classes: label maps hold {UNLABELLED}; keep fewer with data.classes")
-    return names
-
-
-def _segmenter(
-    family: str,
-    body: Backbone,
-    neck: nn.Module,
-    channels: int,
-    names: Sequence[str],
-    preprocess: Preprocess | None,
-    window: Window | None,
-) -> EncoderDecoder:
-    if window is not None and not 0 < window[1] <= window[0]:
-        raise UserError(f"window is {list(window)}; give (side, stride) in pixels, the stride no larger")
-    head = SegmentationHead(channels, next(iter(body.channels.values())), len(names))
-    preprocess = preprocess or Preprocess(mean=body.mean, std=body.std, divisor=OUTPUT_STRIDE)
-    segmenter = EncoderDecoder(body, neck, head, names, preprocess, window=window)
-    segmenter.family = family
-    return segmenter
+    return Backbone.of(config, sorted(set(offered_strides(config.backbone)))[-2:], OUTPUT_STRIDE)

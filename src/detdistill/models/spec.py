@@ -17,7 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import ModelConfig, ObjectConfig, UserError
+from detdistill.recipe_models import AnyModel, SavedModelConfig
 from detdistill.text import is_text, printable
 
 MOST_CHARACTERS = 50_000_000
@@ -65,24 +66,31 @@ class Spec(BaseModel):
         classes: label i means ``classes[i]``.
         category_ids: the ids of these classes in the annotations that it was trained with.
         mean, std: of RGB in [0, 1], the input normalization.
-        transformers: the configuration of a transformers checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     detdistill: str | None = None
-    model: ModelConfig
+    model: AnyModel
     classes: ClassNames
     category_ids: CategoryIds | None = None
     mean: tuple[_Mean, _Mean, _Mean]
     std: tuple[_Std, _Std, _Std]
-    transformers: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_0_1(cls, tree: Any) -> Any:
+        """There the configuration of a transformers checkpoint stood next to the model's section."""
+        if isinstance(tree, dict) and "transformers" in tree and isinstance(tree.get("model"), dict):
+            rest = {key: value for key, value in tree.items() if key != "transformers"}
+            return rest | {"model": {**tree["model"], "transformers": tree["transformers"]}}
+        return tree
 
     @field_validator("model")
     @classmethod
     def _no_object(cls, value: ModelConfig) -> ModelConfig:
-        if value.python is not None:
-            raise ValueError("it was a Python object, which no file can build")
+        if isinstance(value, ObjectConfig | SavedModelConfig):
+            raise ValueError("it is not the section of a family, which alone can be built")
         return value
 
     @model_validator(mode="after")
@@ -91,7 +99,7 @@ class Spec(BaseModel):
         return self
 
 
-def parse_spec(text: str, source: str) -> dict[str, Any]:
+def parse_spec(text: str, source: str) -> Spec:
     """The spec in a file's metadata.
 
     Args:
@@ -121,22 +129,19 @@ def read_json(text: str, source: str) -> Any:
         ) from None
 
 
-def require_spec(tree: Any, source: str) -> dict[str, Any]:
-    """The spec with its model section's defaults filled in.
+def require_spec(tree: Any, source: str) -> Spec:
+    """The spec, validated.
 
     Raises:
         UserError: it is not a spec; one line with the first fault.
     """
     try:
-        spec = Spec.model_validate(tree)
+        return Spec.model_validate(tree)
     except ValidationError as error:
         raise UserError(
             f"{source}: what it says of its model cannot be used ({first_fault(error)}); "
             "save the model again with this version of detdistill"
         ) from None
-    # As validated: numbers that were written as text are numbers now.
-    values = spec.model_dump(mode="json", exclude_unset=True, exclude={"model"})
-    return {**values, "model": spec.model.model_dump(mode="json")}
 
 
 def first_fault(error: ValidationError) -> str:

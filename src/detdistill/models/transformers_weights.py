@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError
 from detdistill.data.text import read_file
-from detdistill.models.spec import first_fault
 
 RTDETR = "rt_detr"
 FAMILIES = {RTDETR: "rtdetr_v2", "rt_detr_v2": "rtdetr_v2", "d_fine": "d_fine"}
@@ -53,24 +51,21 @@ def read_spec(path: Path) -> dict[str, Any]:
     try:
         names = {int(row): str(name) for row, name in config["id2label"].items()}
         classes = [names[row] for row in range(len(names))]
-        model = ModelConfig.model_validate({
+        size, mean, std = _convention(path.parent / "preprocessor_config.json")
+        model = {
             "family": FAMILIES[kind],
             "backbone": config["backbone_config"]["model_type"],
             "channels": config["encoder_hidden_dim"],
             "head_depth": config["decoder_layers"],
             "norm": "frozen" if config.get("freeze_backbone_batch_norms", True) else "batch",
-        })  # fmt: skip
+            "size": size,
+            "transformers": config if kind != RTDETR else config | _as_version_2(config),
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = first_fault(error) if isinstance(error, ValidationError) else f"{error!r:.120}"
-        raise UserError(f"{path.parent / 'config.json'}: not a whole {kind} configuration ({reason})") from None
-    size, mean, std = _convention(path.parent / "preprocessor_config.json")
-    return {
-        "model": model.model_dump(mode="json") | {"size": size},
-        "classes": classes,
-        "mean": mean,
-        "std": std,
-        "transformers": config if kind != RTDETR else config | _as_version_2(config),
-    }
+        raise UserError(
+            f"{path.parent / 'config.json'}: not a whole {kind} configuration ({error!r:.120})"
+        ) from None
+    return {"model": model, "classes": classes, "mean": mean, "std": std}
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

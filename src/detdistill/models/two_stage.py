@@ -15,18 +15,17 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import nms
 
-from detdistill.config import Convention
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
-from detdistill.models.base import DenseRaw, Preprocess, Pyramid
+from detdistill.models.base import DenseRaw, Pyramid
 from detdistill.models.heads import (
     ExactAnchors,
     box_coder,
-    check_convention,
     clip_to_image,
     flatten_maps,
     init_head,
     tower,
 )
+from detdistill.recipe_models import Convention, TwoStageConfig
 
 RATIOS = (0.5, 1.0, 2.0)
 RPN_NMS_THRESHOLD = 0.7
@@ -95,60 +94,29 @@ class RoIHead(nn.Module):
 class TwoStageParts:
     """What the two-stage detectors have in common; :func:`build_parts` makes it."""
 
+    config: TwoStageConfig
+    classes: tuple[str, ...]
     backbone: Backbone
     neck: FeaturePyramid
     rpn: RPNHead
     anchor_generator: AnchorGenerator
-    convention: Convention
-    classes: tuple[str, ...]
-    preprocess: Preprocess
-    score_threshold: float
-    nms_threshold: float
-    max_detections: int
-    rpn_samples: int
-    roi_samples: int
 
 
-def build_parts(
-    backbone: str,
-    classes: Sequence[str],
-    *,
-    channels: int,
-    strides: Sequence[int],
-    head_depth: int,
-    anchor_scale: float,
-    convention: Convention,
-    norm: str,
-    freeze_stages: int,
-    stride_in_1x1: bool,
-    pretrained_backbone: bool,
-    preprocess: Preprocess | None,
-    score_threshold: float,
-    nms_threshold: float,
-    max_detections: int,
-    rpn_samples: int,
-    roi_samples: int,
-) -> TwoStageParts:
-    """Arguments are those of :func:`~detdistill.models.faster_rcnn.faster_rcnn`."""
-    check_convention("a two-stage detector", convention, ("torchvision", "mmdet"))
-    body = Backbone(
-        backbone, split_strides(backbone, strides),
-        pretrained=pretrained_backbone, norm=norm, freeze_stages=freeze_stages, stride_in_1x1=stride_in_1x1,
-    )  # fmt: skip
-    sizes = tuple((stride * anchor_scale,) for stride in strides)
+def build_parts(config: TwoStageConfig, classes: Sequence[str]) -> TwoStageParts:
+    """Backbone, neck and proposals' network of a section.
+
+    Regions are pooled from the levels that the backbone has; the levels beyond take every second cell.
+    """
+    body = Backbone.of(config, split_strides(config.backbone, config.strides))
+    sizes = tuple((stride * config.anchor_scale,) for stride in config.strides)
+    anchors = AnchorGenerator if config.convention == "torchvision" else ExactAnchors
     return TwoStageParts(
-        body,
-        FeaturePyramid(body.channels, channels, strides, extra="pool"),
-        RPNHead(channels, head_depth, len(RATIOS)),
-        (AnchorGenerator if convention == "torchvision" else ExactAnchors)(sizes, (RATIOS,) * len(sizes)),
-        convention,
+        config,
         tuple(classes),
-        preprocess or Preprocess(mean=body.mean, std=body.std),
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        max_detections=max_detections,
-        rpn_samples=rpn_samples,
-        roi_samples=roi_samples,
+        body,
+        FeaturePyramid(body.channels, config.channels, config.strides, extra="pool"),
+        RPNHead(config.channels, config.head_depth, len(RATIOS)),
+        anchors(sizes, (RATIOS,) * len(sizes)),
     )
 
 

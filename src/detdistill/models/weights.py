@@ -22,7 +22,7 @@ from detdistill.config import UserError
 from detdistill.models import transformers_weights
 from detdistill.models.backbones import Backbone
 from detdistill.models.base import Model
-from detdistill.models.spec import parse_spec, require_spec
+from detdistill.models.spec import Spec, parse_spec, require_spec
 
 STUDENT_FILE = "student.safetensors"
 PARTS = ("backbone", "neck", "head")
@@ -314,7 +314,7 @@ def file_hash(path: Path) -> str:
     return state.hexdigest()
 
 
-def read_spec(path: Path) -> dict[str, Any] | None:
+def read_spec(path: Path) -> Spec | None:
     """The spec that a file saved by :func:`save_model` holds, or a transformers checkpoint's; else None.
 
     Raises:
