@@ -42,11 +42,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from detdistill.recipe_models import FCOSConfig
 from detdistill.recipe_sections import (
     AugmentConfig,
     DataConfig,
     MethodConfig,
-    ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -295,7 +295,7 @@ def case_recipe(root: Path, draw: random.Random) -> tuple[str, Commands]:
 
 
 SECTIONS = {
-    "data": DataConfig, "student": ModelConfig, "teacher": ModelConfig, "training": TrainingConfig,
+    "data": DataConfig, "student": FCOSConfig, "teacher": FCOSConfig, "training": TrainingConfig,
     "training.augment": AugmentConfig, "training.optimizer": OptimizerConfig,
     "training.schedule": ScheduleConfig,
     "methods.ima": MethodConfig,

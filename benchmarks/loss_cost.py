@@ -24,14 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError, model_config
 from detdistill.distillation.matching import Overlay
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
 from detdistill.models import build_model
 from detdistill.models.base import Batch, DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
-from detdistill.models.build import SEGMENTERS
 from detdistill.models.one_stage import OneStage
 
 CLASSES = {"detection": 80, "segmentation": 19}  # of COCO, of Cityscapes
@@ -41,8 +40,8 @@ BOXES = 7  # objects in an image, as in COCO
 
 def make_model(seed: int, args: argparse.Namespace) -> Model:
     torch.manual_seed(seed)
-    config = ModelConfig(family=args.family, backbone="mobilenetv3_small_050", channels=args.channels)
-    task = "segmentation" if args.family in SEGMENTERS else "detection"
+    config = model_config(family=args.family, backbone="mobilenetv3_small_050", channels=args.channels)
+    task = config.task
     return build_model(config, [str(label) for label in range(CLASSES[task])])
 
 

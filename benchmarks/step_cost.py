@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detdistill.config import ModelConfig
+from detdistill.config import ModelConfig, model_config
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
 from detdistill.distillation.weighting import AUTO_EVERY
@@ -41,7 +41,7 @@ class Floor(Method):
 
 def make_pair(variant: str, args: argparse.Namespace, device: torch.device) -> Pair:
     def detector(backbone: str, channels: int) -> ModelConfig:
-        return ModelConfig(
+        return model_config(
             family=args.family, backbone=backbone, channels=channels, strides=tuple(args.strides or ()) or None
         )
 

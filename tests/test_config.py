@@ -232,7 +232,10 @@ def test_wrong_overrides(tmp_path: Path, override: str, said: str) -> None:
         ("data: digits\nstudent: {strides: [3, 6]}\n", "and double from level to level"),
         ("data: digits\nstudent: {size: [800, 480]}\n", "give (short, long) side"),
         ("data: digits\nstudent: {size: 0}\n", "give (short, long) side"),
-        ("data: digits\nstudent: {family: yolo}\n", "student.family: input should be 'retinanet'"),
+        (
+            "data: digits\nstudent: {family: yolo}\n",
+            "student.family: no family 'yolo'; known: ",
+        ),
         (MINIMAL + "training: {augment: {multi_scale: [1.2, 0.8]}}\n", "smallest, largest"),
         (MINIMAL + "training: {schedule: {milestones: [16, 22]}}\n", "rising fractions"),
         (MINIMAL + "training: {batch_size: 6, accumulate: 4}\n", "batch_size must be a multiple"),
@@ -257,7 +260,7 @@ def test_one_error_is_one_line_with_its_place(tmp_path: Path, text: str, said: s
 
 
 def test_all_errors_are_told_at_once(tmp_path: Path) -> None:
-    text = "data: {root: /d, fromat: coco}\nstudent:\n  family: ssd\n  channels: 0\ntraining:\n  epochs: x\n"
+    text = "data: {root: /d, fromat: coco}\nstudent:\n  famly: fcos\n  channels: 0\ntraining:\n  epochs: x\n"
     lines = complaint(write(tmp_path, text)).splitlines()
     assert lines[0] == f"Found 4 errors in {tmp_path}/recipe.yaml"
     assert [line.split(":")[1] for line in lines[1:]] == ["1", "3", "4", "6"]
@@ -278,7 +281,9 @@ def test_a_byte_order_mark_is_no_key(tmp_path: Path) -> None:
 
 
 def test_errors_of_trees_made_in_python() -> None:
-    with pytest.raises(UserError, match=r"^recipe: unknown key 'student.chanels'; did you mean 'channels'\?$"):
+    with pytest.raises(
+        UserError, match=r"^recipe: unknown key 'student.chanels' of retinanet; did you mean 'channels'\?$"
+    ):
         parse_recipe({"data": "digits", "student": {"chanels": 3}})
 
 

@@ -20,6 +20,7 @@ import detdistill
 from detdistill import cli, config
 from detdistill.config import Recipe, load_recipe
 from detdistill.recipe_file import sections_in
+from detdistill.recipe_models import DEFAULT_FAMILY, families
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -133,7 +134,7 @@ def test_python_examples_run(block: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(detdistill.METHODS, "moments", None)  # one that the examples add: gone afterwards
     section = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}
     build = {
-        channels: detdistill.build_model(config.ModelConfig(**{**section, "channels": channels}), ["a", "b"])
+        channels: detdistill.build_model(config.model_config(**{**section, "channels": channels}), ["a", "b"])
         for channels in (8, 16)
     }
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
@@ -149,7 +150,6 @@ def test_python_examples_run(block: str, monkeypatch: pytest.MonkeyPatch) -> Non
 SECTIONS: dict[str, type[BaseModel]] = {
     "recipe": Recipe,
     "data": config.DataConfig,
-    "student and teacher": config.ModelConfig,
     "methods": config.MethodConfig,
     "training": config.TrainingConfig,
     "training.optimizer": config.OptimizerConfig,
@@ -193,13 +193,38 @@ def rows(section: type[BaseModel]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("title", SECTIONS)
+def model_rows() -> list[str]:
+    """Each key of a model's section, with the families that have it, alike in all of them."""
+    known = families()
+    groups = {tuple(known): "all"} | {
+        tuple(name for name, section in known.items() if section.task == task): word
+        for task, word in (("detection", "detectors"), ("segmentation", "segmenters"))
+    }
+    found: dict[tuple[str, str], list[str]] = {}
+    for family, section in known.items():
+        for name, field in section.model_fields.items():
+            if name == "family":
+                row = (
+                    f"`{name}`",
+                    f"text | `{DEFAULT_FAMILY}` | {config.ModelConfig.model_fields[name].description}",
+                )
+            else:
+                row = (f"`{name}`", f"{kind(field.annotation)} | {default(field)} | {field.description}")
+            found.setdefault(row, []).append(family)
+    return [
+        f"| {key} | {groups.get(tuple(having), ', '.join(having))} | {rest} |"
+        for (key, rest), having in found.items()
+    ]
+
+
+@pytest.mark.parametrize("title", [*SECTIONS, "student and teacher"])
 def test_every_key_of_a_recipe_is_described(title: str) -> None:
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     part = re.search(rf"^## `?{re.escape(title)}`?\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     assert part, f"docs/recipes.md has no section {title}"
     table = [line for line in part[1].splitlines() if line.startswith("| `")]
-    assert table == rows(SECTIONS[title]), "write:\n" + "\n".join(rows(SECTIONS[title]))
+    wanted = rows(SECTIONS[title]) if title in SECTIONS else model_rows()
+    assert table == wanted, "write:\n" + "\n".join(wanted)
 
 
 def test_every_section_of_the_schema_has_a_table() -> None:
@@ -207,10 +232,10 @@ def test_every_section_of_the_schema_has_a_table() -> None:
         inner = {s for f in section.model_fields.values() for s in sections_in(f.annotation)}
         return {section}.union(*(below(one) for one in inner))
 
-    assert below(Recipe) == set(SECTIONS.values())
+    assert below(Recipe) == {*SECTIONS.values(), config.ModelConfig}
 
 
 def test_every_key_has_a_description() -> None:
-    for section in SECTIONS.values():
+    for section in [*SECTIONS.values(), *families().values()]:
         for name, field in section.model_fields.items():
-            assert field.description, f"{section.__name__}.{name}"
+            assert field.description or name == "family", f"{section.__name__}.{name}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import detdistill
-from detdistill.models import pspnet, retinanet
+from detdistill.models import build_model
 
 from .models.foreign_models import CLASSES, MmdetLike, YoloLike
 from .test_docs import FENCE, ROOT
@@ -66,9 +66,16 @@ def packages() -> dict[str, ModuleType]:
 
 
 def ours() -> detdistill.models.Detector:
-    return retinanet(
-        "resnet10t", classes=CLASSES, channels=8, strides=(8, 16, 32), head_depth=1, preprocess=PLAIN
+    model = build_model(
+        "retinanet",
+        CLASSES,
+        backbone="resnet10t",
+        channels=8,
+        strides=(8, 16, 32),
+        head_depth=1,
     )
+    model.preprocessor = PLAIN
+    return model
 
 
 def run(block: str, **given: Any) -> dict[str, Any]:
@@ -146,7 +153,7 @@ def test_a_transformer() -> None:
 
 def test_a_segmenter() -> None:
     teacher = run(block_with("deeplabv3_resnet50"))["teacher"]
-    student = pspnet("mobilenetv3_small_050", classes=teacher.classes, channels=8)
+    student = build_model("pspnet", teacher.classes, backbone="mobilenetv3_small_050", channels=8)
     targets = [{"semantic": torch.randint(0, 3, (64, 64), dtype=torch.uint8)}] * 2
     losses = detdistill.Pair(student, teacher, ["ima", "kd"]).train()(example()[0], targets)
     assert losses["ima"] > 0

@@ -13,7 +13,7 @@ import torch
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError, model_config
 from detdistill.distillation import methods as room
 from detdistill.distillation.methods import METHODS, PLUGINS, add_installed_methods
 
@@ -61,7 +61,7 @@ def test_its_parts_learn_and_its_options_are_checked(
     installed(monkeypatch, "moments", "my_package.moments:Moments")
     section = {"backbone": "resnet10t", "head_depth": 1, "strides": [16, 32]}
     student, teacher = (
-        detdistill.build_model(ModelConfig(channels=channels, **section), ["a"]) for channels in (8, 16)
+        detdistill.build_model(model_config(channels=channels, **section), ["a"]) for channels in (8, 16)
     )
     pair = detdistill.Pair(student, teacher, [{"moments": {"spread": 2.0}}])
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([0])}

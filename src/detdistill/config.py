@@ -22,7 +22,7 @@ from detdistill.recipe_file import (
     nearest,
     read_recipe_file,
 )
-from detdistill.recipe_models import AnyModel, Convention, ModelConfig, ObjectConfig
+from detdistill.recipe_models import AnyModel, Convention, ModelConfig, ObjectConfig, model_config
 from detdistill.recipe_sections import (
     AugmentConfig,
     DataConfig,
@@ -49,6 +49,7 @@ __all__ = [
     "dump_recipe",
     "expand_method",
     "load_recipe",
+    "model_config",
     "names_of",
     "nearest",
     "parse_recipe",

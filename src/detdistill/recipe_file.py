@@ -263,6 +263,8 @@ def describe(error: Any, schema: type[BaseModel], lines: Mapping[tuple[str, ...]
     key = ".".join(at) or "recipe"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key {key!r}; {nearest(at[-1], _known_keys(at[:-1], schema))}"
+    if error["type"] == "unknown_key":
+        return f"{where}: unknown key {key!r}{error['msg']}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "tuple_type":
         message = "must be a list, as [a, b]"

@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import Self
 
 from detdistill.recipe_file import UserError, describe, nearest
 from detdistill.recipe_sections import COARSEST_STRIDE, LONGEST_SIDE, Section, with_home
@@ -119,10 +120,14 @@ class ModelConfig(Section):
         value = _upgraded(value, cls)
         unknown = [key for key in value if key not in cls.model_fields]
         if unknown and cls.model_config.get("extra") == "forbid":
-            raise _unknown_keys(
-                unknown, {"family": cls.model_fields["family"].default, **value}, cls.model_fields
-            )
+            others = _fault(cls, {key: option for key, option in value.items() if key not in unknown})
+            raise _unknown_keys(unknown, value, cls, others)
         return handler(value)
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if cls is ModelConfig and options:
+            raise TypeError("ModelConfig is of no family: call model_config(...), or a family's class")
+        return super().__new__(cls)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -402,7 +407,8 @@ class SavedModelConfig(ModelConfig):
         possible = [config for config in families().values() if options.keys() <= config.model_fields.keys()]
         if not possible:
             known = {key for config in families().values() for key in config.model_fields}
-            raise _unknown_keys([key for key in options if key not in known] or list(options), options, known)
+            unknown = [key for key in options if key not in known] or list(options)
+            raise _errors([_unknown_key(key, "", options[key], known) for key in unknown])
         faults = [_fault(config, options) for config in possible]
         if None not in faults:
             raise next(fault for fault in faults if fault is not None)
@@ -420,13 +426,22 @@ class ObjectConfig(ModelConfig):
         return {"python": self.python}
 
 
-def model_config(section: ModelConfig | Mapping[str, Any], source: str = "the model") -> ModelConfig:
-    """A section given as a dictionary, validated by its family's class.
+def model_config(
+    section: ModelConfig | Mapping[str, Any] | None = None, source: str = "the model", **options: Any
+) -> ModelConfig:
+    """A model section, validated by its family's class.
+
+    Args:
+        section: as in a recipe.
+        source: how messages call it.
+        options: over the section's own.
 
     Raises:
         UserError: with every error.
     """
     try:
+        if section is None or options:
+            section = {**(section.given if isinstance(section, ModelConfig) else section or {}), **options}
         return ModelConfig.model_validate(section)
     except ValidationError as error:
         found = [describe(item, ModelConfig, {}, source) for item in error.errors()]
@@ -451,7 +466,7 @@ def _config_class(section: Mapping[str, Any]) -> type[ModelConfig]:
     if isinstance(family, str) and family in families():
         return families()[family]
     message = f"no family {str(family)[:60]!r}; {nearest(str(family), families())}"
-    raise _errors([(("family",), PydanticCustomError("family", "{message}", {"message": message}), family)])
+    raise _errors([(("family",), PydanticCustomError("family", "{message}", {"message": message}), family, {})])
 
 
 _OPTIONS_OF_0_1: Mapping[str, Any] = {
@@ -471,28 +486,34 @@ def _upgraded(section: Mapping[str, Any], config: type[ModelConfig]) -> dict[str
             return False
         field = config.model_fields.get(key)
         if field is None:
-            return bool(value == _OPTIONS_OF_0_1[key])
+            # Of a section without a family, what is said counts, even if it is the default.
+            return value is None or (config is not SavedModelConfig and bool(value == _OPTIONS_OF_0_1[key]))
         return value is None and field.default is not None  # null was the family's own default
 
     return {key: value for key, value in section.items() if not is_left_over(key, value)}
 
 
-def _unknown_keys(keys: Sequence[str], section: Mapping[str, Any], known: Iterable[str]) -> ValidationError:
-    family = section.get("family")
-    of = f" of {family}" if isinstance(family, str) else ""
-    known = sorted(known)
-    return _errors([
-        (
-            (key,),
-            PydanticCustomError(
-                "unknown_key", "{message}", {"message": f"no option{of}; {nearest(str(key), known)}"}
-            ),
-            section[key],
-        )
-        for key in keys
-    ])  # fmt: skip
+Fault = tuple[tuple[str | int, ...], str | PydanticCustomError, Any, dict[str, Any]]
+"""Place, kind, input and context of an error."""
 
 
-def _errors(found: Iterable[tuple[tuple[str, ...], PydanticCustomError, Any]]) -> ValidationError:
-    details: list[InitErrorDetails] = [{"type": kind, "loc": at, "input": value} for at, kind, value in found]
+def _unknown_keys(
+    keys: Sequence[str], section: Mapping[str, Any], config: type[ModelConfig], others: ValidationError | None
+) -> ValidationError:
+    of = f" of {config.model_fields['family'].default}"
+    found = [_unknown_key(key, of, section[key], config.model_fields) for key in keys]
+    if others is not None:
+        found += [(e["loc"], e["type"], e["input"], e.get("ctx", {})) for e in others.errors()]
+    return _errors(found)
+
+
+def _unknown_key(key: str, of: str, value: Any, known: Iterable[str]) -> Fault:
+    message = f"{of}; {nearest(str(key), known)}"
+    return (key,), PydanticCustomError("unknown_key", "{message}", {"message": message}), value, {}
+
+
+def _errors(found: Iterable[Fault]) -> ValidationError:
+    details: list[InitErrorDetails] = [
+        {"type": kind, "loc": at, "input": value, "ctx": context} for at, kind, value, context in found
+    ]
     return ValidationError.from_exception_data("model", details)

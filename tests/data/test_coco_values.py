@@ -19,7 +19,7 @@ from detdistill.data.coco import read_coco
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import DetectionDataset, open_data
 from detdistill.evaluation.coco import coco_results
-from detdistill.models import mask_rcnn
+from detdistill.models import build_model
 
 _SQUARE = [[4.0, 6.0, 14.0, 6.0, 14.0, 26.0, 4.0, 26.0]]
 _BITMAP = np.zeros((48, 64), np.uint8)
@@ -354,7 +354,7 @@ _SEGMENTATIONS = st.one_of(
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return mask_rcnn("resnet18", 2, channels=8).train()
+    return build_model("mask_rcnn", 2, backbone="resnet18", channels=8).train()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

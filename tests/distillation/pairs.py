@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from detdistill.config import ModelConfig
+from detdistill.config import model_config
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
-from detdistill.models import build_model, gfl
-from detdistill.models.build import SEGMENTERS
+from detdistill.models import build_model
+from detdistill.recipe_models import families
 
 CLASSES = ("a", "b", "c")
 STRIDES = (8, 16, 32)
@@ -23,9 +23,9 @@ def with_head(name):
 
 def detector(family="fcos", channels=16, seed=0, **options):
     torch.manual_seed(seed)
-    if family not in SEGMENTERS:
+    if families()[family].task == "detection":
         options = {"head_depth": 2, "strides": STRIDES, **options}
-    config = ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=channels, **options)
+    config = model_config(family=family, backbone="mobilenetv3_small_050", channels=channels, **options)
     model = build_model(config, CLASSES)
     if family == "reppoints":  # whose untrained points lie on one spot: no box would be large enough for gid
         model.head.points.bias.data = 2 * model.head.taps.flatten()
@@ -35,8 +35,14 @@ def detector(family="fcos", channels=16, seed=0, **options):
 def gfl_detector(channels=16, seed=0, bins=17):
     """A GFL whose cells differ: from the head's own initial weights all distributions are nearly flat."""
     torch.manual_seed(seed)
-    model = gfl(
-        "mobilenetv3_small_050", classes=CLASSES, channels=channels, strides=STRIDES, head_depth=2, bins=bins
+    model = build_model(
+        "gfl",
+        CLASSES,
+        backbone="mobilenetv3_small_050",
+        channels=channels,
+        strides=STRIDES,
+        head_depth=2,
+        bins=bins,
     )
     torch.nn.init.normal_(model.head.box.weight, std=0.3)
     return model

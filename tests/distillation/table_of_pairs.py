@@ -13,7 +13,8 @@ import torch
 from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
 from detdistill.models import Preprocess, wrap
-from detdistill.models.build import FAMILIES
+from detdistill.models.build import build_model
+from detdistill.recipe_models import FAMILIES
 
 from ..models.foreign_models import YoloLike, yolo_decode, yolo_losses
 from .pairs import DETECTION
@@ -57,9 +58,9 @@ def build(family, channels, size=SIZE, classes=CLASSES, seed=0, **options):
         channels, options = 32 if channels <= 16 else 64, {"num_queries": 10, "head_depth": 1, **options}
     else:
         options = {"head_depth": 2, **options}
-    return FAMILIES[family](
-        "mobilenetv3_small_050", classes=classes, channels=channels, preprocess=preprocess, **options
-    )
+    model = build_model(family, classes, backbone="mobilenetv3_small_050", channels=channels, **options)
+    model.preprocessor = preprocess
+    return model
 
 
 def refusal(method, student, teacher):

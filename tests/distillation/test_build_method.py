@@ -12,7 +12,7 @@ from detdistill.distillation.methods import METHODS, build_method, method_option
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Setting
 from detdistill.models.base import Kind
-from detdistill.models.build import FAMILIES
+from detdistill.recipe_models import FAMILIES
 
 from .pairs import DETECTION, make_pair
 from .table_of_pairs import SEGMENTERS, build

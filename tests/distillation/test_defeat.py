@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError, model_config
 from detdistill.distillation.methods.defeat import DeFeatLoss, level_mask
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model
@@ -145,7 +145,7 @@ def test_both_samples_are_summed_and_the_student_draws_as_without():
 
 
 def test_other_classes_are_refused_until_the_head_is_left_out():
-    config = ModelConfig(
+    config = model_config(
         family="faster_rcnn", backbone="mobilenetv3_small_050", channels=24, strides=(8, 16, 32)
     )
     teacher = build_model(config, ("x", "y"))

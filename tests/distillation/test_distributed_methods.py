@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import distributed, nn
 from detdistill import Pair
-from detdistill.config import ModelConfig
+from detdistill.config import model_config
 from detdistill.models import build_model
 
 # Divided by what there are of something: of one process's images there are more than of the other's.
@@ -38,7 +38,7 @@ if world > 1:
 def detector(family, channels, seed):
     torch.manual_seed(seed)
     options = {} if family == "pspnet" else {"strides": (8, 16, 32), "head_depth": 2}
-    config = ModelConfig(family=family, backbone="resnet10t", channels=channels, norm="frozen", **options)
+    config = model_config(family=family, backbone="resnet10t", channels=channels, norm="frozen", **options)
     model = build_model(config, ("a", "b"))
     if family == "faster_rcnn":
         for sampler in (model.roi_sampler, model.rpn_sampler):  # nothing is drawn: all are taken

@@ -14,8 +14,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import detdistill
 from detdistill.config import UserError
 from detdistill.distillation.inheriting import inherit
+from detdistill.models import build_model
 from detdistill.models.base import Model
-from detdistill.models.build import FAMILIES
 
 from ..models.foreign_models import YoloLike
 
@@ -26,8 +26,8 @@ def build(
     family: str = "retinanet", backbone: str = "mobilenetv3_small_050", seed: int = 0, **options: Any
 ) -> Model:
     torch.manual_seed(seed)
-    options = {"classes": CLASSES, "channels": 16, **options}
-    model = FAMILIES[family](backbone, **options)
+    classes = options.pop("classes", CLASSES)
+    model = build_model(family, classes, **{"backbone": backbone, "channels": 16, **options})
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.add_(torch.rand(()))  # or the statistics of two new models would agree by chance

@@ -203,12 +203,13 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from detdistill.distillation.pair import Pair
-from detdistill.models import pspnet
+from detdistill.models import build_model
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 torch.manual_seed(0)
-student, teacher = (pspnet("mobilenetv3_small_050", classes=["a", "b"], channels=c) for c in (8, 16))
+small = "mobilenetv3_small_050"
+student, teacher = (build_model("pspnet", ["a", "b"], backbone=small, channels=c) for c in (8, 16))
 pair = Pair(student, teacher, ["cirkd"])
 queues = [n for n in pair.state_dict() if "queue" in n]
 assert len(queues) == 2 and set(queues) < set(pair._ddp_params_and_buffers_to_ignore)

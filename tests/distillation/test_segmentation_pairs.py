@@ -11,7 +11,7 @@ from detdistill.distillation.methods import METHODS
 from detdistill.distillation.methods.ima import IMALoss
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import class_labels
-from detdistill.models import EncoderDecoder, Preprocess, deeplabv3, pspnet
+from detdistill.models import EncoderDecoder, Preprocess, build_model
 
 from .pairs import SEGMENTATION, assert_same, detector, snapshot
 
@@ -20,14 +20,20 @@ ABLE = SEGMENTATION
 UNABLE = [name for name in METHODS if name not in ABLE]
 
 
-def student(**options) -> EncoderDecoder:
+def student(preprocess=None) -> EncoderDecoder:
     torch.manual_seed(0)
-    return pspnet("mobilenetv3_small_050", classes=CLASSES, channels=16, **options)
+    return with_input(build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=16), preprocess)
 
 
-def teacher(classes=CLASSES, **options) -> EncoderDecoder:
+def teacher(classes=CLASSES, preprocess=None) -> EncoderDecoder:
     torch.manual_seed(1)
-    return deeplabv3("mobilenetv3_small_050", classes=classes, channels=24, **options)
+    model = build_model("deeplabv3", classes, backbone="mobilenetv3_small_050", channels=24)
+    return with_input(model, preprocess)
+
+
+def with_input(model, preprocess):
+    model.preprocessor = preprocess or model.preprocessor
+    return model
 
 
 def batch(size=(64, 48), ignored=False, seed=0) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -121,7 +127,7 @@ def test_labels_on_the_map_do_not_see_padding() -> None:
 @pytest.mark.parametrize("name", ABLE)
 def test_inputs_may_differ_in_size(name: str) -> None:
     small, large = (Preprocess(size=size, divisor=8) for size in ((48, 64), (96, 128)))
-    pair = Pair(student(preprocess=small), teacher(preprocess=large), [name])
+    pair = Pair(student(small), teacher(preprocess=large), [name])
     losses = pair.train()(*batch(size=(80, 100)))
     assert losses[name].isfinite()
     sum(losses.values()).backward()

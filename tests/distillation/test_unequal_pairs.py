@@ -15,7 +15,7 @@ from detdistill.config import UserError
 from detdistill.distillation.matching import Overlay, read_at, resize_like
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import boxes_in_cells
-from detdistill.models import Preprocess, fcos, retinanet, wrap
+from detdistill.models import Preprocess, build_model, wrap
 from detdistill.models.base import Batch
 
 from .pairs import DETECTION, assert_same, snapshot, with_head
@@ -455,15 +455,15 @@ def test_what_is_built_on_faster_rcnn_teaches_it_by_its_first_head(teacher, meth
 def test_torchvisions_own_objects_are_of_the_same_family():
     model = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
     teacher = wrap(model, classes=CLASSES, preprocess=Preprocess(SMALL))
-    student = fcos("mobilenetv3_small_050", classes=CLASSES, channels=16, preprocess=Preprocess(SMALL))
+    student = build_model("fcos", CLASSES, backbone="mobilenetv3_small_050", channels=16, size=SMALL)
     losses = step(Pair(student, teacher, ["kd", "dist", "crosskd"]))
     assert all(losses[name].isfinite() for name in ("kd", "dist", "crosskd"))
 
 
-@pytest.mark.parametrize("build_one", [retinanet, fcos])
-def test_other_conventions_place_anchors_elsewhere(build_one):
+@pytest.mark.parametrize("family", ["retinanet", "fcos"])
+def test_other_conventions_place_anchors_elsewhere(family):
     student, teacher = (
-        build_one("mobilenetv3_small_050", classes=CLASSES, channels=16, convention=convention)
+        build_model(family, CLASSES, backbone="mobilenetv3_small_050", channels=16, convention=convention)
         for convention in ("torchvision", "mmdet")
     )
     with pytest.raises(UserError, match="the same anchor_scale and convention, or use"):

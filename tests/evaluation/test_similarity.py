@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detdistill.config import ModelConfig
+from detdistill.config import model_config
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.similarity import LinearCKA, feature_agreement, linear_cka
 from detdistill.models import build_model
@@ -70,7 +70,7 @@ def test_unrelated_features_hardly_agree_and_constant_ones_cannot_be_told() -> N
 def detector(channels=8, seed=0, **options):
     torch.manual_seed(seed)
     section = {"backbone": "mobilenetv3_small_050", "head_depth": 1, "strides": (8, 16), **options}
-    return build_model(ModelConfig(family="fcos", channels=channels, **section), ("a",)).eval()
+    return build_model(model_config(family="fcos", channels=channels, **section), ("a",)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detdistill.cli import main
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError, model_config
 from detdistill.experiments.benchmark import benchmark
 from detdistill.models import build_model, save_model
 
@@ -22,7 +22,7 @@ methods: [ima]
 
 def test_teacher_and_student_of_a_recipe(tmp_path, capsys):
     torch.manual_seed(0)
-    config = ModelConfig(family="fcos", backbone="resnet18", channels=32, strides=(8, 16), size=64)
+    config = model_config(family="fcos", backbone="resnet18", channels=32, strides=(8, 16), size=64)
     teacher = build_model(config, ("a", "b"))
     save_model(teacher, tmp_path / "teacher.safetensors")
     recipe = tmp_path / "pair.yaml"
@@ -40,7 +40,7 @@ def test_teacher_and_student_of_a_recipe(tmp_path, capsys):
 def test_a_recipes_models_are_what_it_makes_of_their_files(tmp_path):
     """A student that starts from a file has its architecture; a teacher has the size that the recipe gives."""
     torch.manual_seed(0)
-    config = ModelConfig(family="fcos", backbone="resnet18", channels=32, strides=(8, 16), size=64)
+    config = model_config(family="fcos", backbone="resnet18", channels=32, strides=(8, 16), size=64)
     start, file = build_model(config, ("a", "b")), str(tmp_path / "start.safetensors")
     save_model(start, file)
     recipe = tmp_path / "pair.yaml"
@@ -56,6 +56,6 @@ def test_a_recipes_models_are_what_it_makes_of_their_files(tmp_path):
 def test_nothing_and_the_same_twice(tmp_path):
     with pytest.raises(UserError, match="at least one"):
         benchmark([])
-    model = build_model(ModelConfig(family="fcos", backbone="mobilenetv3_small_050", channels=16), ("a",))
+    model = build_model(model_config(family="fcos", backbone="mobilenetv3_small_050", channels=16), ("a",))
     with pytest.raises(UserError, match="twice"):
         benchmark([model, model], size=(64, 64), runs=1)

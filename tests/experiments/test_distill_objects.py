@@ -13,7 +13,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import detdistill
 from detdistill.config import DataConfig, UserError
-from detdistill.models import fcos
+from detdistill.models import build_model
 
 from ..models.foreign_models import YoloLike, yolo_decode, yolo_losses
 
@@ -36,10 +36,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def teacher(seed=0, channels=16):
     torch.manual_seed(seed)
-    return fcos(
-        "mobilenetv3_small_050", classes=DIGITS, channels=channels, strides=(8, 16, 32), head_depth=1,
-        preprocess=PLAIN,
-    )  # fmt: skip
+    model = build_model(
+        "fcos", DIGITS, backbone="mobilenetv3_small_050", channels=channels, strides=(8, 16, 32), head_depth=1
+    )
+    model.preprocessor = PLAIN
+    return model
 
 
 def student(seed=1, width=4, losses=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detdistill.config import ModelConfig, load_recipe
+from detdistill.config import load_recipe, model_config
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model
 
@@ -30,7 +30,9 @@ CLASSES = ("a", "b", "c")
 @functools.cache
 def small(family: str, channels: int) -> torch.nn.Module:
     torch.manual_seed(channels)
-    return build_model(ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=channels), CLASSES)
+    return build_model(
+        model_config(family=family, backbone="mobilenetv3_small_050", channels=channels), CLASSES
+    )
 
 
 @pytest.mark.slow

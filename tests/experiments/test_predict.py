@@ -12,7 +12,7 @@ from PIL import Image
 
 from detdistill.config import UserError, parse_recipe
 from detdistill.experiments.predict import iter_predictions, predict
-from detdistill.models import Detector, build_model, pspnet, save_model
+from detdistill.models import Detector, build_model, save_model
 
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32], "score_threshold": 0.0}
 CLASSES = ("bolt", "nut")
@@ -126,7 +126,7 @@ def test_wrong_arguments(model: Detector, folder: Path, tmp_path: Path) -> None:
 
 def test_a_segmenter_writes_label_maps(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    segmenter = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8).eval()
+    segmenter = build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=8).eval()
     out = tmp_path / "out"
     found = predict(segmenter, folder, out=out, teacher=segmenter, device="cpu")
     assert len(found) == 3
@@ -158,7 +158,11 @@ def test_images_of_like_names_share_neither_an_id_nor_a_file(
     for i, name in enumerate(ALIKE):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40 + i, 30), (20 * i, 0, 0)).save(folder / name)
-    used = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8).eval() if is_segmenter else model
+    used = (
+        build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=8).eval()
+        if is_segmenter
+        else model
+    )
     predict(used, folder, out=out, threshold=0.0, device="cpu")
     rows = json.loads((out / "predictions.json").read_text())
     named = {(row["image_id"], row["file_name"]) for row in rows}

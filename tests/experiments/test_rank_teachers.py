@@ -11,7 +11,7 @@ import torch
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import ModelConfig, TrainingConfig, UserError, load_recipe
+from detdistill.config import TrainingConfig, UserError, load_recipe, model_config
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.detector import evaluate_detector
 from detdistill.experiments import rank_teachers as module
@@ -37,7 +37,7 @@ def save(path, classes=DIGITS, seed=0, **section):
     torch.manual_seed(seed)
     section = {"backbone": "mobilenetv3_small_050", "channels": 16, "head_depth": 1, **section}
     section.setdefault("strides", (8, 16, 32))
-    model = build_model(ModelConfig(family="fcos", **section), classes)
+    model = build_model(model_config(family="fcos", **section), classes)
     save_model(model, path)
     return model
 
@@ -90,10 +90,12 @@ def test_measuring_changes_nothing(recipe, tmp_path) -> None:
 def test_the_cost_of_a_step_is_that_of_the_teacher(monkeypatch) -> None:
     """With a clock of our own: a step alone takes 1, with the teacher 3, whatever the machine's drift."""
     model = build_model(
-        ModelConfig(family="fcos", backbone="mobilenetv3_small_050", channels=8, strides=(8, 16), head_depth=1),
+        model_config(
+            family="fcos", backbone="mobilenetv3_small_050", channels=8, strides=(8, 16), head_depth=1
+        ),
         ("a",),
     )
-    pairs = {"t": Pair(model, build_model(ModelConfig(**model.spec["model"]), ("a",)), ["mimic"])}
+    pairs = {"t": Pair(model, build_model(model_config(**model.spec["model"]), ("a",)), ["mimic"])}
     now, drift = 0.0, 1.0
 
     def step(pair, *_):

@@ -24,7 +24,7 @@ from detdistill.config import UserError, parse_recipe
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.segmentation import SegmentationEvaluation
 from detdistill.experiments.rank_teachers import rank_teachers
-from detdistill.models import build_model, pspnet, save_model
+from detdistill.models import build_model, save_model
 from detdistill.training import loop
 from detdistill.training.loop import train
 
@@ -181,7 +181,7 @@ def test_teachers_are_ranked_by_their_miou(data: Path, teacher: Path, tmp_path: 
 
 def test_objects_are_distilled_as_well(data: Path, teacher: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    student = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8)
+    student = build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=8)
     training = {**TRAINING, "max_steps": 1}
     result = detdistill.distill(teacher, student, data, "mimic", training=training, out=tmp_path / "run")
     assert 0 <= result.metrics["mIoU"] <= 1
@@ -189,8 +189,10 @@ def test_objects_are_distilled_as_well(data: Path, teacher: Path, tmp_path: Path
 
 def test_classes_meet_by_name(data: Path) -> None:
     torch.manual_seed(0)
-    torch.nn.init.normal_((model := pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8)).head.cls.bias)
-    other = pspnet("mobilenetv3_small_050", classes=["tree", "car", "road"], channels=8)
+    torch.nn.init.normal_(
+        (model := build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=8)).head.cls.bias
+    )
+    other = build_model("pspnet", ["tree", "car", "road"], backbone="mobilenetv3_small_050", channels=8)
     other.load_state_dict(model.state_dict())  # what was sky is now a car, which the data do not know
     own, renamed = (detdistill.evaluate(m, data, workers=0, device="cpu") for m in (model, other))
     for evaluation in (own, renamed):
@@ -204,7 +206,7 @@ def test_classes_meet_by_name(data: Path) -> None:
 def test_camvid_is_evaluated_at_its_own_size(shared_data: Path) -> None:
     names = json.loads((shared_data / "camvid" / "classes.json").read_text())["classes"]
     torch.manual_seed(0)
-    model = pspnet("mobilenetv3_small_050", classes=names, channels=8)
+    model = build_model("pspnet", names, backbone="mobilenetv3_small_050", channels=8)
     evaluation = detdistill.evaluate(model, shared_data / "camvid", workers=0, device="cpu", limit=3)
     assert isinstance(evaluation, SegmentationEvaluation)
     for record, label in zip(evaluation.split.records, evaluation.label_maps.values(), strict=True):
@@ -222,11 +224,11 @@ import sys
 import torch
 from torch import distributed
 import detdistill
-from detdistill.models import build_model, pspnet, save_model
+from detdistill.models import build_model, save_model
 
 rank, port, data, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
 distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
-model = pspnet("mobilenetv3_small_050", classes=["road", "sky", "tree"], channels=8)
+model = build_model("pspnet", ["road", "sky", "tree"], backbone="mobilenetv3_small_050", channels=8)
 model.load_state_dict(torch.load(f"{out}/model.pt"))
 found = detdistill.evaluate(model, data, batch_size=1, workers=0, device="cpu")
 torch.save((found.confusion, found.label_maps), f"{out}/{rank}.pt")
@@ -237,7 +239,7 @@ distributed.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes_share_the_images(data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8)
+    model = build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=8)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     (tmp_path / "worker.py").write_text(WORKER)
     with socket.socket() as free:

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from detdistill.config import ModelConfig, UserError
-from detdistill.models import build_model, retinanet
+from detdistill.config import UserError, model_config
+from detdistill.models import build_model
 from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import Detector
 
@@ -65,7 +65,7 @@ def test_the_pyramid_takes_odd_sizes() -> None:
 
 def test_unknown_names_and_strides_are_told_with_the_way_out() -> None:
     with pytest.raises(UserError, match=r"did you mean .*resnet50"):
-        retinanet("resnet5O", 2)
+        build_model("retinanet", 2, backbone="resnet5O")
     with pytest.raises(UserError, match=r"offers strides \[4, 8, 16, 32\], not \[2\]"):
         Backbone("convnext_atto", (2, 4))
     with pytest.raises(UserError, match="ends at stride 32"):
@@ -84,7 +84,7 @@ def test_a_failed_download_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         UserError, match=r"ImageNet weights of 'resnet18' are not in the local cache and cannot be downloaded"
     ) as caught:
-        build_model(ModelConfig(backbone="resnet18", backbone_weights="imagenet"), ["cat"])
+        build_model(model_config(backbone="resnet18", backbone_weights="imagenet"), ["cat"])
     assert "\n" not in str(caught.value)
 
 
@@ -153,7 +153,7 @@ def test_frozen_norm_keeps_function_and_names(name: str) -> None:
 
 class TestBackboneWeights:
     def built(self, name: str, path: Path) -> Detector:
-        config = ModelConfig(backbone=name, backbone_weights=str(path), channels=16, strides=(8, 16, 32))
+        config = model_config(backbone=name, backbone_weights=str(path), channels=16, strides=(8, 16, 32))
         return build_model(config, ["cat"])
 
     @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto"])

@@ -7,17 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from detdistill.models import cascade_mask_rcnn, cascade_rcnn, faster_rcnn, load_weights, mask_rcnn
+from detdistill.models import build_model, load_weights
 from detdistill.models.cascade_rcnn import STAGES, CascadeRCNN
 from detdistill.models.faster_rcnn import roi_losses
 from detdistill.models.two_stage import build_parts
+from detdistill.recipe_models import CascadeRCNNConfig
 
 OBJECTS = torch.tensor([[8.0, 6.0, 44.0, 50.0], [50.0, 12.0, 88.0, 40.0]])
 
 
-def small(build=cascade_rcnn, **options):
+def small(family="cascade_rcnn", *, classes=3, **options):
     torch.manual_seed(0)
-    model = build("resnet18", 3, **{"channels": 16, "score_threshold": 0.01, **options})
+    model = build_model(
+        family, classes, **{"backbone": "resnet18", "channels": 16, "score_threshold": 0.01, **options}
+    )
     return spread(model)
 
 
@@ -125,7 +128,7 @@ def test_the_losses_of_later_stages_count_less():
 
 
 def test_detections_are_the_last_boxes_with_the_mean_of_scores():
-    model = small(score_threshold=0.0, nms_threshold=1.0, max_detections=10**6).eval()
+    model = small(score_threshold=0.0, nms_threshold=1.0, max_detections=10**5).eval()
     batch = model.preprocess([image()])
     with torch.no_grad():
         raw = model.predict(model.pyramid(batch), batch)
@@ -148,14 +151,9 @@ def test_detections_are_the_last_boxes_with_the_mean_of_scores():
 
 def test_a_cascade_of_one_stage_is_a_faster_rcnn():
     """Of one whose class rows of the box layer are all alike."""
-    options = {
-        "channels": 16, "strides": (4, 8, 16, 32, 64), "head_depth": 1, "anchor_scale": 8.0, "norm": "batch",
-        "freeze_stages": 0, "pretrained_backbone": False, "preprocess": None, "score_threshold": 0.01,
-        "nms_threshold": 0.5, "max_detections": 100, "rpn_samples": 256, "roi_samples": 512,
-        "convention": "torchvision", "stride_in_1x1": False,
-    }  # fmt: skip
-    cascade = spread(CascadeRCNN(build_parts("resnet18", ("a", "b", "c"), **options), STAGES[:1]))
-    faster = small(faster_rcnn)
+    config = CascadeRCNNConfig(backbone="resnet18", channels=16, score_threshold=0.01)
+    cascade = spread(CascadeRCNN(build_parts(config, ("a", "b", "c")), STAGES[:1]))
+    faster = small("faster_rcnn")
     state = cascade.state_dict()
     for name in ("roi_head.box.weight", "roi_head.box.bias"):
         state[name] = torch.cat([state[name]] * 4)
@@ -187,7 +185,7 @@ def test_every_parameter_learns_and_nothing_is_nan_without_objects(objects):
         assert parameter.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("build", [cascade_rcnn, cascade_mask_rcnn, mask_rcnn])
+@pytest.mark.parametrize("build", ["cascade_rcnn", "cascade_mask_rcnn", "mask_rcnn"])
 def test_without_any_proposal(build, monkeypatch):
     model = small(build)
     monkeypatch.setattr(model, "_propose", lambda rpn, batch: [torch.zeros(0, 4)] * len(batch.sizes))
@@ -217,8 +215,8 @@ def test_any_regions_are_judged_by_the_first_head():
 
 
 def test_class_rows_of_every_stage_are_chosen_by_name():
-    full = small(cascade_mask_rcnn, classes=("a", "b", "c"))
-    few = small(cascade_mask_rcnn, classes=("c", "a"))
+    full = small("cascade_mask_rcnn", classes=("a", "b", "c"))
+    few = small("cascade_mask_rcnn", classes=("c", "a"))
     assert load_weights(few, full.state_dict(), classes=full.classes).complete
     layers = [f"{name}.cls" for name in ("roi_head", "later_heads.0", "later_heads.1")]
     layers += [f"mask_branch.heads.{stage}.mask" for stage in range(3)]
@@ -229,11 +227,11 @@ def test_class_rows_of_every_stage_are_chosen_by_name():
 
 
 @pytest.mark.parametrize(
-    ("build", "published"), [(cascade_rcnn, 69.17e6), (mask_rcnn, 44.18e6), (cascade_mask_rcnn, 77.1e6)]
+    ("build", "published"), [("cascade_rcnn", 69.17e6), ("mask_rcnn", 44.18e6), ("cascade_mask_rcnn", 77.1e6)]
 )
 def test_parameter_counts_are_close_to_the_published_ones(build, published):
     """MMDetection's for ResNet-50, without the stages it freezes."""
     with torch.device("meta"):
-        model = build("resnet50", 80, norm="frozen", freeze_stages=2)
+        model = build_model(build, 80, norm="frozen", freeze_stages=2)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert count == pytest.approx(published, rel=0.002)

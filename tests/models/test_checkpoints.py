@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import detection
 
-from detdistill.config import ModelConfig, UserError, dump_recipe, parse_recipe
+from detdistill.config import ModelConfig, UserError, dump_recipe, model_config, parse_recipe
 from detdistill.models import (
     build_model,
     load_model,
     load_teacher,
     load_weights,
     read_state_dict,
-    retinanet,
     save_model,
 )
 from detdistill.models.base import Detector
@@ -35,7 +34,7 @@ CLASSES = ("cat", "dog", "bird")
 
 def config(**options: Any) -> ModelConfig:
     small = {"backbone": "resnet18", "channels": 16, "head_depth": 1, "strides": (8, 16, 32), "size": (64, 96)}
-    return ModelConfig(**{**small, "score_threshold": 0.0, **options})
+    return model_config(**{**small, "score_threshold": 0.0, **options})
 
 
 @pytest.fixture
@@ -68,20 +67,20 @@ def test_a_saved_model_comes_back_from_its_file_alone(family: str, norm: str, tm
 
 
 def test_every_field_of_the_section_comes_back(tmp_path: Path) -> None:
-    told = ModelConfig(
+    told = model_config(
         family="faster_rcnn", backbone="resnet26", channels=24, head_depth=2,
         strides=(8, 16, 32, 64), anchor_scale=6.0, norm="frozen", freeze_stages=2, size=(70, 90),
         score_threshold=0.3, nms_threshold=0.4, max_detections=7, keep_ratio=False,
-        convention="mmdet", stride_in_1x1=True,
+        convention="mmdet", stride_in_1x1=True, rpn_samples=9, roi_samples=10,
     )  # fmt: skip
-    default = ModelConfig().model_dump()
+    default = model_config(family="faster_rcnn").model_dump()
     same_as_default = {key for key, value in told.model_dump().items() if value == default[key]}
-    assert same_as_default == {"weights", "backbone_weights", "window"}  # the last is a segmenter's
+    assert same_as_default == {"family", "weights", "backbone_weights"}
     model = build_model(told, CLASSES)
     save_model(model, tmp_path / "model.safetensors")
     loaded: Any = load_model(tmp_path / "model.safetensors")
     assert loaded.spec == {
-        "model": told.model_dump(mode="json"),
+        "model": told.model_dump(mode="json", exclude={"weights", "backbone_weights"}),
         "classes": list(CLASSES),
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
@@ -99,7 +98,8 @@ def test_a_file_carries_no_path(run_folder: Path) -> None:
 
 
 def test_of_a_model_without_spec_the_weights_are_kept(tmp_path: Path) -> None:
-    model = retinanet("resnet18", 2, channels=16)
+    model = build_model("retinanet", 2, backbone="resnet18", channels=16)
+    model.config = None
     model.head.tied = model.head.cls  # the same tensors under two names
     save_model(model, tmp_path / "x.safetensors")
     state = load_file(tmp_path / "x.safetensors")
@@ -111,11 +111,13 @@ def test_of_a_model_without_spec_the_weights_are_kept(tmp_path: Path) -> None:
 
 def test_what_a_model_is_known_by() -> None:
     torch.manual_seed(0)
-    model = retinanet("resnet18", 2, channels=16)
+    model = build_model("retinanet", 2, backbone="resnet18", channels=16)
     line = describe(model)
     assert line.startswith("RetinaNet, ")
-    assert describe(retinanet("resnet18", 2, channels=16)) == line  # other weights, the same model
-    assert describe(retinanet("resnet18", 3, channels=16)) != line
+    assert (
+        describe(build_model("retinanet", 2, backbone="resnet18", channels=16)) == line
+    )  # other weights, the same model
+    assert describe(build_model("retinanet", 3, backbone="resnet18", channels=16)) != line
     values = describe(model, values=True)
     assert describe(copy.deepcopy(model), values=True) == values
     model.head.cls.weight.data[0, 0, 0, 0] += 1
@@ -129,7 +131,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 class TestTeacher:
     def test_a_run_folder_alone_is_enough_and_keeps_its_classes(self, run_folder: Path) -> None:
-        teacher = load_teacher(ModelConfig(weights=str(run_folder)), ["dog", "horse"])
+        teacher = load_teacher(model_config(weights=str(run_folder)), ["dog", "horse"])
         assert teacher.classes == CLASSES
         assert same(teacher, load_model(run_folder))
 
@@ -142,17 +144,19 @@ class TestTeacher:
     def test_what_is_said_counts_though_it_be_the_default(self, run_folder: Path) -> None:
         save_model(build_model(config(score_threshold=0.3), CLASSES), run_folder / "student.safetensors")
         weights = str(run_folder)
-        assert load_teacher(ModelConfig(weights=weights), CLASSES).score_threshold == 0.3
-        assert load_teacher(ModelConfig(weights=weights, score_threshold=0.05), CLASSES).score_threshold == 0.05
+        assert load_teacher(model_config(weights=weights), CLASSES).score_threshold == 0.3
+        assert (
+            load_teacher(model_config(weights=weights, score_threshold=0.05), CLASSES).score_threshold == 0.05
+        )
         with pytest.raises(UserError, match="trained with channels: 16, the recipe says 256"):
-            load_teacher(ModelConfig(weights=weights, channels=256), CLASSES)
+            load_teacher(model_config(weights=weights, channels=256), CLASSES)
 
     def test_a_contradiction_is_told(self, run_folder: Path) -> None:
         with pytest.raises(UserError, match="trained with backbone: resnet18, the recipe says resnet34"):
-            load_teacher(ModelConfig(weights=str(run_folder), backbone="resnet34"), CLASSES)
+            load_teacher(model_config(weights=str(run_folder), backbone="resnet34"), CLASSES)
 
     def test_other_settings_are_the_recipes(self, run_folder: Path) -> None:
-        teacher = load_teacher(ModelConfig(weights=str(run_folder), size=(32, 48)), CLASSES)
+        teacher = load_teacher(model_config(weights=str(run_folder), size=(32, 48)), CLASSES)
         assert teacher.preprocessor.size == (32, 48)
 
     @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ class TestTeacher:
 class TestStudent:
     def test_class_rows_are_taken_by_name(self, run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING):
-            student: Any = build_model(ModelConfig(weights=str(run_folder)), ["bird", "horse", "cat", "dog"])
+            student: Any = build_model(model_config(weights=str(run_folder)), ["bird", "horse", "cat", "dog"])
         assert "classes without rows     1  horse" in caplog.text
         source: Any = load_model(run_folder)
         rows = student.head.cls.weight.unflatten(0, (9, 4))
@@ -210,7 +214,7 @@ class TestStudent:
             build_model(config(weights=str(bare), backbone="resnet34"), CLASSES)
 
     def test_norms_interchange(self, run_folder: Path) -> None:
-        frozen = build_model(ModelConfig(weights=str(run_folder), norm="frozen"), CLASSES)
+        frozen = build_model(model_config(weights=str(run_folder), norm="frozen"), CLASSES)
         image = torch.rand(1, 3, 64, 64)
         a: Any = frozen.eval()
         b: Any = load_model(run_folder)
@@ -341,7 +345,7 @@ def test_published_weights_load_where_they_can_be_had(monkeypatch: pytest.Monkey
     theirs = detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     weights = type(detection.FCOS_ResNet50_FPN_Weights.COCO_V1)
     monkeypatch.setattr(weights, "get_state_dict", lambda self, **options: theirs.state_dict())
-    told = ModelConfig(family="fcos", weights="torchvision", size=(800, 1333))
+    told = model_config(family="fcos", weights="torchvision", size=(800, 1333))
     teacher: Any = load_teacher(told, ["dog", "person"])
     rows = theirs.head.classification_head.cls_logits.weight
     assert torch.equal(teacher.head.cls.weight, rows[[18, 1]])  # COCO's category ids
@@ -360,7 +364,7 @@ def test_published_weights_load_where_they_can_be_had(monkeypatch: pytest.Monkey
 def test_a_torchvision_file_is_recognised(tmp_path: Path) -> None:
     theirs = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
     torch.save({"model": theirs.state_dict()}, tmp_path / "theirs.pth")
-    teacher: Any = load_teacher(ModelConfig(weights=str(tmp_path / "theirs.pth"), size=64), ["cat", "dog"])
+    teacher: Any = load_teacher(model_config(weights=str(tmp_path / "theirs.pth"), size=64), ["cat", "dog"])
     rows = theirs.head.classification_head.cls_logits.weight.unflatten(0, (9, 3))
     assert torch.equal(teacher.head.cls.weight.unflatten(0, (9, 2)), rows[:, 1:])
 

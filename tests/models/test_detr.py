@@ -12,18 +12,18 @@ import torch
 import transformers
 from torchvision.ops import box_iou
 
-from detdistill.config import ModelConfig, OptimizerConfig, UserError
+from detdistill.config import OptimizerConfig, UserError, model_config
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.weighting import gradient_norm
-from detdistill.models import DETR, build_model, d_fine, load_model, load_teacher, rtdetr_v2, save_model
+from detdistill.models import DETR, build_model, load_model, load_teacher, save_model
 from detdistill.models.base import Batch, Detector, Preprocess, QueryRaw
 from detdistill.models.detr_families import _initialise
 from detdistill.training.step import build_optimizer
 
 CLASSES = ("a", "b", "c")
-BUILD = {"rtdetr_v2": rtdetr_v2, "d_fine": d_fine}
-families = pytest.mark.parametrize("family", BUILD)
+FAMILIES = ("rtdetr_v2", "d_fine")
+families = pytest.mark.parametrize("family", FAMILIES)
 PREFIXES = {"rtdetr": "RTDetr", "rtdetr_v2": "RTDetrV2", "d_fine": "DFine"}
 layouts = pytest.mark.parametrize("family", PREFIXES)
 
@@ -34,9 +34,14 @@ def tiny(family: str, **options: Any) -> DETR:
         "channels": 32,
         "head_depth": 2,
         "num_queries": 20,
-        "preprocess": Preprocess(size=(64, 64), keep_ratio=False),
+        "size": (64, 64),
+        "score_threshold": 0.0,
+        "max_detections": 300,
     }
-    return BUILD[family]("mobilenetv3_small_050", **{"classes": CLASSES, **small, **options})
+    classes = options.pop("classes", CLASSES)
+    model = build_model(family, classes, **{"backbone": "mobilenetv3_small_050", **small, **options})
+    assert isinstance(model, DETR)
+    return model
 
 
 def built(family: str, channels: int = 32, **options: Any) -> Detector:
@@ -44,7 +49,7 @@ def built(family: str, channels: int = 32, **options: Any) -> Detector:
     small = {"backbone": "mobilenetv3_small_050", "head_depth": 2, "size": (64, 64), "keep_ratio": False}
     if family == "fcos":
         small["strides"] = (8, 16, 32)
-    return build_model(ModelConfig(**{"family": family, "channels": channels, **small, **options}), CLASSES)
+    return build_model(model_config(**{"family": family, "channels": channels, **small, **options}), CLASSES)
 
 
 def data(objects: int = 2) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
@@ -144,24 +149,24 @@ def test_the_five_steps_are_transformers_own_forward(
 
 
 @pytest.mark.parametrize(
-    ("build", "backbone", "options", "millions"),
+    ("family", "backbone", "options", "millions"),
     [
         # RT-DETR's rtdetrv2_pytorch/README.md: S, M*, M, L, X
-        (rtdetr_v2, "resnet18d", {}, 20),
-        (rtdetr_v2, "resnet34d", {}, 31),
-        (rtdetr_v2, "resnet50d", {"neck_width": 0.5}, 36),
-        (rtdetr_v2, "resnet50d", {}, 42),
-        (rtdetr_v2, "resnet101d", {"channels": 384}, 76),
+        ("rtdetr_v2", "resnet18d", {}, 20),
+        ("rtdetr_v2", "resnet34d", {}, 31),
+        ("rtdetr_v2", "resnet50d", {"neck_width": 0.5}, 36),
+        ("rtdetr_v2", "resnet50d", {}, 42),
+        ("rtdetr_v2", "resnet101d", {"channels": 384}, 76),
         # D-FINE's README.md: S, M, L, X
-        (d_fine, "hgnetv2_b0", {}, 10),
-        (d_fine, "hgnetv2_b2", {}, 19),
-        (d_fine, "hgnetv2_b4", {}, 31),
-        (d_fine, "hgnetv2_b5", {"channels": 384}, 62),
+        ("d_fine", "hgnetv2_b0", {}, 10),
+        ("d_fine", "hgnetv2_b2", {}, 19),
+        ("d_fine", "hgnetv2_b4", {}, 31),
+        ("d_fine", "hgnetv2_b5", {"channels": 384}, 62),
     ],
 )
-def test_published_sizes(build: Any, backbone: str, options: Any, millions: int) -> None:
+def test_published_sizes(family: str, backbone: str, options: Any, millions: int) -> None:
     with torch.device("meta"):
-        model = build(backbone, 80, **options)
+        model = build_model(family, 80, backbone=backbone, **options)
     assert sum(p.numel() for p in model.parameters()) // 1_000_000 == millions
 
 
@@ -209,7 +214,9 @@ def test_losses_are_finite_and_reach_every_parameter(family: str, objects: int, 
 
 @families
 def test_a_batch_that_is_padded_trains_and_finds_boxes_inside_its_images(family: str) -> None:
-    model = tiny(family, preprocess=Preprocess()).train()
+    model = tiny(family)
+    model.preprocessor = Preprocess()
+    model.train()
     images, targets = data()
     batch = model.preprocess(images, targets)
     assert batch.padded_size == (64, 96)
@@ -230,7 +237,7 @@ def test_a_batch_that_is_padded_trains_and_finds_boxes_inside_its_images(family:
 
 @families
 def test_a_small_input_has_a_query_for_each_cell(family: str) -> None:
-    model = tiny(family, num_queries=300, preprocess=Preprocess(size=(32, 32), keep_ratio=False))
+    model = tiny(family, num_queries=300, size=(32, 32))
     sum(model.train()(*data()).values()).backward()
     assert len(model.eval()([torch.rand(3, 32, 32)])[0]["scores"]) == 4 * 4 + 2 * 2 + 1
     model.preprocessor = Preprocess(size=(192, 192), keep_ratio=False)
@@ -341,7 +348,7 @@ def test_a_saved_model_comes_back(family: str, tmp_path: Path) -> None:
 
 @families
 def test_defaults_of_a_section(family: str) -> None:
-    model = build_model(ModelConfig(family=family, backbone="mobilenetv3_small_050", channels=32), CLASSES)
+    model = build_model(model_config(family=family, backbone="mobilenetv3_small_050", channels=32), CLASSES)
     assert model.preprocessor == Preprocess((640, 640), (0, 0, 0), (1, 1, 1), keep_ratio=False)
     assert model.kind == "queries"
     assert len(model.head.decoder.layers) == 6
@@ -352,10 +359,10 @@ def test_defaults_of_a_section(family: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strides": (8, 16, 32)}, "strides is given"),
-        ({"nms_threshold": 0.6}, "nms_threshold is given"),
+        ({"strides": (8, 16, 32)}, "unknown key 'strides' of rtdetr_v2"),
+        ({"nms_threshold": 0.6}, "unknown key 'nms_threshold' of rtdetr_v2"),
         ({"channels": 48}, "multiple of 32"),
-        ({"head_depth": 0}, "1 or more"),
+        ({"head_depth": 0}, "head_depth: input should be greater"),
         ({"backbone": "resnet1"}, "resnet"),
     ],
 )
@@ -367,12 +374,12 @@ def test_what_makes_no_sense_is_refused(options: Any, message: str) -> None:
 @layouts
 def test_a_checkpoint_folder_is_a_teacher_and_a_start(family: str, tmp_path: Path, caplog: Any) -> None:
     theirs = published_layout(family, tmp_path)
-    teacher = load_teacher(ModelConfig(weights=str(tmp_path)), ("x", "y"))
+    teacher = load_teacher(model_config(weights=str(tmp_path)), ("x", "y"))
     assert isinstance(teacher, DETR)
     assert teacher.classes == CLASSES
     assert teacher.preprocessor == Preprocess((64, 64), (0, 0, 0), (1, 1, 1), keep_ratio=False)
 
-    student = build_model(ModelConfig(weights=str(tmp_path)), ("c", "new", "a"))
+    student = build_model(model_config(weights=str(tmp_path)), ("c", "new", "a"))
     assert "new" in caplog.text
     for ours, name in (
         (student.head.enc_score_head, "enc_score_head"),
@@ -395,7 +402,7 @@ def test_a_checkpoint_folder_is_a_teacher_and_a_start(family: str, tmp_path: Pat
 def test_checkpoint_folders_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "yolos"}))
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
-    section = ModelConfig(weights=str(tmp_path))
+    section = model_config(weights=str(tmp_path))
     with pytest.raises(UserError, match="only safetensors"):
         build_model(section, CLASSES)
     (tmp_path / "model.safetensors").write_bytes(b"")
@@ -427,7 +434,7 @@ def test_a_configuration_of_which_nothing_can_be_built_is_refused(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     with pytest.raises(UserError, match=message) as caught:
-        load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES)
+        load_teacher(model_config(weights=str(tmp_path)), CLASSES)
     assert "\n" not in str(caught.value)
 
 
@@ -437,9 +444,9 @@ def test_a_configuration_cannot_make_transformers_download_a_backbone(tmp_path: 
     changed = config | {"backbone": "someone/weights", "use_pretrained_backbone": True}
     changed["backbone_config"] = {**config["backbone_config"], "use_pretrained_backbone": True}
     (tmp_path / "config.json").write_text(json.dumps(changed))
-    teacher = load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES)
+    teacher = load_teacher(model_config(weights=str(tmp_path)), CLASSES)
     assert teacher.spec is not None
-    assert load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES).classes == CLASSES
+    assert load_teacher(model_config(weights=str(tmp_path)), CLASSES).classes == CLASSES
 
 
 def test_a_checkpoint_with_a_part_missing_is_no_teacher(tmp_path: Path) -> None:
@@ -452,7 +459,7 @@ def test_a_checkpoint_with_a_part_missing_is_no_teacher(tmp_path: Path) -> None:
         tmp_path / "model.safetensors", {"format": "pt"},
     )  # fmt: skip
     with pytest.raises(UserError, match=r"missing head\.enc_output"):
-        load_teacher(ModelConfig(weights=str(tmp_path)), CLASSES)
+        load_teacher(model_config(weights=str(tmp_path)), CLASSES)
 
 
 def test_without_transformers_only_these_families_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:

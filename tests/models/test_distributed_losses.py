@@ -15,7 +15,7 @@ WORKER = """
 import sys
 import torch
 from torch import distributed
-from detdistill.models import fcos, gfl, pspnet, reppoints, retinanet
+from detdistill.models import build_model
 
 world, rank, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -30,21 +30,21 @@ for i, target in enumerate(targets):
     target["semantic"][: 20 * i + 5] = i  # other numbers of labelled pixels
 mine = [i for i in range(2) if i % world == rank]
 gradients = {}
-for build in (fcos, retinanet, gfl, reppoints, pspnet):
+for family in ("fcos", "retinanet", "gfl", "reppoints", "pspnet"):
     torch.manual_seed(1)
-    model = build("resnet18", 2, channels=16, norm="frozen").train()
-    if build is pspnet:
+    model = build_model(family, 2, backbone="resnet18", channels=16, norm="frozen").train()
+    if family == "pspnet":
         model.eval().training = True  # its BatchNorms see other images in each process
     losses = model([images[i] for i in mine], [targets[i] for i in mine])
     sum(losses.values()).backward()
-    other = model.head.aux_cls if build is pspnet else model.head.box
+    other = model.head.aux_cls if family == "pspnet" else model.head.box
     layers = {"cls": model.head.cls.weight, "other": other.bias, "first": model.backbone.body.conv1.weight}
     for name, parameter in layers.items():
         gradient = parameter.grad
         if world > 1:  # what DistributedDataParallel does
             distributed.all_reduce(gradient)
             gradient /= world
-        gradients[f"{build.__name__}, {name}"] = gradient
+        gradients[f"{family}, {name}"] = gradient
 if rank == 0:
     torch.save(gradients, out)
 if world > 1:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.models import gfl
+from detdistill.config import UserError
+from detdistill.models import build_model
 from detdistill.models.base import Batch, DenseRaw
 from detdistill.models.gfl import distribution_focal_loss, encode_boxes, quality_focal_loss
 from detdistill.models.heads import UNMATCHED
@@ -17,8 +18,15 @@ STRIDES = (8, 16, 32)
 
 def small(strides=STRIDES, bins=BINS, **options):
     torch.manual_seed(0)
-    return gfl(
-        "mobilenetv3_small_050", CLASSES, channels=16, strides=strides, bins=bins, head_depth=2, **options
+    return build_model(
+        "gfl",
+        CLASSES,
+        backbone="mobilenetv3_small_050",
+        channels=16,
+        strides=strides,
+        bins=bins,
+        head_depth=2,
+        **options,
     )
 
 
@@ -249,7 +257,7 @@ def test_detections_are_scored_by_the_class_alone():
 def test_parameters_are_those_of_the_published_network():
     """32.27 M are published; here each part is counted by hand."""
     with torch.device("meta"):
-        model = gfl("resnet50", 80)
+        model = build_model("gfl", 80, backbone="resnet50")
     backbone = 23_508_032  # ResNet-50 without its classifier
     neck = (512 + 1024 + 2048 + 3) * 256 + 5 * (9 * 256 + 1) * 256
     towers = 8 * (9 * 256 * 256 + 2 * 256)  # no bias before a GroupNorm
@@ -309,5 +317,5 @@ def test_training_is_deterministic():
 
 
 def test_one_bin_is_refused():
-    with pytest.raises(ValueError, match="bins must be at least 2, got 1"):
+    with pytest.raises(UserError, match="bins: input should be greater than or equal to 2"):
         small(bins=1)

@@ -9,17 +9,20 @@ import torch
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from detdistill.models import Preprocess, cascade_mask_rcnn, cascade_rcnn, faster_rcnn, mask_rcnn
+from detdistill.models import Preprocess, build_model
 from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD
-from detdistill.models.build import BOXES_ALONE, FAMILIES
+from detdistill.models.build import WITHOUT_MASKS
 from detdistill.models.masks import crop_masks, mask_loss
+from detdistill.recipe_models import families
 
-WITH_MASKS = [mask_rcnn, cascade_mask_rcnn]
+WITH_MASKS = ["mask_rcnn", "cascade_mask_rcnn"]
 
 
-def small(build, **options):
+def small(family, **options):
     torch.manual_seed(0)
-    model = build("resnet18", 3, **{"channels": 16, "score_threshold": 0.01, **options})
+    model = build_model(
+        family, 3, **{"backbone": "resnet18", "channels": 16, "score_threshold": 0.01, **options}
+    )
     for name, parameter in model.named_parameters():
         if not name.startswith("backbone") and parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.05)
@@ -73,7 +76,7 @@ def test_the_global_seed_decides_what_is_sampled(build):
 
 @pytest.mark.parametrize("build", WITH_MASKS)
 def test_masks_of_detections_fill_their_boxes_in_the_original_image(build):
-    model = small(build, preprocess=Preprocess(size=(64, 128))).eval()
+    model = small(build, size=(64, 128)).eval()
     with torch.no_grad():
         found = model([image(30, 50), image(200, 150, 1)])
     for detections, size in zip(found, [(30, 50), (200, 150)], strict=True):
@@ -135,9 +138,12 @@ def test_masks_are_resized_as_torchvision_does(size):
 
 def test_masks_are_left_out_where_nothing_learns_from_them():
     targets = [target(64, 64, (5, 5, 40, 50))]
-    for model in (faster_rcnn("resnet18", 3, channels=16).train(), small(mask_rcnn).eval()):
+    for model in (
+        build_model("faster_rcnn", 3, backbone="resnet18", channels=16).train(),
+        small("mask_rcnn").eval(),
+    ):
         assert "masks" not in model.preprocess([image(64, 64)], targets).targets[0]
-    assert "masks" in small(mask_rcnn).train().preprocess([image(64, 64)], targets).targets[0]
+    assert "masks" in small("mask_rcnn").train().preprocess([image(64, 64)], targets).targets[0]
     assert "masks" in targets[0]
 
 
@@ -173,9 +179,9 @@ def test_the_loss_by_hand():
 
 
 def test_the_table_of_families_with_masks_is_right():
-    for name, build in FAMILIES.items():
+    for name, config in families().items():
         if name.endswith("rcnn"):
-            model = build("resnet18", 2, channels=8)
-            assert model.needs_masks == (name in BOXES_ALONE)
+            model = build_model(name, 2, backbone="resnet18", channels=8)
+            assert model.needs_masks == config.learns_masks == (name in WITHOUT_MASKS)
             assert (model.mask_branch is not None) == model.needs_masks
-    assert {FAMILIES[name] for name in BOXES_ALONE.values()} == {faster_rcnn, cascade_rcnn}
+    assert set(WITHOUT_MASKS.values()) == {"faster_rcnn", "cascade_rcnn"}

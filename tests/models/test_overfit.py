@@ -15,8 +15,7 @@ import torch
 from detdistill.data.coco import read_coco
 from detdistill.data.loading import DetectionDataset, collate
 from detdistill.evaluation.coco import coco_ap
-from detdistill.models import Preprocess
-from detdistill.models.build import FAMILIES
+from detdistill.models.build import build_model
 from detdistill.models.weights import load_backbone, read_state_dict
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
@@ -70,12 +69,13 @@ def photographs(shared_data):
 def test_eight_photographs_are_learnt_by_heart(family, photographs, shared_data):
     settings = FAMILY_SETTINGS[family]
     torch.manual_seed(0)
-    model: Any = FAMILIES[family](
-        "mobilenetv2_100",
-        classes=photographs.classes,
+    model: Any = build_model(
+        family,
+        photographs.classes,
+        backbone="mobilenetv2_100",
         channels=64,
         norm="frozen",
-        preprocess=Preprocess(size=SIZE),
+        size=SIZE,
         **settings.options,
     )
     weights = shared_data / "weights" / "mobilenetv2_100.timm.safetensors"

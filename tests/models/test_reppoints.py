@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.models import resnet50
 
-from detdistill.models import reppoints
+from detdistill.models import build_model
 from detdistill.models.base import DenseRaw
 from detdistill.models.heads import IGNORED, UNMATCHED
 from detdistill.models.reppoints import (
@@ -317,7 +317,7 @@ def maps_of(values_NPC, levels, size=96):
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_as_by_hand(seed):
     generator = np.random.default_rng(seed)
-    model = reppoints("mobilenetv3_small_050", 3, channels=8, strides=STRIDES)
+    model = build_model("reppoints", 3, backbone="mobilenetv3_small_050", channels=8, strides=STRIDES)
     levels, size = cells_of(96), 96
     cells = np.concatenate(levels)
     points = np.concatenate([(cells[:, :2] + cells[:, 2:]) / 2] * 2, axis=1)
@@ -348,7 +348,7 @@ def test_losses_as_by_hand(seed):
 
 def test_boxes_go_there_and_back():
     cells, boxes = torch.tensor(cells_of(96)[1], dtype=torch.float32), torch.rand(36, 4) * 90
-    model = reppoints("mobilenetv3_small_050", 3, channels=8, strides=STRIDES)
+    model = build_model("reppoints", 3, backbone="mobilenetv3_small_050", channels=8, strides=STRIDES)
     torch.testing.assert_close(model.decode_boxes(in_strides(boxes, cells), cells), boxes)
     assert model.decode_boxes(torch.tensor([-1.0, -0.5, 1, 2]), torch.tensor([8.0, 24, 24, 40])).tolist() == [
         0, 24, 32, 64,
@@ -366,7 +366,7 @@ def test_it_has_as_many_parameters_as_the_published_configuration():
     towers = 6 * (conv3 + norm)
     points = conv3 + 256 + 2 * (256 + 1) * 18 + conv3
     classes = conv3 + (256 + 1) * 80
-    model = reppoints("resnet50", 80, freeze_stages=2)
+    model = build_model("reppoints", 80, backbone="resnet50", freeze_stages=2)
     assert sum(p.numel() for p in model.parameters()) == backbone + neck + towers + points + classes + 2
     learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert learnable == pytest.approx(36.6e6, rel=1e-3)
@@ -374,7 +374,7 @@ def test_it_has_as_many_parameters_as_the_published_configuration():
 
 def test_a_picture_of_one_colour_has_finite_gradients():
     """Then GroupNorm gives zeros and all nine points lie on one spot."""
-    model = reppoints("mobilenetv3_small_050", 3, channels=16, strides=STRIDES).train()
+    model = build_model("reppoints", 3, backbone="mobilenetv3_small_050", channels=16, strides=STRIDES).train()
     targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([1])}] * 2
     sum(model([torch.full((3, 64, 64), 0.5)] * 2, targets).values()).backward()
     for name, parameter in model.named_parameters():

@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from detdistill.config import ModelConfig, UserError
+from detdistill.config import UserError, model_config
 from detdistill.models import build_model, load_model, load_teacher, load_weights, read_state_dict, save_model
 from detdistill.models.build import needs_masks
 from detdistill.models.weights import load_backbone
 
 CLASSES = ("cat", "dog", "bird")
-SMALL = ModelConfig(
+SMALL = model_config(
     family="fcos", backbone="mobilenetv3_small_050", channels=16, head_depth=1, size=(64, 64), strides=(8, 16)
 )
 
@@ -73,7 +73,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
 def test_what_is_not_a_spec_is_refused_with_its_place(name: str, good: Path, tmp_path: Path) -> None:
     change, said = DAMAGED[name]
     file = with_spec(good, json.dumps({**spec_of(good), **change}), tmp_path / "x.safetensors")
-    section = ModelConfig(weights=str(file))
+    section = model_config(weights=str(file))
     for read in (
         lambda: load_model(file),
         lambda: load_teacher(section, CLASSES),
@@ -184,7 +184,7 @@ def test_a_model_larger_than_its_file_is_refused_before_it_takes_memory(
     }
     file = with_spec(good, json.dumps(spec), tmp_path / "x.safetensors")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for section in (None, ModelConfig(weights=str(file))):
+    for section in (None, model_config(weights=str(file))):
         with pytest.raises(UserError, match=r"x\.safetensors: says that it holds a model of .* MiB"):
             load_model(file) if section is None else build_model(section, CLASSES)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

@@ -14,8 +14,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 import detdistill
 from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
-from detdistill.models import Preprocess, fcos
-from detdistill.models import retinanet as our_retinanet
+from detdistill.models import Preprocess, build_model
 from detdistill.models.torchvision_weights import COCO_CATEGORIES
 
 from .test_torchvision_parity import randomise
@@ -30,6 +29,10 @@ def resnet(levels="p6p7"):
     return resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
     )
+
+
+def ours(family, **options):
+    return build_model(family, CLASSES, backbone="resnet10t", channels=16, head_depth=1, **options)
 
 
 def retinanet(**options):
@@ -182,10 +185,7 @@ def test_an_ssd(build, size, channels):
 
 def test_an_ssd_teaches_and_learns():
     student, teacher = (detdistill.wrap(ssdlite(), classes=CLASSES) for _ in range(2))
-    small = fcos(
-        "resnet10t", classes=CLASSES, channels=16, strides=(8, 16, 32), head_depth=1,
-        preprocess=Preprocess(size=(128, 128)),
-    )  # fmt: skip
+    small = ours("fcos", strides=(8, 16, 32), size=128)
     for learner, master in ((student, small), (small, teacher), (student, teacher)):
         losses = Pair(learner.requires_grad_(True), master, ["ima"]).train()(*example())
         assert losses["ima"] > 0
@@ -327,14 +327,8 @@ def test_a_pair_of_retinanet_objects_learns_from_predictions(method):
 
 def test_a_torchvision_teacher_and_our_student():
     teacher = detdistill.wrap(make(mask_rcnn), classes=CLASSES)
-    student = fcos(
-        "resnet10t",
-        classes=CLASSES,
-        channels=16,
-        strides=(8, 16, 32),
-        head_depth=1,
-        preprocess=teacher.preprocessor,
-    )
+    student = ours("fcos", strides=(8, 16, 32))
+    student.preprocessor = teacher.preprocessor
     losses = Pair(student, teacher, ["ima"]).train()(*example())
     assert losses["ima"] > 0
     with pytest.raises(UserError, match="kd compares predictions"):
@@ -343,11 +337,12 @@ def test_a_torchvision_teacher_and_our_student():
         teacher.train().preprocess([torch.rand(3, 64, 64)], [{"boxes": torch.zeros(0, 4)}])
 
 
-@pytest.mark.parametrize(("build", "ours"), [(retinanet, our_retinanet), (fcos_object, fcos)])
-def test_our_student_learns_from_an_objects_predictions(build, ours):
+@pytest.mark.parametrize(("build", "family"), [(retinanet, "retinanet"), (fcos_object, "fcos")])
+def test_our_student_learns_from_an_objects_predictions(build, family):
     teacher = detdistill.wrap(make(build), classes=CLASSES)
     torch.manual_seed(1)
-    student = ours("resnet10t", classes=CLASSES, channels=16, head_depth=1, preprocess=teacher.preprocessor)
+    student = ours(family)
+    student.preprocessor = teacher.preprocessor
     losses = Pair(student, teacher, ["kd"]).train()(*example())
     assert torch.isfinite(losses["kd"])
     assert losses["kd"] > 0

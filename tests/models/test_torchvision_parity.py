@@ -15,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFa
 from torchvision.ops import FrozenBatchNorm2d, box_iou, generalized_box_iou_loss
 
 from detdistill.config import UserError
-from detdistill.models import Preprocess, faster_rcnn, fcos, load_torchvision, mask_rcnn, retinanet
+from detdistill.models import build_model, load_torchvision
 from detdistill.models.base import Detector
 from detdistill.models.heads import giou_loss, match_boxes
 from detdistill.models.torchvision_weights import COCO_CATEGORIES, conventions_of, is_torchvision
@@ -58,13 +58,12 @@ def randomise(model: nn.Module) -> None:
 
 
 def our_model(family: str, theirs: nn.Module) -> Detector:
-    builder: dict[str, Any] = {
-        "retinanet": retinanet, "fcos": fcos, "faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn
-    }  # fmt: skip
-    options: dict[str, Any] = {"classes": CATEGORIES, "preprocess": Preprocess(size=SIZE)}
+    classes, options = CATEGORIES, {}
     if family in TWO_STAGE:
-        options |= {"rpn_samples": EVERYTHING, "roi_samples": EVERYTHING, "classes": CATEGORIES[1:]}
-    model = builder[family]("resnet50", **options)
+        classes, options = CATEGORIES[1:], {"rpn_samples": EVERYTHING, "roi_samples": EVERYTHING}
+    if family == "fcos":
+        options = {"score_threshold": 0.2, "nms_threshold": 0.6}  # torchvision's defaults
+    model: Any = build_model(family, classes, size=SIZE, **options)
     report = load_torchvision(model, theirs.state_dict(), CATEGORIES)
     assert report.complete
     return model
@@ -143,9 +142,7 @@ def test_detections_are_torchvisions(pair: tuple[nn.Module, Detector, int], imag
 
 def test_class_rows_are_chosen_by_name(pair: tuple[nn.Module, Detector, int], images: list[Tensor]) -> None:
     theirs, ours, shift = pair
-    builders = {"RetinaNet": retinanet, "FCOS": fcos, "FasterRCNN": faster_rcnn, "MaskRCNN": mask_rcnn}
-    builder: Any = builders[type(ours).__name__]
-    few = builder("resnet50", classes=("sheep", "unicorn", "cat"), preprocess=Preprocess(size=SIZE))
+    few: Any = build_model(ours.family or "", ("sheep", "unicorn", "cat"), size=SIZE)
     with pytest.raises(UserError, match="unicorn"):
         load_torchvision(few, theirs.state_dict(), CATEGORIES)
     report = load_torchvision(few, theirs.state_dict(), CATEGORIES, require=("backbone",))
@@ -200,7 +197,7 @@ def test_norm_epsilon_of_the_published_weights_is_kept() -> None:
     image = torch.rand(1, 3, 64, 96)
     expected = theirs.eval().backbone(image)
     for norm in ("frozen", "batch"):
-        ours = faster_rcnn("resnet50", classes=CATEGORIES[1:], norm=norm)
+        ours = build_model("faster_rcnn", CATEGORIES[1:], backbone="resnet50", norm=norm)
         load_torchvision(ours, theirs.state_dict(), CATEGORIES, norm_epsilon=0.0)
         got = ours.eval().neck(ours.backbone(image))
         for mine, other in zip(got.values(), expected.values(), strict=True):
@@ -208,17 +205,17 @@ def test_norm_epsilon_of_the_published_weights_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "weights", "classes"),
+    ("family", "weights", "classes"),
     [
-        (retinanet, detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1, 91),
-        (fcos, detection.FCOS_ResNet50_FPN_Weights.COCO_V1, 91),
-        (faster_rcnn, detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1, 90),
-        (mask_rcnn, detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1, 90),
+        ("retinanet", detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1, 91),
+        ("fcos", detection.FCOS_ResNet50_FPN_Weights.COCO_V1, 91),
+        ("faster_rcnn", detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1, 90),
+        ("mask_rcnn", detection.MaskRCNN_ResNet50_FPN_Weights.COCO_V1, 90),
     ],
 )
-def test_parameter_counts_are_the_published_ones(build: Any, weights: Any, classes: int) -> None:
+def test_parameter_counts_are_the_published_ones(family: str, weights: Any, classes: int) -> None:
     with torch.device("meta"):
-        model = build("resnet50", classes, norm="frozen")
+        model = build_model(family, classes, norm="frozen")
     assert sum(parameter.numel() for parameter in model.parameters()) == weights.meta["num_params"]
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import detdistill
 from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
-from detdistill.models import Preprocess, retinanet
+from detdistill.models import Preprocess, build_model
 
 from .foreign_models import CLASSES, MmdetLike, YoloLike, yolo_decode, yolo_losses
 
@@ -42,9 +42,16 @@ def yolo_student(width=4):
 
 def our_student(channels=8):
     torch.manual_seed(3)
-    return retinanet(
-        "resnet10t", classes=CLASSES, channels=channels, strides=(8, 16, 32), head_depth=1, preprocess=PLAIN
+    model = build_model(
+        "retinanet",
+        CLASSES,
+        backbone="resnet10t",
+        channels=channels,
+        strides=(8, 16, 32),
+        head_depth=1,
     )
+    model.preprocessor = PLAIN
+    return model
 
 
 def example(n=2, size=64):
@@ -554,7 +561,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, sys.argv[5])
 from foreign_models import CLASSES, YoloLike, yolo_losses
 import detdistill
-from detdistill.models import Preprocess, retinanet
+from detdistill.models import Preprocess, build_model
 
 world, rank, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 torch.set_num_threads(1)
@@ -566,8 +573,10 @@ targets = [{"boxes": torch.tensor([[4.0, 4, 40, 48]]), "labels": torch.tensor([i
 mine = [i for i in range(2) if i % world == rank]
 gradients = []
 torch.manual_seed(1)
-options = {"channels": 8, "strides": (8, 16, 32), "head_depth": 1, "preprocess": plain, "norm": "frozen"}
-ours = [retinanet("resnet10t", classes=CLASSES, **options) for _ in range(2)]
+options = {"channels": 8, "strides": (8, 16, 32), "head_depth": 1, "norm": "frozen"}
+ours = [build_model("retinanet", CLASSES, backbone="resnet10t", **options) for _ in range(2)]
+for model in ours:
+    model.preprocessor = plain
 yolo = YoloLike(4)
 students = [
     (ours[0], detdistill.wrap(YoloLike(8), levels, plain)),

@@ -14,7 +14,7 @@ from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 import detdistill
 from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
-from detdistill.models import Preprocess, pspnet
+from detdistill.models import Preprocess, build_model
 from detdistill.models.base import Segmenter
 
 CLASSES = ("road", "sky", "tree")
@@ -108,7 +108,8 @@ def test_losses_of_its_own_see_all_that_it_answered() -> None:
 )
 def test_it_teaches_by_its_maps_and_its_logits(name, options) -> None:
     torch.manual_seed(2)
-    student = pspnet("mobilenetv3_small_050", classes=CLASSES, channels=8, preprocess=Preprocess(divisor=16))
+    student = build_model("pspnet", CLASSES, backbone="mobilenetv3_small_050", channels=8)
+    student.preprocessor = Preprocess(divisor=16)
     pair = Pair(student, wrapped(call=classifier_alone, logits=lambda m, output, b: output), [{name: options}])
     losses = pair.train()(*example())
     assert losses[name].isfinite()

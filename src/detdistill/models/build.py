@@ -114,10 +114,8 @@ def build_model(
         >>> build_model("fcos", ["cat", "dog"], backbone="mobilenetv3_small_050", channels=64)
     """
     section = {"family": model} if isinstance(model, str) else model
-    if options:
-        section = {**(section.given if isinstance(section, ModelConfig) else section), **options}
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else names_of(classes, "classes")
-    return _build(model_config(section), names, require=("backbone",))
+    return _build(model_config(section, **options), names, require=("backbone",))
 
 
 def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Model:

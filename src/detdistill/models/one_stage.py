@@ -33,7 +33,7 @@ from detdistill.models.heads import (
     level_anchors,
     select_candidates,
 )
-from detdistill.recipe_models import Convention, OneStageConfig
+from detdistill.recipe_models import Convention, FCOSConfig, OneStageConfig, RetinaNetConfig
 
 
 class OneStage(ExportableDetector):
@@ -44,7 +44,7 @@ class OneStage(ExportableDetector):
             (:func:`~detdistill.models.heads.level_anchors`), and boxes without an area are no candidates.
     """
 
-    convention: Convention
+    convention: Convention = "torchvision"
 
     def __init__(
         self,
@@ -62,7 +62,8 @@ class OneStage(ExportableDetector):
         self.anchor_generator = anchor_generator
         self.classes = tuple(classes)
         self.preprocessor = Preprocess(mean=backbone.mean, std=backbone.std)
-        self.convention = getattr(config, "convention", "torchvision")
+        if isinstance(config, RetinaNetConfig | FCOSConfig):  # the others have one way, the class's
+            self.convention = config.convention
         self.pyramid_channels = neck.channels
         self.score_threshold = config.score_threshold
         self.nms_threshold = config.nms_threshold

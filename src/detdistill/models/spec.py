@@ -89,7 +89,9 @@ class Spec(BaseModel):
     @field_validator("model")
     @classmethod
     def _no_object(cls, value: ModelConfig) -> ModelConfig:
-        if isinstance(value, ObjectConfig | SavedModelConfig):
+        if isinstance(value, ObjectConfig):
+            raise ValueError("it was a Python object, which no file can build")
+        if isinstance(value, SavedModelConfig):
             raise ValueError("it is not the section of a family, which alone can be built")
         return value
 
