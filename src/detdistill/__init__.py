@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from detdistill.experiments.train import distill, train
     from detdistill.models import build_model
     from detdistill.models.base import Preprocess
-    from detdistill.models.checkpoints import load_model
+    from detdistill.models.checkpoints import load_model, save_model
     from detdistill.models.wrapped import wrap
 
 __version__ = "0.1.0"
@@ -59,6 +59,7 @@ __all__ = [
     "predict",
     "quantize",
     "rank_teachers",
+    "save_model",
     "train",
     "wrap",
     "write_report",
@@ -89,6 +90,7 @@ _HOMES = {
     "predict": "experiments.predict",
     "quantize": "experiments.quantize",
     "rank_teachers": "experiments.rank_teachers",
+    "save_model": "models.checkpoints",
     "train": "experiments.train",
     "wrap": "models.wrapped",
     "write_report": "experiments.report",
