@@ -207,8 +207,8 @@ def test_a_script_without_a_guard_loads_its_images_itself(method, tmp_path):
 
 def test_a_picture_that_fails_does_not_cost_a_run_its_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("detdistill.training.loop.save_samples", lambda *_: 1 / 0)
-    monkeypatch.setattr("detdistill.training.loop.plot_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr("detdistill.training.callbacks.save_samples", lambda *_: 1 / 0)
+    monkeypatch.setattr("detdistill.training.callbacks.plot_curves", lambda *_: 1 / 0)
     recipe = {
         "data": {"format": "digits", "train_size": 8, "val_size": 4, "image_size": 64},
         "student": {"family": "fcos", "backbone": "mobilenetv3_small_050", "channels": 16, "head_depth": 1},

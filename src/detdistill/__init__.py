@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from detdistill.models.base import Preprocess
     from detdistill.models.checkpoints import load_model, save_model
     from detdistill.models.wrapped import wrap
+    from detdistill.training.callbacks import Callback
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Callback",
     "IMALoss",
     "LevelAligner",
     "Method",
@@ -66,6 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Callback": "training.callbacks",
     "IMALoss": "distillation.methods.ima",
     "LevelAligner": "distillation.matching",
     "METHODS": "distillation.methods",

@@ -221,6 +221,11 @@ class TrainingConfig(Section):
         le=MOST_STEPS,
         description="stop after so many evaluations without a better one, and export the best",
     )
+    trackers: tuple[str, ...] | None = Field(
+        None, description="experiment trackers, as `[wandb]`; none: TensorBoard where it is installed"
+    )
+    callbacks: tuple[str, ...] = Field((), description="callbacks that installed packages bring, by name")
+    pictures: bool = Field(True, description="draw curves.png and samples.png")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator where there is one")
 
     @model_validator(mode="after")

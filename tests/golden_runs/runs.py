@@ -30,6 +30,7 @@ HEADERS = Path(__file__).with_name("headers.json")  # of the student files that 
 DIGITS = {"format": "digits", "train_size": 16, "val_size": 4, "image_size": 64}
 TRAINING = {
     "max_steps": 12, "batch_size": 4, "workers": 0, "evaluate_every": 0, "checkpoint_every": 1, "device": "cpu",
+    "pictures": False, "trackers": [],
     "optimizer": {"lr": 0.01}, "schedule": {"name": "cosine", "warmup": 3}, "augment": {"photometric": True},
 }  # fmt: skip
 ADAMW = {"optimizer": {"name": "adamw", "lr": 2e-4}, "clip_norm": 0.1}

@@ -14,7 +14,7 @@ STUDENT = {
 }  # fmt: skip
 TRAINING = {
     "max_steps": 7, "epochs": 100, "batch_size": 8, "workers": 0, "evaluate_every": 0, "ema": 0.9,
-    "optimizer": {"lr": 0.01}, "schedule": {"name": "cosine", "warmup": 0}, "device": "cpu",
+    "optimizer": {"lr": 0.01}, "schedule": {"name": "cosine", "warmup": 0}, "device": "cpu", "pictures": False,
     "augment": {"photometric": True, "multi_scale": [0.8, 1.2]},
 }  # fmt: skip
 

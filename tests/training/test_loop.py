@@ -152,7 +152,9 @@ def test_a_run_that_spelled_out_default_weights_is_the_same_recipe(make_recipe, 
 
 
 def test_what_a_run_leaves(make_recipe, teacher_file, tmp_path):
-    recipe = make_recipe(teacher=str(teacher_file), methods=["ima"], training={"evaluate_every": 1})
+    recipe = make_recipe(
+        teacher=str(teacher_file), methods=["ima"], training={"evaluate_every": 1, "pictures": True}
+    )
     result = train(recipe, tmp_path)
     assert result.status == "finished"
     for name in (

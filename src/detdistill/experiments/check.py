@@ -23,6 +23,7 @@ from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Detector, Model
 from detdistill.models.build import check_targets
 from detdistill.models.limits import require_memory_for_training
+from detdistill.training.callbacks import installed_callbacks, trackers_of
 from detdistill.training.step import build_optimizer
 from detdistill.training.trial import Trial, try_step
 
@@ -146,6 +147,11 @@ def _check_models(result: Check, train: Split, step: bool) -> None:
     with _messages() as notes:
         try:
             build_augment(recipe.training.augment, label_maps=train.has_label_maps)
+        except UserError as error:
+            result.problems.append(str(error))
+        try:
+            trackers_of(recipe.training.trackers)
+            installed_callbacks(recipe.training.callbacks)
         except UserError as error:
             result.problems.append(str(error))
         try:

@@ -23,6 +23,7 @@ from detdistill.models.checkpoints import describe
 from detdistill.output import output_path
 from detdistill.text import printable
 from detdistill.training import loop
+from detdistill.training.callbacks import Callback
 from detdistill.training.loop import TrainResult
 
 
@@ -31,6 +32,7 @@ def train(
     overrides: Iterable[str] = (),
     out: str | Path | None = None,
     resume: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train what a recipe describes.
 
@@ -39,6 +41,7 @@ def train(
         overrides: ``key.sub=value``, for a file.
         out: the run folder; ``runs/NAME`` by default.
         resume: go on where an earlier call stopped; else start anew.
+        callbacks: what watches the run: :class:`detdistill.Callback` objects.
 
     Raises:
         UserError: something in the recipe, its data or its weights cannot be used.
@@ -46,7 +49,7 @@ def train(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     run = Path("runs") / recipe.name if out is None else output_path(out)
-    return loop.train(recipe, run, resume=resume)
+    return loop.train(recipe, run, resume=resume, callbacks=callbacks)
 
 
 def distill(
@@ -59,6 +62,7 @@ def distill(
     training: TrainingConfig | Mapping[str, Any] | None = None,
     out: str | Path = "runs/distill",
     resume: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Teach a student with a teacher; every argument is a recipe's section of that name.
 
@@ -72,6 +76,7 @@ def distill(
         training: the budget; the default is the paper's 24 epochs of SGD.
         out: the run folder.
         resume: go on where an earlier call stopped; else start anew.
+        callbacks: what watches the run: :class:`detdistill.Callback` objects.
 
     Raises:
         UserError: something in the arguments, the data or the weights cannot be used.
@@ -98,6 +103,7 @@ def distill(
         resume=resume,
         student=student if isinstance(student, Model) else None,
         teacher=teacher if isinstance(teacher, Model) else None,
+        callbacks=callbacks,
     )
 
 

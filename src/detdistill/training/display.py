@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from detdistill.evaluation.measure import Evaluation
 from detdistill.text import printable
+from detdistill.training.callbacks import Callback, Run
 from detdistill.training.run_folder import Row
 
 
-class Display:
+class Display(Callback):
     """Shows one run; silent unless ``enabled`` (one process of many)."""
 
     def __init__(self, enabled: bool) -> None:
@@ -36,16 +37,16 @@ class Display:
             self.bar.add_task(printable(name, self.console.file), total=total, completed=step, losses="")
             self.bar.start()
 
-    def update(self, step: int, row: Row) -> None:
+    def on_log(self, run: Run, row: Row) -> None:
         if self.bar is None:
             return
         terms = " ".join(f"{key[5:]} {value:.3g}" for key, value in row.items() if key.startswith("loss/"))
         share = f" distilled {row['distill_share']:.0%}" if row["distill_share"] else ""
         losses = printable(f"{row['images_per_second']:.0f} img/s  {terms}{share}", self.console.file)
-        self.bar.update(self.bar.task_ids[0], completed=step, losses=losses)
+        self.bar.update(self.bar.task_ids[0], completed=int(row["step"]), losses=losses)
 
-    def evaluated(self, row: Row, headline: Sequence[str]) -> None:
-        found = {name.replace("_", " "): row[name] for name in headline if name in row}
+    def on_evaluate(self, run: Run, row: Row, evaluation: Evaluation) -> None:
+        found = {name.replace("_", " "): row[name] for name in evaluation.headline if name in row}
         numbers = "  ".join(
             f"{name} {100 * value if math.isfinite(value) else 0.0:.1f}" for name, value in found.items()
         )

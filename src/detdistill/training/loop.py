@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib import util
 from pathlib import Path
 
 import torch
@@ -30,9 +28,16 @@ from detdistill.models.base import Model
 from detdistill.models.build import check_targets, needs_masks
 from detdistill.models.checkpoints import save_model
 from detdistill.models.limits import require_memory_for_training
-from detdistill.report.gallery import save_samples
-from detdistill.report.plots import plot_curves
 from detdistill.training.batches import micro_batches, open_datasets
+from detdistill.training.callbacks import (
+    Callback,
+    Callbacks,
+    Pictures,
+    Run,
+    Trackers,
+    installed_callbacks,
+    trackers_of,
+)
 from detdistill.training.display import Display
 from detdistill.training.models import models_of
 from detdistill.training.precision import computes_bf16, resolve_device, resolve_precision
@@ -71,6 +76,7 @@ def train(
     resume: bool = True,
     student: Model | None = None,
     teacher: Model | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a recipe in a run folder, going on where an earlier call left off.
 
@@ -79,6 +85,7 @@ def train(
         resume: go on; else start anew.
         student, teacher: objects for the sections that say ``python``. The student ends with the weights that
             were measured and exported: the averaged ones with ``ema``, the best after early stopping.
+        callbacks: what watches the run, in addition to those of the recipe.
 
     Raises:
         UserError: the recipe, data, teacher or folder is not usable, or a loss is not finite.
@@ -94,7 +101,7 @@ def train(
             if student is not None:
                 student.exported.load_state_dict(load_file(folder.student_file))
             return TrainResult(done["status"], done["metrics"], run, folder.student_file)
-        return _Trainer(recipe, folder, student, teacher, request).run()
+        return _Trainer(recipe, folder, student, teacher, request, callbacks).run()
 
 
 class _Trainer:
@@ -107,8 +114,10 @@ class _Trainer:
         student: Model | None,
         teacher: Model | None,
         request: StopRequest,
+        callbacks: Sequence[Callback],
     ) -> None:
         self.recipe, self.config, self.folder, self.request = recipe, recipe.training, folder, request
+        trackers, own = trackers_of(self.config.trackers), installed_callbacks(self.config.callbacks)
         with_masks = needs_masks(recipe.student) if student is None else student.needs_masks
         splits = usable_splits(recipe.data, ("train", "val"), with_masks=with_masks)
         folder.keep_to_data(splits)
@@ -124,11 +133,15 @@ class _Trainer:
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
             cpu=on_cpu,
-            log_with="tensorboard" if util.find_spec("tensorboard") else None,
+            log_with=trackers or None,
             project_dir=folder.path,
         )
-        self.accelerator.init_trackers("tensorboard")
         self.display = Display(self.accelerator.is_main_process)
+        pictures = [Pictures()] if self.config.pictures else []
+        self.callbacks = Callbacks(
+            [self.display, Trackers(self.accelerator, trackers), *pictures, *own, *callbacks],
+            enabled=self.accelerator.is_main_process,
+        )
         if self.precision != "fp32" and on_cpu and not computes_bf16(device):
             self.display.note(
                 f"warning: this processor has no instructions for {self.precision} and emulates it, some ten "
@@ -187,6 +200,7 @@ class _Trainer:
             )
             self.display.start(self.recipe.name, self.step, self.total_steps)
             self.display.note(self._budget())
+            self._tell("on_start")
             while self.step < self.total_steps:
                 if self._due(self.config.evaluate_every) and self.evaluated < self.step:
                     self._evaluate()
@@ -293,7 +307,7 @@ class _Trainer:
             self._warn_of_drowning(row)
         self.pending.clear()
         self._log(row)
-        self.display.update(self.step, row)
+        self._tell("on_log", row)
         self.log_started = time.perf_counter()
 
     def _warn_of_drowning(self, row: Row) -> None:
@@ -324,7 +338,10 @@ class _Trainer:
     def _log(self, row: Row) -> None:
         if self.accelerator.is_main_process:
             self.folder.log(row)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    def _tell(self, event: str, *args: object) -> None:
+        run = Run(self.recipe, self.folder.path, self.step, self.total_steps, self.display.note)
+        self.callbacks.call(event, run, *args)
 
     def _evaluate(self) -> Evaluation:
         self._flush()
@@ -338,7 +355,6 @@ class _Trainer:
         numbers = evaluation.numbers()
         row: Row = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4), **numbers}
         self._log(row)
-        self.display.evaluated(row, evaluation.headline)
         main = numbers[evaluation.main] if math.isfinite(numbers[evaluation.main]) else 0.0
         self.evaluations_since_best += 1
         if main > self.best:
@@ -347,7 +363,7 @@ class _Trainer:
                 save_model(exported, self.folder.best_file)
         if self.accelerator.is_main_process:
             self.folder.write_csv()
-            self._draw("curves.png", partial(plot_curves, self.folder.metrics()))
+        self._tell("on_evaluate", row, evaluation)
         self.log_started = time.perf_counter()
         return evaluation
 
@@ -377,17 +393,9 @@ class _Trainer:
         if self.accelerator.is_main_process:
             save_model(self._exported(), self.folder.student_file)
             self.folder.write_result(status, metrics, evaluation.per_class, evaluation.main)
-            self._draw("samples.png", partial(save_samples, evaluation))
+        self._tell("on_end", status, metrics, evaluation)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
         return TrainResult(status, metrics, self.folder.path, self.folder.student_file)
-
-    def _draw(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Draw a picture of the run; one that fails does not cost the run its result."""
-        try:
-            draw(self.folder.path / name)
-        except Exception as error:
-            self.display.note(f"warning: {self.folder.path / name} was not drawn ({error!r})")
 
     def _exported(self) -> Model:
         """The student as it would be deployed now: averaged weights where there are any."""

@@ -51,7 +51,7 @@ except ImportError:  # Windows
 Row = dict[str, float | int]
 
 # Settings that may differ between the parts of one run: they do not change what is computed.
-FREE = ("workers", "device", "max_time", "checkpoint_every")
+FREE = ("workers", "device", "max_time", "checkpoint_every", "trackers", "callbacks", "pictures")
 
 
 class RunFolder:
