@@ -116,22 +116,17 @@ def test_a_tracker_gets_the_recipe_and_the_numbers(make_recipe, tmp_path):
         def log(self, values, step):
             self.calls.append((values, step))
 
-        def end_training(self):
-            self.calls.append("end")
-
     accelerator, recipe = Accelerator(), make_recipe()
     run = callbacks.Run(recipe, tmp_path, 0, 7, print)
     trackers = callbacks.Trackers(accelerator, ["wandb", "mlflow"])
     trackers.on_start(run)
     trackers.on_log(run, {"step": 3, "loss": 1.5, "APL": float("nan")})
-    trackers.on_end(run, "finished", {}, None)
-    (project, config, options), logged, end = accelerator.calls
+    (project, config, options), logged = accelerator.calls
     assert (project, options) == ("detdistill", {"wandb": {"name": recipe.name, "dir": str(tmp_path)}})
     assert config["training.max_steps"] == 7
     assert config["student.family"] == "retinanet"
     assert all(isinstance(value, str | int | float) for value in config.values())
     assert logged == ({"loss": 1.5}, 3)
-    assert end == "end"
 
 
 def test_the_documented_callback_works(make_recipe, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Pictures(Callback):
 
 
 class Trackers(Callback):
-    """Experiment trackers, by Accelerate."""
+    """Experiment trackers, by Accelerate; the loop ends them, with the group of processes."""
 
     def __init__(self, accelerator: Accelerator, names: Sequence[str]) -> None:
         self.accelerator, self.names = accelerator, names
@@ -128,9 +128,6 @@ class Trackers(Callback):
 
     def on_evaluate(self, run: Run, row: Row, evaluation: Evaluation) -> None:
         self.on_log(run, row)
-
-    def on_end(self, run: Run, status: str, metrics: Row, evaluation: Evaluation) -> None:
-        self.accelerator.end_training()
 
 
 def trackers_of(names: Sequence[str] | None) -> list[str]:
@@ -161,15 +158,16 @@ def installed_callbacks(names: Sequence[str]) -> list[Callback]:
         if name not in known:
             hint = nearest(name, known) if known else f"no package brings any (entry point group {GROUP})"
             raise UserError(f"training.callbacks: no callback {name!r}; {hint}")
-        found.append(_made(name, known[name].load))
+        found.append(_made(known[name]))
     return found
 
 
-def _made(name: str, load: Callable[[], Callable[[], Callback]]) -> Callback:
+def _made(entry: EntryPoint) -> Callback:
     try:
-        return load()()
+        made: Callback = entry.load()()
+        return made
     except Exception as error:  # it is not our code
-        raise UserError(f"training.callbacks: {name} cannot be made ({error!r})") from error
+        raise UserError(f"training.callbacks: {entry.name} cannot be made ({error!r})") from error
 
 
 def _flat(tree: Mapping[str, Any], at: str = "") -> list[tuple[str, Any]]:

@@ -395,6 +395,7 @@ class _Trainer:
             self.folder.write_result(status, metrics, evaluation.per_class, evaluation.main)
         self._tell("on_end", status, metrics, evaluation)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return TrainResult(status, metrics, self.folder.path, self.folder.student_file)
 
     def _exported(self) -> Model:
