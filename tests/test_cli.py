@@ -94,6 +94,16 @@ def test_what_succeeds_is_0(arguments: list[str], capsys: pytest.CaptureFixture[
     assert not err
 
 
+def test_each_summary_fits_one_line_of_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    commands = capsys.readouterr().out.split("Commands:\n")[1].splitlines()
+    assert len(commands) > 15
+    assert [line for line in commands if line.endswith("...") or not line.endswith(".")] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -277,7 +287,7 @@ def test_check_tells_data_errors_and_exits_with_2(recipe: Path, capsys: pytest.C
     missing = [line for line in lines if line.startswith("error: ")]
     assert len([line for line in missing if ".png" in line]) == 10  # 13 are missing in each part
     assert any("16 more" in line for line in lines), lines
-    assert "cannot run" in lines[-1]
+    assert lines[-1] == "Found 26 errors. Fix them before training."
 
 
 def test_evaluate_prints_and_writes_the_twelve_numbers(weights: Path, recipe: Path, capsys: Any) -> None:

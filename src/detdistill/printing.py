@@ -141,7 +141,11 @@ def print_check(result: Check) -> None:
         say(str(result.step))
     for problem in result.problems:
         say(f"error: {problem}", style=STYLES["error"])
-    say("this recipe can run" if result.ok else "this recipe cannot run as it is: mend the errors above")
+    if result.ok:
+        say("this recipe can run")
+    else:
+        count = len(result.problems) + (0 if result.inspection is None else len(result.inspection.errors))
+        say(f"Found {count} error{'s' * (count != 1)}. Fix {'them' if count != 1 else 'it'} before training.")
 
 
 def print_comparison(comparison: Comparison) -> None:

@@ -1,6 +1,6 @@
 """The command line. Each verb parses, calls one function of :mod:`detdistill.experiments`, and prints.
 
-Exit codes: 0 done; 2 something that the user can mend, in one line; 1 a bug, with its traceback; 75 preempted
+Exit codes: 0 done; 2 an error that the user can fix, in one line; 1 a bug, with its traceback; 75 preempted
 and saved, start again; 130 interrupted.
 
 Verbs import what they need when they run, torch after the recipe is read, so that ``--help`` and mistakes are

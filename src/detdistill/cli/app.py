@@ -22,7 +22,7 @@ RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file, see docs/recipes.md.")
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings over the recipe's own.")
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that override the recipe's.")
 ]
 Weights = Annotated[
     Path, typer.Argument(metavar="WEIGHTS", help="A run folder, a .safetensors or an .onnx file.")
@@ -31,20 +31,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Devices = Annotated[
     list[str] | None,
     typer.Option(
-        "--device", help="Spread the runs: --device cuda:0 --device cuda:1; cuda:0,1 is a run on both."
+        "--device",
+        help="Devices for the runs, as --device cuda:0 --device cuda:1; cuda:0,1 is one run on both.",
     ),
 ]
-Seeds = Annotated[
-    int, typer.Option(min=1, max=1000, help="Repeat with seeds 0, 1, …; a verdict needs at least 2.")
-]
-Jobs = Annotated[int, typer.Option(min=1, max=1024, help="Runs at a time.")]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="Number of seeds; a verdict needs at least 2.")]
+Jobs = Annotated[int, typer.Option(min=1, max=1024, help="Parallel runs.")]
 AllowUnequal = Annotated[
-    bool, typer.Option("--allow-unequal", help="Let the arms' budgets differ, and say so.")
+    bool, typer.Option("--allow-unequal", help="Allow arms with different budgets; the report says so.")
 ]
 WriteReport = Annotated[
-    bool, typer.Option("--report/--no-report", help="End with report.html, which runs up to three models.")
+    bool, typer.Option("--report/--no-report", help="Write report.html, which runs up to three models.")
 ]
-TableOnly = Annotated[bool, typer.Option("--table", help="Train nothing: tell what is there.")]
+TableOnly = Annotated[bool, typer.Option("--table", help="Print finished results without training.")]
 
 
 @app.callback(invoke_without_command=True)

@@ -36,17 +36,16 @@ def compare(
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option(help="Arms: none (the student alone) and methods, as --methods none mimic ima."),
+        typer.Option(help="Arms: none (the baseline) and methods, as --methods none mimic ima."),
     ] = None,
     seeds: Seeds = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; runs/compare/RECIPE unless given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/compare/RECIPE.")] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Instead of the recipe's: a run, a file, or a recipe to train first.")
+        Path | None,
+        typer.Option(help="Overrides the recipe's teacher: a run, a file, or a recipe to train first."),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Of the runs' results; AP, or mIoU of segmenters, unless given.")
+        str | None, typer.Option(help="Metric to compare. Default: AP, or mIoU for segmentation.")
     ] = None,
     jobs: Jobs = 1,
     device: Devices = None,
@@ -54,7 +53,7 @@ def compare(
     table: TableOnly = False,
     report: WriteReport = True,
 ) -> None:
-    """Train arms that differ in the method alone, over seeds, and say what the difference is worth."""
+    """Compare methods with the baseline over several seeds."""
     from detdistill.experiments.compare import compare as compare_methods
     from detdistill.printing import say
 
@@ -85,16 +84,14 @@ def sweep(
     ],
     overrides: Overrides = None,
     seeds: Seeds = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; runs/sweep/RECIPE unless given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/sweep/RECIPE.")] = None,
     jobs: Jobs = 1,
     device: Devices = None,
     allow_unequal: AllowUnequal = False,
     table: TableOnly = False,
     report: WriteReport = True,
 ) -> None:
-    """Compare the values of one setting with the student alone (Table 8 of the paper)."""
+    """Compare values of one setting, as a loss weight."""
     from detdistill.experiments import studies
 
     key, _, values = setting.partition("=")
@@ -110,15 +107,13 @@ def ablate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     seeds: Seeds = 3,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the runs; runs/ablate/RECIPE unless given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs. Default: runs/ablate/RECIPE.")] = None,
     jobs: Jobs = 1,
     device: Devices = None,
     table: TableOnly = False,
     report: WriteReport = True,
 ) -> None:
-    """IMA's parts, one after another (Table 5 of the paper)."""
+    """Compare IMA with parts of it switched off."""
     from detdistill.experiments import studies
 
     folder = out or Path("runs/ablate") / recipe.stem
@@ -152,17 +147,17 @@ def _tell(comparison: Comparison, report: bool, devices: Sequence[str] | None) -
 @app.command()
 def analyze(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a comparison's folder.")],
-    alone: Annotated[Path | None, typer.Option(help="The run without distillation: what changed?")] = None,
+    alone: Annotated[Path | None, typer.Option(help="The baseline run, to show what changed.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="The teacher's run.")] = None,
-    out: Annotated[Path | None, typer.Option(help="For analysis.json; RUN/analysis unless given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for analysis.json. Default: RUN/analysis.")] = None,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Least score, where images are compared one by one.")
+        float, typer.Option(min=0, max=1, help="Minimum score for the comparison of single images.")
     ] = 0.3,
     batch_size: Annotated[int, typer.Option(min=1, max=65536)] = 8,
-    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Data loading processes.")] = 2,
     device: Device = "auto",
 ) -> None:
-    """What kinds of error runs make, and what distillation changed, image by image (Figures 2 and 3)."""
+    """Show error types, and what distillation changed."""
     from detdistill.experiments.analyze import analyze as analyze_runs
     from detdistill.printing import print_analysis, progress_bar, say
 
@@ -177,21 +172,19 @@ def analyze(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A comparison's folder, or a run's.")],
-    alone: Annotated[Path | None, typer.Option(help="Beside a run: that of the student alone.")] = None,
-    teacher: Annotated[
-        Path | None, typer.Option(help="The teacher's run; the one that the recipes name, unless given.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="The file; FOLDER/report.html unless given.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a comparison or a run.")],
+    alone: Annotated[Path | None, typer.Option(help="For a run: its baseline run.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="The teacher's run. Default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: FOLDER/report.html.")] = None,
     models: Annotated[
-        bool, typer.Option("--models/--no-models", help="Run them, for kinds of error, pictures and cost.")
+        bool, typer.Option("--models/--no-models", help="Run the models for error types, pictures and cost.")
     ] = True,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of a detection shown.")] = 0.3,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum score of detections shown.")] = 0.3,
     batch_size: Annotated[int, typer.Option(min=1, max=65536)] = 8,
-    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Data loading processes.")] = 2,
     device: Device = "auto",
 ) -> None:
-    """Tell a comparison or a run in one HTML file: verdict, curves, classes, errors, pictures, cost."""
+    """Write an HTML report of a comparison or a run."""
     from detdistill.experiments.report import write_report
     from detdistill.printing import progress_bar, say
 
@@ -208,19 +201,21 @@ def rank_teachers(
     recipe: RecipeFile,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEACHER]... [KEY=VALUE]...", help="Run folders, weights files; settings."),
+        typer.Argument(
+            metavar="[TEACHER]... [KEY=VALUE]...", help="Run folders or weights files, and settings."
+        ),
     ] = None,
-    teachers: Annotated[list[str] | None, typer.Option(help="The same, as --teachers A B C.")] = None,
-    student: Annotated[Path | None, typer.Option(help="The recipe's student, trained alone, if any.")] = None,
-    images: Annotated[int, typer.Option(min=1, help="Validation images to compare features on.")] = 64,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure AP or mIoU on so many of them only: quicker, rougher.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=10**6, help="Timed steps with each teacher.")] = 5,
+    teachers: Annotated[list[str] | None, typer.Option(help="Candidates, as --teachers A B C.")] = None,
+    student: Annotated[Path | None, typer.Option(help="The recipe's trained baseline, if any.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Validation images for the feature comparison.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate on this many images only.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=10**6, help="Timed steps for each teacher.")] = 5,
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this JSON file.")
+    ] = None,
 ) -> None:
-    """Score candidate teachers of a recipe's student before a long run: quality, likeness, cost, size."""
+    """Rank candidate teachers before a long run."""
     from dataclasses import asdict
 
     from detdistill.config import load_recipe
@@ -246,14 +241,18 @@ def benchmark(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Run folders, weights files, recipes.")
     ],
-    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of the image.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Of throughput and memory.")] = 1,
-    runs: Annotated[int, typer.Option(min=1, max=10**6, help="Timed runs of each model.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, max=10**6, help="Runs before them that are not timed.")] = 3,
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Image height and width.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65536, help="Batch size for throughput and memory.")
+    ] = 1,
+    runs: Annotated[int, typer.Option(min=1, max=10**6, help="Timed runs for each model.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, max=10**6, help="Warmup runs, not timed.")] = 3,
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this JSON file.")
+    ] = None,
 ) -> None:
-    """Parameters, FLOPs, latency, throughput and memory, side by side (Table 6 of the paper)."""
+    """Measure parameters, FLOPs, latency and memory of models."""
     from dataclasses import asdict
 
     from detdistill.experiments.benchmark import benchmark as measure

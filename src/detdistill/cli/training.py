@@ -15,10 +15,10 @@ from detdistill.cli.app import USER_ERROR, Overrides, RecipeFile, app
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME unless given.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over where a run is already there.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run that exists.")] = False,
 ) -> None:
-    """Train a recipe; the same command resumes a run that was stopped."""
+    """Train a recipe, or resume its stopped run."""
     from detdistill.config import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
@@ -40,10 +40,10 @@ def check(
     recipe: RecipeFile,
     overrides: Overrides = None,
     step: Annotated[
-        bool, typer.Option("--step/--no-step", help="Try one training step, on two images at most.")
+        bool, typer.Option("--step/--no-step", help="Try one training step on at most two images.")
     ] = True,
 ) -> None:
-    """Validate a recipe's data, models and levels, and try one training step."""
+    """Validate a recipe, its data and its models."""
     from detdistill.config import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
@@ -60,10 +60,10 @@ def check(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
-    seed: Annotated[list[int] | None, typer.Option(help="Repeat the comparison; may be given often.")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="A few steps only, to see that all works.")] = False,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of a comparison; may be repeated.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="A few steps only, as a smoke test.")] = False,
 ) -> None:
-    """Distil a detector of drawn digits, beside the student alone."""
+    """Distill a small detector on synthetic digits."""
     from detdistill.experiments.demo import demo as run_demo
 
     run_demo(out=out, seeds=seed or (0,), fast=fast)

@@ -32,22 +32,22 @@ def evaluate(
     weights: Weights,
     data: Annotated[
         str | None,
-        typer.Option(
-            metavar="FOLDER_OR_RECIPE", help="The dataset, or a recipe with one; that of the run, unless given."
-        ),
+        typer.Option(metavar="FOLDER_OR_RECIPE", help="Dataset folder or recipe. Default: the run's own."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Which part of the dataset.")] = "val",
-    metric: Annotated[Metric, typer.Option(help="COCO's 12 numbers, or VOC's AP at IoU 0.5.")] = Metric.coco,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
+    split: Annotated[str, typer.Option(help="Dataset split.")] = "val",
+    metric: Annotated[Metric, typer.Option(help="COCO's 12 metrics, or VOC AP at IoU 0.5.")] = Metric.coco,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=65536)] = 8,
-    workers: Annotated[int, typer.Option(min=0, max=1024, help="Processes that read images.")] = 2,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Data loading processes.")] = 2,
     device: Device = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this JSON file.")
+    ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Write the detections here, in COCO's results format.")
+        Path | None, typer.Option(help="Write detections to this file in COCO's results format.")
     ] = None,
 ) -> None:
-    """Measure a detector or segmenter on a dataset."""
+    """Evaluate a model on a dataset."""
     from detdistill.evaluation.coco import coco_results
     from detdistill.evaluation.detector import DetectionEvaluation
     from detdistill.experiments.evaluate import as_detector, as_model
@@ -99,14 +99,14 @@ def predict(
     weights: Weights,
     images: Annotated[Path, typer.Argument(metavar="IMAGE_OR_FOLDER")],
     out: Annotated[Path, typer.Option(help="Folder for pictures and predictions.json.")] = Path("runs/predict"),
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
-    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Images at once.")] = 1,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum score.")] = 0.3,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Batch size.")] = 1,
     teacher: Annotated[
-        Path | None, typer.Option(help="Draw what this model finds beside it, on the right.")
+        Path | None, typer.Option(help="Also draw this model's detections, on the right.")
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Detect objects in images, or segment them: pictures and predictions.json."""
+    """Run a model on images; write pictures and JSON."""
     from detdistill.experiments.predict import iter_predictions
     from detdistill.printing import progress_bar, say
 
@@ -133,20 +133,20 @@ def export(
     weights: Weights,
     out: Annotated[
         Path | None,
-        typer.Option(help="The file to write, .onnx or .pt2; beside the weights, as .onnx, unless given."),
+        typer.Option(help="Output file, .onnx or .pt2. Default: .onnx in the folder of the weights."),
     ] = None,
     size: Annotated[
-        tuple[int, int] | None, typer.Option(metavar="H W", help="Input size; the model's own unless given.")
+        tuple[int, int] | None, typer.Option(metavar="H W", help="Input size. Default: the model's own.")
     ] = None,
     dynamic_batch: Annotated[
-        bool, typer.Option("--dynamic-batch", help="Take any number of images at once, not one.")
+        bool, typer.Option("--dynamic-batch", help="Allow any batch size. Default: 1.")
     ] = False,
     check: Annotated[
         Path | None,
-        typer.Option(metavar="IMAGES", help="Compare on these; drawn digits and noise unless given."),
+        typer.Option(metavar="IMAGES", help="Compare on these images. Default: synthetic digits and noise."),
     ] = None,
 ) -> None:
-    """Write a trained model as ONNX (or torch.export) file, checked against PyTorch."""
+    """Export a model to ONNX and check it against PyTorch."""
     from detdistill.experiments.export import export as export_model
     from detdistill.printing import say
 
@@ -164,14 +164,12 @@ def quantize(
         Path,
         typer.Argument(
             metavar="IMAGES",
-            help="Like those that it will see: up to 128 of them set the ranges of activations.",
+            help="Calibration images, as in deployment; up to 128 are used.",
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="The file to write; FILE with .int8.onnx unless given.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: FILE with .int8.onnx.")] = None,
 ) -> None:
-    """Write an exported file again in 8 bits: smaller, and quicker on devices that have them."""
+    """Quantize an exported model to 8 bits."""
     from detdistill.experiments.quantize import quantize as quantize_file
     from detdistill.printing import say
 
@@ -185,18 +183,16 @@ def quantize(
 @app.command("import-mmdet")
 def import_mmdet(
     checkpoint: Annotated[Path, typer.Argument(metavar="FILE", help="A .pth file of MMDetection 2.x or 3.x.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; FILE.safetensors unless given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: FILE.safetensors.")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Its config, all bases written out; the one in FILE unless given.")
+        Path | None, typer.Option(help="Config with all bases written out. Default: the one in FILE.")
     ] = None,
     style: Annotated[
-        Style | None, typer.Option(help="For a FILE without a config: the published one of this backbone.")
+        Style | None, typer.Option(help="For a FILE without config: the published settings of this backbone.")
     ] = None,
-    classes: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="Class names, where FILE has none.")
-    ] = None,
+    classes: Annotated[str | None, typer.Option(metavar="A,B,C", help="Class names, if FILE has none.")] = None,
 ) -> None:
-    """Take over one of MMDetection's checkpoints, as a teacher for example."""
+    """Convert an MMDetection checkpoint."""
     from detdistill.models.mmdet_weights import import_mmdet as import_checkpoint
     from detdistill.printing import say
 
@@ -215,9 +211,11 @@ def import_mmdet(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Say all of this one: equation, options, presets.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Describe this method: equation, options, presets.")
+    ] = None,
 ) -> None:
-    """List the distillation methods, or describe one."""
+    """List distillation methods, or describe one."""
     import sys
 
     from detdistill.distillation.methods import METHODS, option_table
@@ -242,10 +240,10 @@ def methods(
 def models(
     backbones: Annotated[
         str | None,
-        typer.Option(metavar="PATTERN", help="List timm's names instead, as 'resnet*' or '*mobile*'."),
+        typer.Option(metavar="PATTERN", help="List timm backbones instead, as 'resnet*' or '*mobile*'."),
     ] = None,
 ) -> None:
-    """List the families of models, or names of backbones."""
+    """List model families or backbones."""
     if backbones is not None:
         import timm
 
