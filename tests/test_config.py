@@ -190,7 +190,7 @@ def test_a_teacher_may_be_inherited_from_alone(tmp_path: Path) -> None:
         ("methods.7.weight=1", "methods has no item '7'"),
         ("methods.fgd.weight=1", "methods has no item 'fgd'"),
         ("methods.0.name.x=1", "name"),
-        ("training=9", "training: input should be a valid dictionary"),
+        ("training=9", "training: must be a section, as {key: value}"),
         ("data.classes=cat", r"data.classes: must be a list, as [a, b] (got 'cat')"),
     ],
 )

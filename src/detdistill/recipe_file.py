@@ -268,6 +268,8 @@ def describe(error: Any, schema: type[BaseModel], lines: Mapping[tuple[str, ...]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "tuple_type":
         message = "must be a list, as [a, b]"
+    if error["type"] in ("model_type", "dict_type"):  # pydantic's words name the class
+        message = "must be a section, as {key: value}"
     given = "" if error["type"] in ("value_error", "missing") else f" (got {_short(error['input'])})"
     return f"{where}: {key}: {message[0].lower()}{message[1:]}{given}"
 

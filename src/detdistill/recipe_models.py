@@ -460,8 +460,8 @@ def _config_class(section: Mapping[str, Any]) -> type[ModelConfig]:
     if section.get("python") is not None:
         return ObjectConfig
     family, weights = section.get("family"), section.get("weights")
-    if family in (None, "saved"):
-        from_file = weights is not None and weights != WEIGHTS_OF_A_LIBRARY
+    from_file = weights is not None and weights != WEIGHTS_OF_A_LIBRARY
+    if family is None or (family == "saved" and from_file):
         return SavedModelConfig if from_file else FAMILIES[DEFAULT_FAMILY]
     if isinstance(family, str) and family in families():
         return families()[family]

@@ -83,6 +83,16 @@ def test_a_section_without_a_family_is_checked_against_all() -> None:
         model_config(weights="run", bins=1)
 
 
+def test_what_is_no_section_is_refused_in_plain_words() -> None:
+    for student, said in (
+        ("runs/a", "student: must be a section, as {key: value} (got 'runs/a')"),
+        ({"family": "saved"}, "student.family: no family 'saved'; known: "),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse_recipe({"data": "digits", "student": student})
+        assert said in str(caught.value)
+
+
 # --- families of other packages --------------------------------------------------------------------------
 
 
