@@ -22,7 +22,7 @@ def output_path(path: Any, what: str = "out") -> Path:
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not text or not isinstance(text, str) or "\0" in text:
         raise UserError(f"{what} is {path!r}: give a path")
-    return Path(text).expanduser() if text.startswith("~") else Path(text)
+    return Path(text).expanduser()
 
 
 def output_file(path: Any, what: str = "out") -> Path:

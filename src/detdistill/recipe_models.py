@@ -31,7 +31,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 from detdistill.recipe_file import UserError, describe, nearest
-from detdistill.recipe_sections import COARSEST_STRIDE, LONGEST_SIDE, Section, with_home
+from detdistill.recipe_sections import COARSEST_STRIDE, LONGEST_SIDE, MOST_DETECTIONS, Section, with_home
 
 if TYPE_CHECKING:
     from detdistill.models.base import Model
@@ -78,6 +78,9 @@ def _sliding(value: tuple[int, int]) -> tuple[int, int]:
 Convention = Literal["torchvision", "mmdet", "mmdet_tricks"]
 """Where these libraries differ, whose way a family takes (docs/mmdet.md); ``mmdet_tricks`` is FCOS's alone."""
 
+_WAY = Field(description="where these libraries differ, whose way is taken: docs/mmdet.md")
+TwoWays = Annotated[Literal["torchvision", "mmdet"], _WAY]
+StrideIn1x1 = Annotated[bool, Field(description="ResNet with the strides where Caffe's models have them")]
 Size = Annotated[tuple[int, int], BeforeValidator(_two_sides), AfterValidator(_short_long)]
 Strides = Annotated[tuple[int, ...], AfterValidator(_double)]
 Window = Annotated[tuple[int, int], AfterValidator(_sliding)]
@@ -132,8 +135,8 @@ class ModelConfig(Section):
     @property
     def given(self) -> dict[str, Any]:
         """What the section says itself, without defaults."""
-        extra = self.__pydantic_extra__ or {}
-        return {**{name: getattr(self, name) for name in self.model_fields_set if name not in extra}, **extra}
+        names = [*type(self).model_fields, *(self.__pydantic_extra__ or ())]
+        return {name: getattr(self, name) for name in names if name in self.model_fields_set}
 
     def build(self, classes: int | Sequence[str]) -> Model:
         """The model that this section describes, with its weights; as :func:`detdistill.build_model`."""
@@ -220,7 +223,7 @@ class NetworkConfig(ModelConfig):
 
 class DetectorConfig(NetworkConfig):
     score_threshold: float = Field(0.05, ge=0, le=1, description="detections of a lower score are dropped")
-    max_detections: int = Field(100, gt=0, le=10**5, description="detections kept of an image")
+    max_detections: int = Field(100, gt=0, le=MOST_DETECTIONS, description="detections kept of an image")
 
 
 class SuppressingConfig(DetectorConfig):
@@ -237,10 +240,8 @@ class TwoStageConfig(SuppressingConfig):
     strides: Strides = Field((4, 8, 16, 32, 64), description="pyramid levels for proposals")
     head_depth: int = Field(1, ge=0, le=100, description="convolutions of the region proposal network")
     anchor_scale: float = Field(8.0, gt=0, le=1000, description="anchor side over its level's stride")
-    convention: Literal["torchvision", "mmdet"] = Field(
-        "torchvision", description="where these libraries differ, whose way is taken: docs/mmdet.md"
-    )
-    stride_in_1x1: bool = Field(False, description="ResNet with the strides where Caffe's models have them")
+    convention: TwoWays = "torchvision"
+    stride_in_1x1: StrideIn1x1 = False
     rpn_samples: int = Field(256, gt=0, le=10**6, description="anchors of an image that training samples")
     roi_samples: int = Field(512, gt=0, le=10**6, description="proposals of an image that training samples")
 
@@ -268,7 +269,7 @@ class SegmenterConfig(NetworkConfig):
     task: ClassVar[Task] = "segmentation"
 
     channels: int = Field(256, gt=0, le=2**16, description="width of the decoder")
-    stride_in_1x1: bool = Field(False, description="ResNet with the strides where Caffe's models have them")
+    stride_in_1x1: StrideIn1x1 = False
     window: Window | None = Field(
         None, description="(side, stride) of the windows in which large images are evaluated"
     )
@@ -284,10 +285,8 @@ class RetinaNetConfig(OneStageConfig):
     target = "detdistill.models.retinanet:build_retinanet"
     family: Literal["retinanet"] = "retinanet"
     anchor_scale: float = Field(4.0, gt=0, le=1000, description="smallest anchor side over its level's stride")
-    convention: Literal["torchvision", "mmdet"] = Field(
-        "torchvision", description="where these libraries differ, whose way is taken: docs/mmdet.md"
-    )
-    stride_in_1x1: bool = Field(False, description="ResNet with the strides where Caffe's models have them")
+    convention: TwoWays = "torchvision"
+    stride_in_1x1: StrideIn1x1 = False
 
 
 @register
@@ -296,10 +295,8 @@ class FCOSConfig(OneStageConfig):
 
     target = "detdistill.models.fcos:build_fcos"
     family: Literal["fcos"] = "fcos"
-    convention: Literal["torchvision", "mmdet", "mmdet_tricks"] = Field(
-        "torchvision", description="where these libraries differ, whose way is taken: docs/mmdet.md"
-    )
-    stride_in_1x1: bool = Field(False, description="ResNet with the strides where Caffe's models have them")
+    convention: Annotated[Convention, _WAY] = "torchvision"
+    stride_in_1x1: StrideIn1x1 = False
 
 
 @register
@@ -401,9 +398,13 @@ class SavedModelConfig(ModelConfig):
 
     family: Literal["saved"] = "saved"
 
+    @property
+    def given(self) -> dict[str, Any]:
+        return {name: value for name, value in super().given.items() if name != "family"}
+
     @model_validator(mode="after")
     def _options_of_some_family(self) -> SavedModelConfig:
-        options = {key: value for key, value in self.given.items() if key != "family"}
+        options = self.given
         possible = [config for config in families().values() if options.keys() <= config.model_fields.keys()]
         if not possible:
             known = {key for config in families().values() for key in config.model_fields}

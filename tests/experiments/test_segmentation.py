@@ -28,6 +28,8 @@ from detdistill.models import build_model, save_model
 from detdistill.training import loop
 from detdistill.training.loop import train
 
+from ..golden_runs.runs import make_label_maps
+
 CLASSES = ["road", "sky", "tree"]
 TRAINING = {
     "max_steps": 4, "epochs": 100, "batch_size": 4, "workers": 0, "evaluate_every": 0, "device": "cpu",
@@ -40,22 +42,7 @@ TRAINING = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two halves and a corner, told apart by their colours; the first rows have no label."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 5)):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(count):
-            labels_HW = np.zeros((48, 64), np.uint8)
-            labels_HW[:, rng.integers(12, 50) :] = 1
-            labels_HW[30:, :10] = 2
-            image = (np.eye(3)[labels_HW] * 180 + rng.integers(0, 60, (48, 64, 3))).astype(np.uint8)
-            labels_HW[:3] = 255
-            Image.fromarray(image).save(root / "images" / split / f"{i}.png")
-            Image.fromarray(labels_HW).save(root / "labels" / split / f"{i}.png")
-    (root / "classes.json").write_text(json.dumps({"classes": CLASSES}))
-    return root
+    return make_label_maps(tmp_path_factory.mktemp("data"), val=5)
 
 
 def tree(data: Path, training: Any = (), **sections: Any) -> dict[str, Any]:

@@ -97,10 +97,10 @@ CASES = DETECTION | SEGMENTATION
 BY_TWO = "fcos by two processes"
 
 
-def make_label_maps(root: Path) -> Path:
+def make_label_maps(root: Path, val: int = 4) -> Path:
     """Two halves and a corner of other colors; the first rows have no label."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
+    for split, count in (("train", 12), ("val", val)):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True)
         for i in range(count):

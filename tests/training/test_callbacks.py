@@ -19,7 +19,7 @@ from detdistill.training.loop import train
 
 
 class Recorder(detdistill.Callback):
-    """Writes down what it is told; perhaps fails each time."""
+    """Records each call; perhaps fails each time."""
 
     def __init__(self, fails=False):
         self.events, self.fails = [], fails
@@ -92,11 +92,11 @@ def test_a_package_brings_a_callback():
         ({"callbacks": ["recrder"]}, "no callback 'recrder'; did you mean 'recorder'?"),
         ({"callbacks": ["broken"]}, "broken cannot be made"),
         ({"trackers": ["wandbb"]}, "no tracker 'wandbb'; did you mean 'wandb'?"),
-        ({"trackers": ["nowhere"]}, "nowhere is not installed: pip install no_such_package"),
+        ({"trackers": ["nowhere"]}, "nowhere is not installed: pip install nowhere"),
     ],
 )
 def test_what_is_not_there_is_refused_by_check_and_train(make_recipe, tmp_path, monkeypatch, training, said):
-    monkeypatch.setitem(callbacks.PACKAGES, "nowhere", "no_such_package")
+    monkeypatch.setattr(callbacks, "TRACKERS", (*callbacks.TRACKERS, "nowhere"))
     recipe = make_recipe(training=training)
     with pytest.raises(UserError) as caught:
         train(recipe, tmp_path / "run")

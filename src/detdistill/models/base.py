@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from detdistill.config import ModelConfig, names_of
+from detdistill.config import ModelConfig
 from detdistill.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess, Target
 
 __all__ = [
@@ -173,15 +173,6 @@ def dense(raw: Raw) -> DenseRaw:
         "methods on dense outputs refuse other pairs when they are built"
     )
     return raw.rpn if isinstance(raw, TwoStageRaw) else raw
-
-
-def class_names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """The names that are given, or "0", "1", …, ``count`` of them.
-
-    Raises:
-        UserError: a lone text is given.
-    """
-    return tuple(map(str, range(count))) if classes is None else names_of(classes, "classes")
 
 
 class Model(nn.Module, ABC):

@@ -249,10 +249,8 @@ def _completed(config: ModelConfig, spec: Spec, path: Path) -> ModelConfig:
     """The section, completed from the file's spec wherever it says nothing."""
     stored = spec.model
     given = {name: value for name, value in config.given.items() if not (value is None and name not in TUNABLE)}
-    if isinstance(config, SavedModelConfig):
-        given.pop("family", None)
-    for name in given.keys() & (type(stored).model_fields.keys() - TUNABLE):
-        if given[name] != getattr(stored, name):
+    for name in type(stored).model_fields:
+        if name not in TUNABLE and name in given and given[name] != getattr(stored, name):
             raise UserError(
                 f"{path}: was trained with {name}: {getattr(stored, name)}, the recipe says {given[name]}; "
                 f"leave {name} out"

@@ -90,6 +90,7 @@ class FasterRCNN(ExportableDetector):
 
     def __init__(self, parts: TwoStageParts, roi_head: RoIHead, mask_branch: MaskBranch | None = None) -> None:
         super().__init__()
+        config = parts.config
         self.backbone = parts.backbone
         self.neck = parts.neck
         self.rpn = parts.rpn
@@ -99,14 +100,14 @@ class FasterRCNN(ExportableDetector):
         self.classes = parts.classes
         self.preprocessor = Preprocess(mean=parts.backbone.mean, std=parts.backbone.std)
         self.pyramid_channels = parts.neck.channels
-        self.convention = parts.config.convention
-        self.roi_pool = region_pool(parts.backbone.channels, POOLED, parts.config.convention)
-        self.rpn_coder = box_coder((1.0, 1.0, 1.0, 1.0), parts.config.convention)
-        self.rpn_sampler = BalancedPositiveNegativeSampler(parts.config.rpn_samples, positive_fraction=0.5)
-        self.roi_sampler = BalancedPositiveNegativeSampler(parts.config.roi_samples, positive_fraction=0.25)
-        self.score_threshold = parts.config.score_threshold
-        self.nms_threshold = parts.config.nms_threshold
-        self.max_detections = parts.config.max_detections
+        self.convention = config.convention
+        self.roi_pool = region_pool(parts.backbone.channels, POOLED, config.convention)
+        self.rpn_coder = box_coder((1.0, 1.0, 1.0, 1.0), config.convention)
+        self.rpn_sampler = BalancedPositiveNegativeSampler(config.rpn_samples, positive_fraction=0.5)
+        self.roi_sampler = BalancedPositiveNegativeSampler(config.roi_samples, positive_fraction=0.25)
+        self.score_threshold = config.score_threshold
+        self.nms_threshold = config.nms_threshold
+        self.max_detections = config.max_detections
 
     def pyramid(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))

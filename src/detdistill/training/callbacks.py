@@ -27,11 +27,10 @@ from detdistill.training.run_folder import Row, RunFolder
 logger = logging.getLogger(__name__)
 
 GROUP = "detdistill.callbacks"
-PACKAGES = {
-    "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "comet_ml": "comet_ml", "aim": "aim",
-    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio",
-}  # fmt: skip
-"""Trackers by their name in recipes (Accelerate's), and the package that each needs."""
+TRACKERS = (
+    "tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio",
+)  # fmt: skip
+"""Accelerate's names, which are those of the packages, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +111,6 @@ class Trackers(Callback):
         self.accelerator, self.names = accelerator, names
 
     def on_start(self, run: Run) -> None:
-        if not self.names:
-            return
         if list(self.names) == ["tensorboard"]:  # its files lie in RUN/tensorboard
             self.accelerator.init_trackers("tensorboard")
             return
@@ -139,10 +136,10 @@ def trackers_of(names: Sequence[str] | None) -> list[str]:
     if names is None:
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     for name in names:
-        if name not in PACKAGES:
-            raise UserError(f"training.trackers: no tracker {name!r}; {nearest(name, PACKAGES)}")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            raise UserError(f"training.trackers: {name} is not installed: pip install {PACKAGES[name]}")
+        if name not in TRACKERS:
+            raise UserError(f"training.trackers: no tracker {name!r}; {nearest(name, TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"training.trackers: {name} is not installed: pip install {name}")
     return list(names)
 
 

@@ -137,11 +137,12 @@ class _Trainer:
             project_dir=folder.path,
         )
         self.display = Display(self.accelerator.is_main_process)
-        pictures = [Pictures()] if self.config.pictures else []
-        self.callbacks = Callbacks(
-            [self.display, Trackers(self.accelerator, trackers), *pictures, *own, *callbacks],
-            enabled=self.accelerator.is_main_process,
-        )
+        watching: list[Callback] = [self.display]
+        if trackers:
+            watching.append(Trackers(self.accelerator, trackers))
+        if self.config.pictures:
+            watching.append(Pictures())
+        self.callbacks = Callbacks([*watching, *own, *callbacks], enabled=self.accelerator.is_main_process)
         if self.precision != "fp32" and on_cpu and not computes_bf16(device):
             self.display.note(
                 f"warning: this processor has no instructions for {self.precision} and emulates it, some ten "

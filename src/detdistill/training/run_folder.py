@@ -82,7 +82,7 @@ class RunFolder:
     def require_apart(self, data: DataConfig) -> None:
         """Refuse a folder in which the run's pictures or its recipe would be taken for parts of the dataset.
 
-        A dataset's root may hold runs, even beside images; its other folders of images may not.
+        A dataset's root may hold runs, even next to images; its other folders of images may not.
 
         Raises:
             UserError: the folder is the dataset's root, or lies in one of its folders of images; or its name is
