@@ -42,8 +42,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from detdistill.recipe_models import FCOSConfig
-from detdistill.recipe_sections import (
+from detdistill.recipe.models import FCOSConfig
+from detdistill.recipe.sections import (
     AugmentConfig,
     DataConfig,
     MethodConfig,
@@ -557,7 +557,7 @@ def main() -> int:
     import torch
 
     import detdistill.cli
-    import detdistill.experiments.train  # noqa: F401 - children start with it
+    import detdistill.training.train  # noqa: F401 - children start with it
 
     torch.set_num_threads(1)  # threads do not survive a fork
     started = time.monotonic()

@@ -24,14 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detdistill.config import UserError, model_config
 from detdistill.distillation.matching import Overlay
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
+from detdistill.errors import UserError
 from detdistill.models import build_model
 from detdistill.models.base import Batch, DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.one_stage import OneStage
+from detdistill.recipe import model_config
 
 CLASSES = {"detection": 80, "segmentation": 19}  # of COCO, of Cityscapes
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt

@@ -121,8 +121,8 @@ def measured_json(root: Path) -> dict[str, float]:
 
 
 def measured_open(root: Path, with_masks: bool) -> dict[str, float]:
-    from detdistill.config import DataConfig
     from detdistill.data.loading import open_data
+    from detdistill.recipe import DataConfig
 
     before, start = memory("VmRSS"), time.process_time()
     splits = open_data(DataConfig(root=root), with_masks)
@@ -135,8 +135,8 @@ def measured_open(root: Path, with_masks: bool) -> dict[str, float]:
 
 def measured_workers(root: Path) -> dict[str, float]:
     """MB by which a worker's own memory grows, the most of all workers."""
-    from detdistill.config import DataConfig
     from detdistill.data.loading import DetectionDataset, make_loader, open_data
+    from detdistill.recipe import DataConfig
 
     split = open_data(DataConfig(root=root))["train"]
     dataset = DetectionDataset(split, None, with_masks=split.has_masks)

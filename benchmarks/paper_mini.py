@@ -14,13 +14,13 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from detdistill.config import load_recipe
-from detdistill.experiments.benchmark import benchmark
-from detdistill.experiments.compare import run_study
-from detdistill.experiments.comparison import Comparison
-from detdistill.experiments.studies import read_study
-from detdistill.experiments.train import train
+from detdistill.commands.benchmark import benchmark
+from detdistill.comparison.compare import run_study
+from detdistill.comparison.result import Comparison
+from detdistill.comparison.study import read_study
+from detdistill.recipe import load_recipe
 from detdistill.training.run_folder import RunFolder
+from detdistill.training.train import train
 
 PAGE = Path("docs/paper-mini.md")
 STUDIES = Path("benchmarks/studies")

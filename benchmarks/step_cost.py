@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detdistill.config import ModelConfig, model_config
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Method, Signals
 from detdistill.distillation.weighting import AUTO_EVERY
 from detdistill.models import build_model
+from detdistill.recipe import ModelConfig, model_config
 
 METHODS = {"floor": None, "ima": "ima", "ima, auto": {"ima": {"weight": "auto"}}, "mimic": "mimic"}
 VARIANTS = ("alone", *METHODS)

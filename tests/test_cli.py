@@ -22,8 +22,9 @@ from pydantic import BaseModel
 
 from detdistill import cli
 from detdistill.cli import main
-from detdistill.config import UserError, parse_recipe
-from detdistill.printing import write_json
+from detdistill.cli.printing import write_json
+from detdistill.errors import UserError
+from detdistill.recipe import parse_recipe
 
 DIGITS = """
 name: tiny
@@ -182,7 +183,7 @@ def _raiser(error: BaseException) -> Callable[..., None]:
 def test_each_kind_of_failure_has_its_code(
     error: BaseException, code: int, said: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("detdistill.experiments.train.train", _raiser(error))
+    monkeypatch.setattr("detdistill.training.train.train", _raiser(error))
     assert main(["train", str(recipe)]) == code
     err = capsys.readouterr().err
     assert said in err
@@ -190,13 +191,13 @@ def test_each_kind_of_failure_has_its_code(
 
 
 def test_pydantic_errors_are_the_users(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("detdistill.experiments.train.train", lambda *_, **__: _raise_validation_error())
+    monkeypatch.setattr("detdistill.training.train.train", lambda *_, **__: _raise_validation_error())
     assert main(["train", str(recipe)]) == 2
     assert capsys.readouterr().err.startswith("error: size: Input should be a valid integer")
 
 
 def test_a_preempted_run_keeps_its_code(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detdistill.experiments.train.train", _raiser(SystemExit(75)))
+    monkeypatch.setattr("detdistill.training.train.train", _raiser(SystemExit(75)))
     with pytest.raises(SystemExit) as caught:
         main(["train", str(recipe)])
     assert caught.value.code == 75
@@ -208,7 +209,7 @@ def test_our_warnings_are_one_line_and_others_are_left(recipe: Path, monkeypatch
         warnings.warn_explicit("theirs", UserWarning, "elsewhere.py", 7)
         raise UserError("end")
 
-    monkeypatch.setattr("detdistill.experiments.train.train", warn)
+    monkeypatch.setattr("detdistill.training.train.train", warn)
     main(["train", str(recipe)])
     err = capsys.readouterr().err
     assert "warning: ours\n" in err
@@ -346,7 +347,7 @@ def test_predict_writes_pictures_and_a_file(weights: Path, recipe: Path, capsys:
 
 def test_demo_passes_on_what_was_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("detdistill.experiments.demo.demo", lambda **given: asked.update(given))
+    monkeypatch.setattr("detdistill.commands.demo.demo", lambda **given: asked.update(given))
     assert main(["demo", "--out", str(tmp_path), "--seed", "1", "--seed", "2"]) == 0
     assert (asked["out"], tuple(asked["seeds"])) == (tmp_path, (1, 2))
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from detdistill.config import Recipe, UserError, dump_recipe, load_recipe, parse_recipe
-from detdistill.recipe_file import sections_in
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from detdistill.recipe.reading import sections_in
 from detdistill.text import require_folder_name
 
 MINIMAL = "data: digits\nstudent: {backbone: resnet18}\n"

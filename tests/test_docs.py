@@ -17,10 +17,11 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import detdistill
-from detdistill import cli, config
-from detdistill.config import Recipe, load_recipe
-from detdistill.recipe_file import sections_in
-from detdistill.recipe_models import DEFAULT_FAMILY, families
+from detdistill import cli
+from detdistill.recipe import Recipe, load_recipe
+from detdistill.recipe import recipe as config
+from detdistill.recipe.models import DEFAULT_FAMILY, families
+from detdistill.recipe.reading import sections_in
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -195,7 +195,7 @@ def test_mmdetection() -> None:
 
 def test_training_and_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path / "cache"))
-    data = detdistill.config.DataConfig(format="digits", train_size=8, val_size=4, image_size=64)
+    data = detdistill.recipe.DataConfig(format="digits", train_size=8, val_size=4, image_size=64)
     digits = [str(digit) for digit in range(10)]
     student = run(block_with("DetectionModel").replace("640, 640", "64, 64"), classes=digits)["student"]
     teacher = run(block_with("yolov8l.pt").replace("640, 640", "64, 64"))["teacher"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import detdistill
-from detdistill import config
+from detdistill.recipe import recipe as config
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "detdistill"
@@ -21,7 +21,7 @@ ROOMS = ("config", "data", "models", "distillation", "evaluation", "report", "tr
 
 
 def room_of(module: str) -> str:
-    """``detdistill.data.coco`` is in the room ``data``."""
+    """``detdistill.data.formats.coco`` is in the room ``data``."""
     return module.split(".")[1] if module.startswith("detdistill.") else ""
 
 

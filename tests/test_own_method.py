@@ -13,9 +13,10 @@ import torch
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import UserError, model_config
 from detdistill.distillation import methods as room
 from detdistill.distillation.methods import METHODS, PLUGINS, add_installed_methods
+from detdistill.errors import UserError
+from detdistill.recipe import model_config
 
 from .test_docs import FENCE, ROOT
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from detdistill.config import load_recipe
+from detdistill.comparison.compare import unequal_budgets
+from detdistill.comparison.study import read_study
 from detdistill.distillation.methods import METHODS
-from detdistill.experiments.compare import unequal_budgets
-from detdistill.experiments.studies import read_study
+from detdistill.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "benchmarks" / "studies").glob("*.yaml"))

@@ -18,13 +18,14 @@ from matplotlib.image import imread
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import UserError, parse_recipe
-from detdistill.experiments.studies import Study
-from detdistill.printing import say, show
-from detdistill.recipe_file import read_yaml
-from detdistill.report.plots import save_figure
+from detdistill.cli.printing import say, show
+from detdistill.comparison.study import Study
+from detdistill.errors import UserError
+from detdistill.recipe import parse_recipe
+from detdistill.recipe.reading import read_yaml
 from detdistill.text import markdown_table, printable, require_folder_name
 from detdistill.training.display import Display
+from detdistill.visualization.plots import save_figure
 
 PACKAGE = Path(detdistill.__file__).parent
 NAMES = ("[/b]x", "[red]y[/red]", "road:car:red", "a|b", "$x^$", "é", "caf\udce9", "\x1b[31mred", "\u202eabc")
@@ -180,8 +181,8 @@ def test_a_script_without_a_guard_loads_its_images_itself(method, tmp_path):
         textwrap.dedent(f"""
         import multiprocessing
         multiprocessing.set_start_method("{method}")
-        from detdistill.data.digits import digits_root
-        from detdistill.config import DataConfig
+        from detdistill.data.formats.digits import digits_root
+        from detdistill.recipe import DataConfig
         from detdistill.data.loading import DetectionDataset, make_loader, open_data
         data = DataConfig(format="digits", train_size=4, val_size=4, image_size=64)
         split = open_data(data)["val"]

@@ -9,28 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detdistill.config import Recipe, UserError, load_recipe
+    from detdistill.commands.check import check
+    from detdistill.commands.predict import iter_predictions, predict
+    from detdistill.commands.rank_teachers import rank_teachers
+    from detdistill.comparison.analysis import analyze
+    from detdistill.comparison.compare import compare
     from detdistill.distillation.matching import LevelAligner
     from detdistill.distillation.methods import METHODS
     from detdistill.distillation.methods.ima import IMALoss
     from detdistill.distillation.methods.mimic import MimicLoss
     from detdistill.distillation.pair import Pair
     from detdistill.distillation.signals import Method, Setting, Signals
-    from detdistill.experiments.analyze import analyze
-    from detdistill.experiments.check import check
-    from detdistill.experiments.compare import compare
-    from detdistill.experiments.evaluate import evaluate
-    from detdistill.experiments.export import export
-    from detdistill.experiments.predict import iter_predictions, predict
-    from detdistill.experiments.quantize import quantize
-    from detdistill.experiments.rank_teachers import rank_teachers
-    from detdistill.experiments.report import write_report
-    from detdistill.experiments.train import distill, train
+    from detdistill.errors import UserError
+    from detdistill.evaluation.evaluate import evaluate
+    from detdistill.export.export import export
+    from detdistill.export.quantize import quantize
     from detdistill.models import build_model
     from detdistill.models.base import Preprocess
-    from detdistill.models.checkpoints import load_model, save_model
-    from detdistill.models.wrapped import wrap
+    from detdistill.models.checkpoints.io import load_model, save_model
+    from detdistill.models.third_party.wrap import wrap
+    from detdistill.recipe import Recipe, load_recipe
+    from detdistill.report.report import write_report
     from detdistill.training.callbacks import Callback
+    from detdistill.training.train import distill, train
 
 __version__ = "0.1.0"
 
@@ -76,27 +77,27 @@ _HOMES = {
     "MimicLoss": "distillation.methods.mimic",
     "Pair": "distillation.pair",
     "Preprocess": "models.base",
-    "Recipe": "config",
+    "Recipe": "recipe",
     "Setting": "distillation.signals",
     "Signals": "distillation.signals",
-    "UserError": "config",
-    "analyze": "experiments.analyze",
+    "UserError": "errors",
+    "analyze": "comparison.analysis",
     "build_model": "models",
-    "check": "experiments.check",
-    "compare": "experiments.compare",
-    "distill": "experiments.train",
-    "evaluate": "experiments.evaluate",
-    "export": "experiments.export",
-    "iter_predictions": "experiments.predict",
-    "load_model": "models.checkpoints",
-    "load_recipe": "config",
-    "predict": "experiments.predict",
-    "quantize": "experiments.quantize",
-    "rank_teachers": "experiments.rank_teachers",
-    "save_model": "models.checkpoints",
-    "train": "experiments.train",
-    "wrap": "models.wrapped",
-    "write_report": "experiments.report",
+    "check": "commands.check",
+    "compare": "comparison.compare",
+    "distill": "training.train",
+    "evaluate": "evaluation.evaluate",
+    "export": "export.export",
+    "iter_predictions": "commands.predict",
+    "load_model": "models.checkpoints.io",
+    "load_recipe": "recipe",
+    "predict": "commands.predict",
+    "quantize": "export.quantize",
+    "rank_teachers": "commands.rank_teachers",
+    "save_model": "models.checkpoints.io",
+    "train": "training.train",
+    "wrap": "models.third_party.wrap",
+    "write_report": "report.report",
 }
 
 

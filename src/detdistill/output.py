@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from detdistill.recipe_file import UserError
+from detdistill.errors import UserError
 
 
 def output_path(path: Any, what: str = "out") -> Path:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detdistill.config import parse_recipe
+from detdistill.commands.check import check
 from detdistill.data.box_checks import doubled_boxes, small_objects
 from detdistill.data.inspect import inspect_data
 from detdistill.data.records import Record, Records, Split
-from detdistill.experiments.check import check
+from detdistill.recipe import parse_recipe
 
 
 def _split(boxes, labels=None, ignore=None, size=(480, 640)):

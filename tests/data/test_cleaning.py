@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detdistill.config import UserError
 from detdistill.data.cleaning import RawObject, make_record, select_classes, settle_masks
+from detdistill.data.formats.yolo import read_yolo
 from detdistill.data.records import Finding, Split
-from detdistill.data.yolo import read_yolo
+from detdistill.errors import UserError
 
 _NUMBER = st.one_of(st.floats(), st.floats(-50, 150), st.integers(-5, 105).map(float), st.just(1e-9))
 _SOURCE = Path("labels.json")

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from detdistill.config import DataConfig, UserError
-from detdistill.data.coco import read_coco
+from detdistill.data.formats.coco import read_coco
 from detdistill.data.loading import open_data
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 
 def _box(number, **changes):

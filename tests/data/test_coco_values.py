@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from pycocotools import mask as oracle
 from pycocotools.coco import COCO
 
-from detdistill.config import DataConfig, UserError
-from detdistill.data.coco import read_coco
+from detdistill.data.formats.coco import read_coco
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import DetectionDataset, open_data
+from detdistill.errors import UserError
 from detdistill.evaluation.coco import coco_results
 from detdistill.models import build_model
+from detdistill.recipe import DataConfig
 
 _SQUARE = [[4.0, 6.0, 14.0, 6.0, 14.0, 26.0, 4.0, 26.0]]
 _BITMAP = np.zeros((48, 64), np.uint8)

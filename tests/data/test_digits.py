@@ -9,9 +9,10 @@ import pytest
 from pycocotools.coco import COCO
 from sklearn.datasets import load_digits
 
-from detdistill.config import DataConfig, UserError
-from detdistill.data.digits import digits_of, digits_root, write_digits
+from detdistill.data.formats.digits import digits_of, digits_root, write_digits
 from detdistill.data.loading import open_data
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 
 def _hashes(folder):

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from detdistill.config import DataConfig, UserError
 from detdistill.data.loading import open_data
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 
 def _names(split):

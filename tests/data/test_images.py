@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from detdistill.config import UserError
 from detdistill.data.images import find_images, image_sizes, read_image
+from detdistill.errors import UserError
 
 MODES = ("L", "RGB", "RGBA", "P", "1", "LA")
 FORMATS = [(s, m) for s in ("png", "bmp", "tiff", "webp") for m in MODES if (s, m) != ("bmp", "LA")]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detdistill.config import DataConfig
 from detdistill.data.inspect import inspect_data
+from detdistill.recipe import DataConfig
 
 
 def _folder(tmp_path, write_coco, images=6):

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill.config import AugmentConfig, DataConfig, UserError
+from detdistill.data.formats.label_maps import CITYSCAPES, VOC, count_pixels, read_labels, read_numbers
 from detdistill.data.inspect import inspect_data
-from detdistill.data.label_maps import CITYSCAPES, VOC, count_pixels, read_labels, read_numbers
 from detdistill.data.loading import DetectionDataset, open_data, usable_splits
+from detdistill.errors import UserError
+from detdistill.recipe import AugmentConfig, DataConfig
 
 RNG = np.random.default_rng(0)
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from detdistill.config import AugmentConfig, DataConfig, UserError
 from detdistill.data.loading import DetectionDataset, make_loader, open_data
 from detdistill.data.transforms import augment_seeded, build_augment
+from detdistill.errors import UserError
+from detdistill.recipe import AugmentConfig, DataConfig
 
 ALL = AugmentConfig(flip=0.5, vertical_flip=0.5, photometric=True, crop=0.7, zoom_out=0.5)
 

@@ -9,9 +9,10 @@ import unicodedata
 import numpy as np
 import pytest
 
-from detdistill.config import DataConfig, UserError
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import open_data, tell_format, usable_splits
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 
 def _boxes(split):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from detdistill.config import DataConfig, UserError
-from detdistill.data.coco import read_coco
+from detdistill.data.formats.coco import read_coco
+from detdistill.data.formats.voc import read_voc
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import DetectionDataset, open_data, tell_format
 from detdistill.data.masks import decode_mask
-from detdistill.data.voc import read_voc
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 pytestmark = pytest.mark.real
 

@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from detdistill.config import DataConfig, UserError
-from detdistill.data.coco import find_coco
+from detdistill.data.formats.coco import find_coco
+from detdistill.data.formats.label_maps import read_numbers
 from detdistill.data.inspect import inspect_data
-from detdistill.data.label_maps import read_numbers
 from detdistill.data.loading import open_data, usable_splits
 from detdistill.data.text import distinct_names, read_class_names, read_lines, read_text
 from detdistill.data.unlabelled import find_unlabelled
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 ENCODINGS = {
     "cp1252": ("Straße".encode("cp1252"), r"is not UTF-8 \(byte 0xdf in line 1\); save it as UTF-8"),

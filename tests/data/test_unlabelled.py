@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill.config import AugmentConfig, DataConfig, UserError, parse_recipe
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import open_data
 from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
+from detdistill.errors import UserError
+from detdistill.recipe import AugmentConfig, DataConfig, parse_recipe
 
 
 def draw(path, colour=(200, 30, 30), size=(40, 30)):

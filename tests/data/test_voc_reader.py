@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from detdistill.config import DataConfig, UserError
+from detdistill.data.formats.voc import read_voc
 from detdistill.data.loading import open_data
-from detdistill.data.voc import read_voc
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 
 def test_boxes_are_moved_from_counting_pixels_to_coordinates(tmp_path, write_voc, voc_object):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from detdistill.config import DataConfig, UserError
+from detdistill.data.formats.yolo import read_yolo
 from detdistill.data.loading import open_data
 from detdistill.data.masks import decode_mask
-from detdistill.data.yolo import read_yolo
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 
 def test_rows_become_boxes_and_polygons_masks(tmp_path, write_yolo):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from detdistill.config import model_config
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model
-from detdistill.recipe_models import families
+from detdistill.recipe import model_config
+from detdistill.recipe.models import families
 
 CLASSES = ("a", "b", "c")
 STRIDES = (8, 16, 32)

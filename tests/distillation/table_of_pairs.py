@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models import Preprocess, wrap
 from detdistill.models.build import build_model
-from detdistill.recipe_models import FAMILIES
+from detdistill.recipe.models import FAMILIES
 
 from ..models.foreign_models import YoloLike, yolo_decode, yolo_losses
 from .pairs import DETECTION

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import OptimizerConfig
 from detdistill.distillation.methods.adversarial import AdversarialLoss, Discriminator
 from detdistill.distillation.pair import Pair
+from detdistill.recipe import OptimizerConfig
 from detdistill.training.step import build_optimizer
 
 from .test_segmentation_pairs import batch, student, teacher

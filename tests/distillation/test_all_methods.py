@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 
-from detdistill.config import OptimizerConfig, UserError
 from detdistill.distillation.pair import Pair
-from detdistill.models.checkpoints import save_model
-from detdistill.models.weights import read_state_dict
+from detdistill.errors import UserError
+from detdistill.models.checkpoints.io import save_model
+from detdistill.models.checkpoints.weights import read_state_dict
+from detdistill.recipe import OptimizerConfig
 from detdistill.training.step import build_optimizer
 
 from .pairs import DETECTION, assert_same, batch, detector, make_pair, snapshot, take_steps

@@ -7,12 +7,12 @@ from typing import get_args
 
 import pytest
 
-from detdistill.config import UserError
 from detdistill.distillation.methods import METHODS, build_method, method_options, option_table
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Setting
+from detdistill.errors import UserError
 from detdistill.models.base import Kind
-from detdistill.recipe_models import FAMILIES
+from detdistill.recipe.models import FAMILIES
 
 from .pairs import DETECTION, make_pair
 from .table_of_pairs import SEGMENTERS, build

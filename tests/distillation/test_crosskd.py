@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.crosskd import CrossKDLoss, ScaleAlign, box_distance
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 
 from .pairs import batch, detector, gfl_detector, gfl_pair, make_pair, take_steps
 

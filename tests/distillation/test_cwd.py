@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.cwd import CWD, CWDLoss
+from detdistill.errors import UserError
 
 from .pairs import make_pair
 

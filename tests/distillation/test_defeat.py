@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.config import UserError, model_config
 from detdistill.distillation.methods.defeat import DeFeatLoss, level_mask
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models import build_model
 from detdistill.models.base import Batch
+from detdistill.recipe import model_config
 
 from ..golden.test_defeat import head
 from .pairs import batch, detector, make_pair

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.dist import DISTLoss
+from detdistill.errors import UserError
 
 from .pairs import make_pair
 

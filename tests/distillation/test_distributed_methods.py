@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import distributed, nn
 from detdistill import Pair
-from detdistill.config import model_config
+from detdistill.recipe import model_config
 from detdistill.models import build_model
 
 # Divided by what there are of something: of one process's images there are more than of the other's.

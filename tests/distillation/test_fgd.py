@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import resize_like
 from detdistill.distillation.methods.fgd import FGD, FGDLoss, GlobalContext, focal_masks
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models.base import Batch
 
 from .pairs import batch, detector, make_pair, take_steps

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.fgfi import FGFI, FGFILoss
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import object_mask
+from detdistill.errors import UserError
 
 from .pairs import batch, detector, make_pair
 

@@ -12,8 +12,8 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import detdistill
-from detdistill.config import UserError
 from detdistill.distillation.inheriting import inherit
+from detdistill.errors import UserError
 from detdistill.models import build_model
 from detdistill.models.base import Model
 

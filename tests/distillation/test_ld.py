@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.ld import LD, LDLoss, valuable_region
 from detdistill.distillation.pair import Pair
-from detdistill.models.heads import take_objects
+from detdistill.errors import UserError
+from detdistill.models.layers.heads import take_objects
 
 from .pairs import batch, detector, gfl_detector, gfl_pair, make_pair, take_steps
 

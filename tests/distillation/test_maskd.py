@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import OptimizerConfig, UserError
+from detdistill.errors import UserError
+from detdistill.recipe import OptimizerConfig
 from detdistill.training.step import build_optimizer
 
 from .pairs import assert_same, batch, make_pair, snapshot

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import (
     LevelAligner,
     input_scale,
@@ -15,6 +14,7 @@ from detdistill.distillation.matching import (
     match_levels,
     resize_like,
 )
+from detdistill.errors import UserError
 from detdistill.models import Preprocess
 
 RETINANET = dict.fromkeys((8, 16, 32, 64, 128), 256)

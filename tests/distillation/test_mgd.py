@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.mgd import MGDLoss, random_mask
+from detdistill.errors import UserError
 
 from .pairs import batch, make_pair
 

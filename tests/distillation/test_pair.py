@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 
 from .pairs import assert_same, batch, detector, snapshot, take_steps
 
@@ -60,7 +60,7 @@ def test_distillation_does_not_change_the_students_draws():
 
 
 def test_exported_student_is_unchanged(tmp_path):
-    from detdistill.models.checkpoints import load_model, save_model
+    from detdistill.models.checkpoints.io import load_model, save_model
 
     student = detector()
     keys, count = list(student.state_dict()), sum(p.numel() for p in student.parameters())

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 
 from .pairs import batch, detector, make_pair, snapshot, take_steps
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods.cirkd import Memory
 from detdistill.distillation.methods.cwd import CWDLoss
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models import Preprocess
 
 from .pairs import detector

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from detdistill.config import UserError
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.methods.ima import IMALoss
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import class_labels
+from detdistill.errors import UserError
 from detdistill.models import EncoderDecoder, Preprocess, build_model
 
 from .pairs import SEGMENTATION, assert_same, detector, snapshot

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.distillation.methods import METHODS
+from detdistill.errors import UserError
 
 from .pairs import DETECTION, batch, make_pair
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.config import UserError
 from detdistill.data.masks import encode_masks
+from detdistill.errors import UserError
 from detdistill.evaluation.coco import (
     COCO_NUMBERS,
     coco_ap,

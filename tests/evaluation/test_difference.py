@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.evaluation.difference import counts, difference
 
 BIG, SMALL, FAR = [20.0, 20, 80, 80], [100.0, 20, 110, 30], [150.0, 100, 190, 140]

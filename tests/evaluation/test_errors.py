@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detdistill.config import UserError
 from detdistill.data.records import Record
+from detdistill.errors import UserError
 from detdistill.evaluation.coco import coco_ap
 from detdistill.evaluation.errors import KINDS, error_curves, supercategories_of, tide_errors
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from detdistill.config import model_config
 from detdistill.distillation.pair import Pair
 from detdistill.evaluation.similarity import LinearCKA, feature_agreement, linear_cka
 from detdistill.models import build_model
+from detdistill.recipe import model_config
 
 
 def features(cells=200, channels=(5, 7), seed=0, offset=0.0):

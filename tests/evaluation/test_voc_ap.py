@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.evaluation.voc import voc_ap
 
 REFERENCE = [  # IoU, area, 11 points: the README of the evaluator data

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from detdistill.cli import main
-from detdistill.config import UserError, dump_recipe, parse_recipe
+from detdistill.comparison import analysis as module
+from detdistill.comparison.analysis import analyze, detections_of
+from detdistill.errors import UserError
 from detdistill.evaluation.errors import AREAS, KINDS, TIDE_KINDS
-from detdistill.experiments import analyze as module
-from detdistill.experiments.analyze import analyze, detections_of
-from detdistill.experiments.evaluate import evaluate, open_split
+from detdistill.evaluation.evaluate import evaluate, open_split
 from detdistill.models import build_model, save_model
+from detdistill.recipe import dump_recipe, parse_recipe
 
 CPU = {"device": "cpu", "workers": 0}
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from detdistill.cli import main
-from detdistill.config import UserError, model_config
-from detdistill.experiments.benchmark import benchmark
+from detdistill.commands.benchmark import benchmark
+from detdistill.errors import UserError
 from detdistill.models import build_model, save_model
+from detdistill.recipe import model_config
 
 RECIPE = """
 data: {format: digits}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill.config import Recipe, parse_recipe
-from detdistill.experiments import check as checking
+from detdistill.cli.printing import print_check
+from detdistill.commands import check as checking
 from detdistill.models import RetinaNet, build_model, save_model
-from detdistill.printing import print_check
+from detdistill.recipe import Recipe, parse_recipe
 
 check = partial(checking.check, step=False)
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}

@@ -11,15 +11,10 @@ import torch
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import UserError, load_recipe
-from detdistill.experiments.compare import (
-    inheriting_arms,
-    read_comparison,
-    run_study,
-    unequal_budgets,
-)
-from detdistill.experiments.comparison import load_comparison
-from detdistill.experiments.studies import (
+from detdistill.comparison.compare import inheriting_arms, read_comparison, run_study, unequal_budgets
+from detdistill.comparison.launcher import launch
+from detdistill.comparison.result import load_comparison
+from detdistill.comparison.study import (
     ALONE,
     Study,
     plan_ablation,
@@ -28,7 +23,8 @@ from detdistill.experiments.studies import (
     read_study,
     study_text,
 )
-from detdistill.experiments.study_runs import launch
+from detdistill.errors import UserError
+from detdistill.recipe import load_recipe
 from detdistill.training.loop import train
 from detdistill.training.run_folder import RunFolder
 from detdistill.training.step import optimisation_step
@@ -231,7 +227,7 @@ def test_a_run_is_put_on_devices_by_what_is_visible(monkeypatch) -> None:
 @pytest.mark.slow
 def test_two_processes_for_each_run(recipe, tmp_path, monkeypatch) -> None:
     """As ``--device cuda:0,1`` starts them, on processors."""
-    from detdistill.experiments import study_runs
+    from detdistill.comparison import launcher as study_runs
 
     python, _, _ = launch("cuda:0,1")
     monkeypatch.setattr(study_runs, "launch", lambda _: (python, {}, []))

@@ -12,8 +12,9 @@ from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import detdistill
-from detdistill.config import DataConfig, UserError
+from detdistill.errors import UserError
 from detdistill.models import build_model
+from detdistill.recipe import DataConfig
 
 from ..models.foreign_models import YoloLike, yolo_decode, yolo_losses
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from detdistill.config import DataConfig, UserError, parse_recipe
-from detdistill.experiments.evaluate import choose_device, evaluate, open_split
+from detdistill.errors import UserError
+from detdistill.evaluation.evaluate import choose_device, evaluate, open_split
 from detdistill.models import Detector, build_model, save_model
+from detdistill.recipe import DataConfig, parse_recipe
 
 DATA = {"format": "digits", "train_size": 4, "val_size": 3, "image_size": 64}
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}

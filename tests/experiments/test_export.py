@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detdistill.cli import main
-from detdistill.config import UserError, parse_recipe
-from detdistill.experiments.evaluate import evaluate
-from detdistill.experiments.export import Agreement, compare, export
-from detdistill.experiments.predict import predict
+from detdistill.commands.predict import predict
+from detdistill.errors import UserError
+from detdistill.evaluation.evaluate import evaluate
+from detdistill.export.export import Agreement, compare, export
 from detdistill.models import Detector, Preprocess, build_model, load_model, save_model
 from detdistill.models.exported import ExportedDetector, load_onnx
 from detdistill.models.graph import DetectionGraph, letterbox_of
+from detdistill.recipe import parse_recipe
 
 pytestmark = pytest.mark.slow  # each export takes seconds
 
@@ -185,7 +186,7 @@ def test_a_file_that_disagrees_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad: Callable[..., Agreement] = lambda *_: Agreement(1, 10, 0.5, 0.0, 0.0)  # noqa: E731
-    monkeypatch.setattr("detdistill.experiments.export.compare", bad)
+    monkeypatch.setattr("detdistill.export.export.compare", bad)
     with pytest.raises(UserError, match=r"not written: only 50\.0% of what it finds"):
         export(detector(strides=[32]), tmp_path / "x.onnx", size=SIZE, check=folder)
     assert not list(tmp_path.iterdir())

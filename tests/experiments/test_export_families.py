@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from detdistill.config import UserError, parse_recipe
-from detdistill.experiments.evaluate import evaluate
-from detdistill.experiments.export import export
+from detdistill.errors import UserError
+from detdistill.evaluation.evaluate import evaluate
+from detdistill.export.export import export
 from detdistill.models import Detector, build_model
 from detdistill.models.exported import load_onnx
 from detdistill.models.graph import letterbox_of
-from detdistill.models.wrapped import wrap
+from detdistill.models.third_party.wrap import wrap
+from detdistill.recipe import parse_recipe
 
 from .test_export import CLASSES, SIZE, pictures
 

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 import detdistill
-from detdistill.config import UserError, parse_recipe
+from detdistill.commands.check import check
+from detdistill.commands.predict import predict
 from detdistill.data.masks import decode_mask
-from detdistill.experiments import report_models
-from detdistill.experiments.check import check
-from detdistill.experiments.predict import predict
+from detdistill.errors import UserError
+from detdistill.recipe import parse_recipe
+from detdistill.report import models as report_models
 from detdistill.report.pictures import draw_pairs
 
 DATA = {"format": "digits", "train_size": 12, "val_size": 4, "image_size": 64}

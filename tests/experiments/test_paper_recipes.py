@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from detdistill.config import load_recipe, model_config
 from detdistill.distillation.pair import Pair
 from detdistill.models import build_model
+from detdistill.recipe import load_recipe, model_config
 
 ROWS = sorted((Path(__file__).parents[2] / "recipes" / "paper").glob("table*/*.yaml"))
 TEACHERS = {  # the checkpoints of the paper's teachers, by the names that the recipes give them

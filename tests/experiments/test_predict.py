@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill.config import UserError, parse_recipe
-from detdistill.experiments.predict import iter_predictions, predict
+from detdistill.commands.predict import iter_predictions, predict
+from detdistill.errors import UserError
 from detdistill.models import Detector, build_model, save_model
+from detdistill.recipe import parse_recipe
 
 STUDENT = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32], "score_threshold": 0.0}
 CLASSES = ("bolt", "nut")

@@ -11,19 +11,15 @@ import torch
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import TrainingConfig, UserError, load_recipe, model_config
+from detdistill.cli.printing import print_ranking, write_json
+from detdistill.commands import rank_teachers as module
+from detdistill.commands.rank_teachers import TeacherRanking, TeacherScore, rank_teachers, step_costs
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.evaluation.detector import evaluate_detector
-from detdistill.experiments import rank_teachers as module
-from detdistill.experiments.evaluate import open_split
-from detdistill.experiments.rank_teachers import (
-    TeacherRanking,
-    TeacherScore,
-    rank_teachers,
-    step_costs,
-)
+from detdistill.evaluation.evaluate import open_split
 from detdistill.models import build_model, load_model, save_model
-from detdistill.printing import print_ranking, write_json
+from detdistill.recipe import TrainingConfig, load_recipe, model_config
 
 RECIPE = """
 data: {format: digits, train_size: 8, val_size: 10, image_size: 64}

@@ -13,13 +13,13 @@ import torch
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import dump_recipe, parse_recipe
-from detdistill.experiments.compare import read_comparison
-from detdistill.experiments.comparison import write_comparison
-from detdistill.experiments.report import try_report
-from detdistill.experiments.studies import Study, study_text
+from detdistill.comparison.compare import read_comparison
+from detdistill.comparison.result import write_comparison
+from detdistill.comparison.study import Study, study_text
 from detdistill.models import build_model, save_model
-from detdistill.models.weights import file_hash
+from detdistill.models.checkpoints.weights import file_hash
+from detdistill.recipe import dump_recipe, parse_recipe
+from detdistill.report.report import try_report
 
 CPU = {"device": "cpu", "workers": 0}
 AP = {"alone": {0: 0.10, 1: 0.12, 2: 0.11}, "ima": {0: 0.20, 1: 0.24, 2: 0.22}}
@@ -296,6 +296,6 @@ def test_a_finished_comparison_never_fails_for_its_report(tmp_path, monkeypatch)
     said: list[str] = []
     try_report(tmp_path, said.append)
     assert said[0].startswith("warning: no report (")
-    monkeypatch.setattr("detdistill.experiments.report.read_subject", lambda *_: 1 / 0)
+    monkeypatch.setattr("detdistill.report.report.read_subject", lambda *_: 1 / 0)
     try_report(tmp_path, said.append)
     assert "division by zero" in said[1]

@@ -15,12 +15,12 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 import detdistill
-from detdistill.config import parse_recipe
 from detdistill.data.records import Split
+from detdistill.evaluation.evaluate import open_split
 from detdistill.evaluation.segmentation import SegmentationEvaluation
-from detdistill.experiments.evaluate import open_split
-from detdistill.experiments.report_pixels import mistakes_section
 from detdistill.models import load_model
+from detdistill.recipe import parse_recipe
+from detdistill.report.pixels import mistakes_section
 from detdistill.training.loop import train
 
 CLASSES = ["road", "<b>sky</b>", "tree"]

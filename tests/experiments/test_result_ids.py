@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import UserError, parse_recipe
+from detdistill.errors import UserError
 from detdistill.models import build_model, load_model, save_model
 from detdistill.models.exported import parse_facts
+from detdistill.recipe import parse_recipe
 from detdistill.training.loop import TrainResult
 
 # As published sets have them: with gaps, in no order, and not the same in both files.

@@ -20,11 +20,12 @@ from sklearn.metrics import confusion_matrix
 
 import detdistill
 from detdistill.cli import main
-from detdistill.config import UserError, parse_recipe
+from detdistill.commands.rank_teachers import rank_teachers
+from detdistill.errors import UserError
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.segmentation import SegmentationEvaluation
-from detdistill.experiments.rank_teachers import rank_teachers
 from detdistill.models import build_model, save_model
+from detdistill.recipe import parse_recipe
 from detdistill.training import loop
 from detdistill.training.loop import train
 
@@ -145,7 +146,7 @@ def test_data_of_the_other_task_is_refused_before_training(data: Path, teacher: 
 
 
 def test_the_doctor_refuses_what_training_would(data: Path) -> None:
-    from detdistill.experiments.check import check
+    from detdistill.commands.check import check
 
     result = check(parse_recipe(tree(data, {"augment": {"crop": 0.5}})))
     assert any("crop goes by boxes" in problem for problem in result.problems)

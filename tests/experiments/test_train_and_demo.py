@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 import detdistill
-from detdistill.config import UserError
-from detdistill.experiments.demo import demo
+from detdistill.commands.demo import demo
+from detdistill.errors import UserError
 
 SMALL = {
     "family": "fcos",

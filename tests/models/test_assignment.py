@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.models.assignment import atss_assign
-from detdistill.models.heads import UNMATCHED
+from detdistill.models.layers.assignment import atss_assign
+from detdistill.models.layers.heads import UNMATCHED
 
 
 def random_boxes(count, low, high, seed):

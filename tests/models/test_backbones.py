@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from detdistill.config import UserError, model_config
+from detdistill.errors import UserError
 from detdistill.models import build_model
-from detdistill.models.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.base import Detector
+from detdistill.models.layers.backbones import Backbone, FeaturePyramid, split_strides
+from detdistill.recipe import model_config
 
 SLOW = pytest.mark.slow
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from detdistill.models import build_model, load_weights
-from detdistill.models.cascade_rcnn import STAGES, CascadeRCNN
-from detdistill.models.faster_rcnn import roi_losses
-from detdistill.models.two_stage import build_parts
-from detdistill.recipe_models import CascadeRCNNConfig
+from detdistill.models.families.cascade_rcnn import STAGES, CascadeRCNN
+from detdistill.models.families.faster_rcnn import roi_losses
+from detdistill.models.families.two_stage import build_parts
+from detdistill.recipe.models import CascadeRCNNConfig
 
 OBJECTS = torch.tensor([[8.0, 6.0, 44.0, 50.0], [50.0, 12.0, 88.0, 40.0]])
 

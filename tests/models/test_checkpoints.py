@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import detection
 
-from detdistill.config import ModelConfig, UserError, dump_recipe, model_config, parse_recipe
+from detdistill.errors import UserError
 from detdistill.models import (
     build_model,
     load_model,
@@ -27,7 +27,8 @@ from detdistill.models import (
     save_model,
 )
 from detdistill.models.base import Detector
-from detdistill.models.checkpoints import describe
+from detdistill.models.checkpoints.io import describe
+from detdistill.recipe import ModelConfig, dump_recipe, model_config, parse_recipe
 
 CLASSES = ("cat", "dog", "bird")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.models import Preprocess, build_model
 from detdistill.models.base import Detector
-from detdistill.models.fcos import match_cells
-from detdistill.models.heads import tower
-from detdistill.recipe_models import FAMILIES as EVERY_FAMILY
+from detdistill.models.families.fcos import match_cells
+from detdistill.models.layers.heads import tower
+from detdistill.recipe.models import FAMILIES as EVERY_FAMILY
 
 FAMILIES = ["retinanet", "fcos", "gfl", "reppoints", "faster_rcnn"]
 

@@ -12,13 +12,14 @@ import torch
 import transformers
 from torchvision.ops import box_iou
 
-from detdistill.config import OptimizerConfig, UserError, model_config
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.weighting import gradient_norm
+from detdistill.errors import UserError
 from detdistill.models import DETR, build_model, load_model, load_teacher, save_model
 from detdistill.models.base import Batch, Detector, Preprocess, QueryRaw
-from detdistill.models.detr_families import _initialise
+from detdistill.models.families.detr_families import _initialise
+from detdistill.recipe import OptimizerConfig, model_config
 from detdistill.training.step import build_optimizer
 
 CLASSES = ("a", "b", "c")
@@ -265,7 +266,7 @@ def test_processes_divide_by_the_mean_number_of_objects(monkeypatch: pytest.Monk
     raw = model.predict(model.pyramid(batch), batch)
     alone = model.losses(raw, batch)
     monkeypatch.setattr(
-        "detdistill.models.detr.normaliser", lambda total: total * 2
+        "detdistill.models.families.detr.normaliser", lambda total: total * 2
     )  # others have three times as many
     shared = model.losses(raw, batch)
     for name in ("classification", "bbox_l1", "bbox_giou", "bbox_distribution"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.models.exported import load_onnx
 
 onnx = pytest.importorskip("onnx")

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import detdistill
-from detdistill import recipe_models
-from detdistill.config import ModelConfig, UserError, dump_recipe, model_config, parse_recipe
-from detdistill.recipe_models import FAMILIES, FCOSConfig, SavedModelConfig, families
+from detdistill.errors import UserError
+from detdistill.recipe import ModelConfig, dump_recipe, model_config, parse_recipe
+from detdistill.recipe import models as recipe_models
+from detdistill.recipe.models import FAMILIES, FCOSConfig, SavedModelConfig, families
 
 SMALL = {"backbone": "test_efficientnet.r160_in1k", "channels": 16, "head_depth": 1, "strides": (8, 16, 32)}
 
@@ -129,7 +130,7 @@ def test_an_installed_package_brings_a_family(tmp_path: Path, caplog: pytest.Log
 
 def test_recipes_and_families_are_read_without_torch() -> None:
     program = (
-        "import sys; from detdistill.config import parse_recipe; "
+        "import sys; from detdistill.recipe import parse_recipe; "
         "parse_recipe({'data': 'digits', 'student': {'family': 'd_fine'}}); "
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
     )

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.models import build_model
 from detdistill.models.base import Batch, DenseRaw
-from detdistill.models.gfl import distribution_focal_loss, encode_boxes, quality_focal_loss
-from detdistill.models.heads import UNMATCHED
+from detdistill.models.families.gfl import distribution_focal_loss, encode_boxes, quality_focal_loss
+from detdistill.models.layers.heads import UNMATCHED
 
 BINS, CLASSES, SIDE = 6, 3, 64
 STRIDES = (8, 16, 32)

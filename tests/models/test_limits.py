@@ -13,13 +13,14 @@ import torch
 import yaml
 
 from detdistill.cli import main
-from detdistill.config import UserError, parse_recipe
-from detdistill.data import digits
-from detdistill.data.digits import digits_root
+from detdistill.data.formats import digits
+from detdistill.data.formats.digits import digits_root
 from detdistill.data.images import image_sizes, read_image
-from detdistill.models import backbones
-from detdistill.models.backbones import Backbone
-from detdistill.recipe_file import read_yaml
+from detdistill.errors import UserError
+from detdistill.models.layers import backbones
+from detdistill.models.layers.backbones import Backbone
+from detdistill.recipe import parse_recipe
+from detdistill.recipe.reading import read_yaml
 
 RECIPE = {
     "data": {"format": "digits", "train_size": 8, "val_size": 4, "image_size": 64},
@@ -125,7 +126,7 @@ def test_memory_that_runs_out_is_one_line(recipe, monkeypatch, capsys):
     def full(*_, **__):
         torch.empty(2**60)
 
-    monkeypatch.setattr("detdistill.experiments.train.train", full)
+    monkeypatch.setattr("detdistill.training.train.train", full)
     assert main(["train", str(recipe)]) == 2
     assert "error: the memory is full: lower" in capsys.readouterr().err
 

@@ -12,8 +12,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detdistill.models import Preprocess, build_model
 from detdistill.models.base import IMAGENET_MEAN, IMAGENET_STD
 from detdistill.models.build import WITHOUT_MASKS
-from detdistill.models.masks import crop_masks, mask_loss
-from detdistill.recipe_models import families
+from detdistill.models.layers.masks import crop_masks, mask_loss
+from detdistill.recipe.models import families
 
 WITH_MASKS = ["mask_rcnn", "cascade_mask_rcnn"]
 

@@ -17,14 +17,11 @@ import torch
 from torch import nn
 
 from detdistill.cli import main
-from detdistill.config import UserError, model_config
+from detdistill.errors import UserError
 from detdistill.models import build_model, load_model, load_teacher
-from detdistill.models.backbones import Backbone
 from detdistill.models.base import Batch, Preprocess
 from detdistill.models.build import construct
-from detdistill.models.heads import AlignedRoIAlign
-from detdistill.models.mmdet_configs import parse_config
-from detdistill.models.mmdet_weights import (
+from detdistill.models.checkpoints.mmdet import (
     COCO_CLASSES,
     backbone_of,
     convert,
@@ -32,6 +29,10 @@ from detdistill.models.mmdet_weights import (
     family_of,
     import_mmdet,
 )
+from detdistill.models.checkpoints.mmdet_configs import parse_config
+from detdistill.models.layers.backbones import Backbone
+from detdistill.models.layers.heads import AlignedRoIAlign
+from detdistill.recipe import model_config
 
 from .mmdet_models import CASES, CLASSES, case_entries, config, entries, lively, picture
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.data.coco import read_coco
+from detdistill.data.formats.coco import read_coco
 from detdistill.data.loading import DetectionDataset, collate
 from detdistill.evaluation.coco import coco_ap
 from detdistill.models.build import build_model
-from detdistill.models.weights import load_backbone, read_state_dict
+from detdistill.models.checkpoints.weights import load_backbone, read_state_dict
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
 

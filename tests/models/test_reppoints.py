@@ -12,8 +12,7 @@ from torchvision.models import resnet50
 
 from detdistill.models import build_model
 from detdistill.models.base import DenseRaw
-from detdistill.models.heads import IGNORED, UNMATCHED
-from detdistill.models.reppoints import (
+from detdistill.models.families.reppoints import (
     TAPS,
     RepPointsHead,
     in_strides,
@@ -23,6 +22,7 @@ from detdistill.models.reppoints import (
     moment_boxes,
     scale_gradient,
 )
+from detdistill.models.layers.heads import IGNORED, UNMATCHED
 
 STRIDES = (8, 16, 32)
 

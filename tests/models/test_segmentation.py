@@ -11,12 +11,13 @@ from scipy.special import log_softmax
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from detdistill.config import UserError, model_config
+from detdistill.errors import UserError
 from detdistill.models import EncoderDecoder, Preprocess, build_model, load_model, save_model
-from detdistill.models.backbones import Backbone
 from detdistill.models.base import Batch, SegmentationRaw
+from detdistill.models.families.segmentation import DILATIONS, AtrousPooling, Pooled, PyramidPooling
+from detdistill.models.layers.backbones import Backbone
 from detdistill.models.preprocess import resize_labels
-from detdistill.models.segmentation import DILATIONS, AtrousPooling, Pooled, PyramidPooling
+from detdistill.recipe import model_config
 
 FAMILIES = ["pspnet", "deeplabv3"]
 

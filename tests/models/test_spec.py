@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from detdistill.config import UserError, model_config
+from detdistill.errors import UserError
 from detdistill.models import build_model, load_model, load_teacher, load_weights, read_state_dict, save_model
 from detdistill.models.build import needs_masks
-from detdistill.models.weights import load_backbone
+from detdistill.models.checkpoints.weights import load_backbone
+from detdistill.recipe import model_config
 
 CLASSES = ("cat", "dog", "bird")
 SMALL = model_config(

@@ -12,10 +12,10 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import detdistill
-from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models import Preprocess, build_model
-from detdistill.models.torchvision_weights import COCO_CATEGORIES
+from detdistill.models.checkpoints.torchvision import COCO_CATEGORIES
 
 from .test_torchvision_parity import randomise
 

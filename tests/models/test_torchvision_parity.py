@@ -14,11 +14,11 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.ops import FrozenBatchNorm2d, box_iou, generalized_box_iou_loss
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.models import build_model, load_torchvision
 from detdistill.models.base import Detector
-from detdistill.models.heads import giou_loss, match_boxes
-from detdistill.models.torchvision_weights import COCO_CATEGORIES, conventions_of, is_torchvision
+from detdistill.models.checkpoints.torchvision import COCO_CATEGORIES, conventions_of, is_torchvision
+from detdistill.models.layers.heads import giou_loss, match_boxes
 
 SIZE = (160, 224)
 CATEGORIES = ("background", "cat", "dog", "bird", "horse", "sheep")

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import detdistill
-from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models import Preprocess, build_model
 
 from .foreign_models import CLASSES, MmdetLike, YoloLike, yolo_decode, yolo_losses

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
 import detdistill
-from detdistill.config import UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models import Preprocess, build_model
 from detdistill.models.base import Segmenter
 

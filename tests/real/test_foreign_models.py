@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import detdistill
-from detdistill.config import DataConfig, UserError
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 from ..test_docs_foreign_models import block_with, run
 

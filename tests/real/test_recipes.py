@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from detdistill.config import load_recipe
+from detdistill.commands.check import check
+from detdistill.commands.predict import predict
 from detdistill.data.loading import open_data
-from detdistill.experiments.check import check
-from detdistill.experiments.predict import predict
-from detdistill.experiments.train import train
+from detdistill.recipe import load_recipe
+from detdistill.training.train import train
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["training.max_steps=3", "training.batch_size=4", "training.workers=0", "training.evaluate_every=0"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from detdistill.report.drawing import CROWD, Rectangle, class_color, draw_detections, place_labels
+from detdistill.visualization.drawing import CROWD, Rectangle, class_color, draw_detections, place_labels
 
 CLASSES = ("cat", "dog")
 GRAY = torch.full((3, 240, 320), 128, dtype=torch.uint8)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from detdistill.report.drawing import draw_detections
-from detdistill.report.gallery import save_gallery
+from detdistill.visualization.drawing import draw_detections
+from detdistill.visualization.gallery import save_gallery
 
 CLASSES = ("cat", "dog")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.evaluation.errors import AREAS, KINDS, RECALLS, ErrorCurves
-from detdistill.report.plots import ERROR_COLORS, plot_comparison, plot_curves, plot_errors
+from detdistill.visualization.plots import ERROR_COLORS, plot_comparison, plot_curves, plot_errors
 
 LOSSES = [
     {"step": s, "lr": 0.1 / s, "loss": 2.0 / s, "loss/cls": 1.5 / s, "loss/ima": 0.5 / s, "distill_share": 0.25}

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import parse_recipe
 from detdistill.models import build_model
-from detdistill.models.checkpoints import save_model
+from detdistill.models.checkpoints.io import save_model
+from detdistill.recipe import parse_recipe
 
 DATA = {"format": "digits", "train_size": 24, "val_size": 6, "image_size": 64}
 STUDENT = {

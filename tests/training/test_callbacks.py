@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import detdistill
-from detdistill.config import UserError, dump_recipe
-from detdistill.experiments.check import check
+from detdistill.commands.check import check
+from detdistill.errors import UserError
+from detdistill.recipe import dump_recipe
 from detdistill.training import callbacks
 from detdistill.training.loop import train
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torchvision.io import write_png
 
-from detdistill.config import UserError, dump_recipe
+from detdistill.errors import UserError
+from detdistill.recipe import dump_recipe
 from detdistill.training import loop, precision
 from detdistill.training.loop import train
 from detdistill.training.run_folder import differences
@@ -256,7 +257,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_any_work(make_recipe):
 LAUNCH = """
 import signal, sys
 from pathlib import Path
-from detdistill.config import load_recipe
+from detdistill.recipe import load_recipe
 from detdistill.training import loop
 """
 INTERRUPT = """

@@ -14,8 +14,9 @@ import zipfile
 import pytest
 import torch
 
-from detdistill.config import DataConfig, UserError, parse_recipe
 from detdistill.data.loading import open_data
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig, parse_recipe
 from detdistill.training import loop
 from detdistill.training.checkpoint import load_checkpoint, save_checkpoint
 from detdistill.training.loop import train

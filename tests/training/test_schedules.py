@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.config import ScheduleConfig
+from detdistill.recipe import ScheduleConfig
 from detdistill.training.schedules import learning_rate_factor
 
 

@@ -67,7 +67,7 @@ def _expanded(argument: str) -> str:
     """
     option, _, value = argument.partition("=")
     if not argument or (option.startswith("--") and argument == f"{option}="):
-        from detdistill.config import UserError
+        from detdistill.errors import UserError
 
         raise UserError(f"{argument or 'an argument'} is empty: give a value, or leave it out")
     if option.startswith("--") and value.startswith("~"):
@@ -90,7 +90,7 @@ def _message_for_user(error: Exception) -> str | None:
     """One line for what the user can fix, None for a bug."""
     from pydantic import ValidationError
 
-    from detdistill.config import UserError
+    from detdistill.errors import UserError
 
     if isinstance(error, UserError):
         return str(error).removeprefix("error: ")

@@ -23,8 +23,8 @@ from detdistill.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from detdistill.experiments.comparison import Comparison
-    from detdistill.experiments.studies import Study
+    from detdistill.comparison.result import Comparison
+    from detdistill.comparison.study import Study
 
 
 @app.command()
@@ -54,8 +54,8 @@ def compare(
     report: WriteReport = True,
 ) -> None:
     """Compare methods with the baseline over several seeds."""
-    from detdistill.experiments.compare import compare as compare_methods
-    from detdistill.printing import say
+    from detdistill.cli.printing import say
+    from detdistill.comparison.compare import compare as compare_methods
 
     words = words or []
     comparison = compare_methods(
@@ -92,7 +92,7 @@ def sweep(
     report: WriteReport = True,
 ) -> None:
     """Compare values of one setting, as a loss weight."""
-    from detdistill.experiments import studies
+    from detdistill.comparison import study as studies
 
     key, _, values = setting.partition("=")
     folder = out or Path("runs/sweep") / f"{recipe.stem}-{key}"
@@ -114,7 +114,7 @@ def ablate(
     report: WriteReport = True,
 ) -> None:
     """Compare IMA with parts of it switched off."""
-    from detdistill.experiments import studies
+    from detdistill.comparison import study as studies
 
     folder = out or Path("runs/ablate") / recipe.stem
     study = studies.plan_ablation(recipe, overrides or (), range(seeds), folder)
@@ -124,8 +124,8 @@ def ablate(
 def _run_study(
     study: Study, jobs: int, devices: Sequence[str] | None, allow_unequal: bool, table: bool, report: bool
 ) -> None:
-    from detdistill.experiments.compare import run_study
-    from detdistill.printing import say
+    from detdistill.cli.printing import say
+    from detdistill.comparison.compare import run_study
 
     comparison = run_study(
         study, jobs=jobs, devices=devices or (), allow_unequal=allow_unequal, train=not table, say=say
@@ -134,8 +134,8 @@ def _run_study(
 
 
 def _tell(comparison: Comparison, report: bool, devices: Sequence[str] | None) -> None:
-    from detdistill.experiments.report import try_report
-    from detdistill.printing import print_comparison, say
+    from detdistill.cli.printing import print_comparison, say
+    from detdistill.report.report import try_report
 
     print_comparison(comparison)
     if report:
@@ -158,8 +158,8 @@ def analyze(
     device: Device = "auto",
 ) -> None:
     """Show error types, and what distillation changed."""
-    from detdistill.experiments.analyze import analyze as analyze_runs
-    from detdistill.printing import print_analysis, progress_bar, say
+    from detdistill.cli.printing import print_analysis, progress_bar, say
+    from detdistill.comparison.analysis import analyze as analyze_runs
 
     with progress_bar("detecting") as progress:
         analysis = analyze_runs(
@@ -185,8 +185,8 @@ def report(
     device: Device = "auto",
 ) -> None:
     """Write an HTML report of a comparison or a run."""
-    from detdistill.experiments.report import write_report
-    from detdistill.printing import progress_bar, say
+    from detdistill.cli.printing import progress_bar, say
+    from detdistill.report.report import write_report
 
     with progress_bar("detecting") as progress:
         file = write_report(
@@ -218,12 +218,12 @@ def rank_teachers(
     """Rank candidate teachers before a long run."""
     from dataclasses import asdict
 
-    from detdistill.config import load_recipe
+    from detdistill.recipe import load_recipe
 
     settings = load_recipe(recipe, [word for word in words or [] if "=" in word])
 
-    from detdistill.experiments.rank_teachers import rank_teachers as rank
-    from detdistill.printing import print_ranking, say, write_json
+    from detdistill.cli.printing import print_ranking, say, write_json
+    from detdistill.commands.rank_teachers import rank_teachers as rank
 
     names = [*(teachers or []), *(word for word in words or [] if "=" not in word)]
     ranking = rank(
@@ -255,8 +255,8 @@ def benchmark(
     """Measure parameters, FLOPs, latency and memory of models."""
     from dataclasses import asdict
 
-    from detdistill.experiments.benchmark import benchmark as measure
-    from detdistill.printing import print_efficiency, write_json
+    from detdistill.cli.printing import print_efficiency, write_json
+    from detdistill.commands.benchmark import benchmark as measure
 
     costs = measure(models, size=size, runs=runs, warmup=warmup, batch_size=batch_size, device=device)
     if json_file is not None:

@@ -19,12 +19,12 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace a run that exists.")] = False,
 ) -> None:
     """Train a recipe, or resume its stopped run."""
-    from detdistill.config import load_recipe
+    from detdistill.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
 
-    from detdistill.experiments.train import train as train_recipe
-    from detdistill.printing import percent, say
+    from detdistill.cli.printing import percent, say
+    from detdistill.training.train import train as train_recipe
 
     result = train_recipe(settings, out=out, resume=not fresh)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
@@ -44,12 +44,12 @@ def check(
     ] = True,
 ) -> None:
     """Validate a recipe, its data and its models."""
-    from detdistill.config import load_recipe
+    from detdistill.recipe import load_recipe
 
     settings = load_recipe(recipe, overrides or ())
 
-    from detdistill.experiments.check import check as check_recipe
-    from detdistill.printing import print_check
+    from detdistill.cli.printing import print_check
+    from detdistill.commands.check import check as check_recipe
 
     result = check_recipe(settings, step=step)
     print_check(result)
@@ -64,6 +64,6 @@ def demo(
     fast: Annotated[bool, typer.Option("--fast", help="A few steps only, as a smoke test.")] = False,
 ) -> None:
     """Distill a small detector on synthetic digits."""
-    from detdistill.experiments.demo import demo as run_demo
+    from detdistill.commands.demo import demo as run_demo
 
     run_demo(out=out, seeds=seed or (0,), fast=fast)

@@ -48,12 +48,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a model on a dataset."""
+    from detdistill.cli.printing import print_evaluation, progress_bar, write_json
     from detdistill.evaluation.coco import coco_results
     from detdistill.evaluation.detector import DetectionEvaluation
-    from detdistill.experiments.evaluate import as_detector, as_model
-    from detdistill.experiments.evaluate import evaluate as evaluate_model
+    from detdistill.evaluation.evaluate import as_detector, as_model
+    from detdistill.evaluation.evaluate import evaluate as evaluate_model
     from detdistill.output import output_file
-    from detdistill.printing import print_evaluation, progress_bar, write_json
 
     asked = [name for name, given in (("--metric voc", metric is Metric.voc), ("--results", results)) if given]
     for file, option in ((json_file, "--json"), (results, "--results")):
@@ -84,7 +84,7 @@ def evaluate(
 
 def _data_of(weights: Path) -> str:
     """The recipe in a run folder, which names its data; also of a file in one."""
-    from detdistill.config import UserError
+    from detdistill.errors import UserError
 
     for folder in (weights, weights.parent):
         if (folder / "recipe.yaml").is_file():
@@ -107,8 +107,8 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Run a model on images; write pictures and JSON."""
-    from detdistill.experiments.predict import iter_predictions
-    from detdistill.printing import progress_bar, say
+    from detdistill.cli.printing import progress_bar, say
+    from detdistill.commands.predict import iter_predictions
 
     images_seen, found, pixels = 0, Counter[str](), Counter[str]()
     with progress_bar("detecting") as progress:
@@ -147,8 +147,8 @@ def export(
     ] = None,
 ) -> None:
     """Export a model to ONNX and check it against PyTorch."""
-    from detdistill.experiments.export import export as export_model
-    from detdistill.printing import say
+    from detdistill.cli.printing import say
+    from detdistill.export.export import export as export_model
 
     done = export_model(weights, out, size=size, dynamic_batch=dynamic_batch, check=check)
     facts = done.facts
@@ -170,8 +170,8 @@ def quantize(
     out: Annotated[Path | None, typer.Option(help="Output file. Default: FILE with .int8.onnx.")] = None,
 ) -> None:
     """Quantize an exported model to 8 bits."""
-    from detdistill.experiments.quantize import quantize as quantize_file
-    from detdistill.printing import say
+    from detdistill.cli.printing import say
+    from detdistill.export.quantize import quantize as quantize_file
 
     done = quantize_file(file, images, out)
     say(f"{done.path}: {done.bytes / 1e6:.2f} MB, before {done.bytes_before / 1e6:.2f} MB")
@@ -193,8 +193,8 @@ def import_mmdet(
     classes: Annotated[str | None, typer.Option(metavar="A,B,C", help="Class names, if FILE has none.")] = None,
 ) -> None:
     """Convert an MMDetection checkpoint."""
-    from detdistill.models.mmdet_weights import import_mmdet as import_checkpoint
-    from detdistill.printing import say
+    from detdistill.cli.printing import say
+    from detdistill.models.checkpoints.mmdet import import_mmdet as import_checkpoint
 
     names = classes.split(",") if classes is not None else None
     path, found = import_checkpoint(
@@ -218,8 +218,8 @@ def methods(
     """List distillation methods, or describe one."""
     import sys
 
+    from detdistill.cli.printing import first_line, say, show
     from detdistill.distillation.methods import METHODS, option_table
-    from detdistill.printing import first_line, say, show
 
     if name is not None:
         columns, rows = option_table(name)
@@ -249,8 +249,8 @@ def models(
 
         print("\n".join(timm.list_models(backbones)))
         return
-    from detdistill.printing import first_line, say, show
-    from detdistill.recipe_models import families
+    from detdistill.cli.printing import first_line, say, show
+    from detdistill.recipe.models import families
 
     rows = [(name, config.task, first_line(config.__doc__)) for name, config in families().items()]
     show(("family", "task", "what it is"), rows, text_columns=3)

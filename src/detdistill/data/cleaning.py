@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detdistill.config import UserError, names_of, nearest
 from detdistill.data.masks import usable_segmentation
 from detdistill.data.packed import Packed
 from detdistill.data.records import (
@@ -27,6 +26,8 @@ from detdistill.data.records import (
     Split,
     encode_segmentation,
 )
+from detdistill.errors import UserError, nearest
+from detdistill.recipe import names_of
 
 _ROUNDING = 1.0  # pixels by which a box may leave its image before it is worth a word
 _ELSEWHERE = 0.1  # IoU of a mask's extent and its object's box, below which one of them is wrong

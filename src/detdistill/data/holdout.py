@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from detdistill.config import UserError
 from detdistill.data.records import Split
+from detdistill.errors import UserError
 
 
 def share_of(val: str | None) -> float | None:

@@ -15,13 +15,14 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from detdistill.config import DataConfig, UserError
 from detdistill.data.box_checks import doubled_boxes
+from detdistill.data.formats.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.images import READERS, read_image
-from detdistill.data.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.loading import open_data
 from detdistill.data.records import UNLABELLED, Finding, Record, Split
 from detdistill.data.unlabelled import find_unlabelled
+from detdistill.errors import UserError
+from detdistill.recipe import DataConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

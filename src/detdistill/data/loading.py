@@ -17,13 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from detdistill.config import AugmentConfig, DataConfig, UserError, nearest
 from detdistill.data.cleaning import relabel, report_fractions, report_ignored
-from detdistill.data.coco import find_coco, open_coco
-from detdistill.data.digits import digits_root
-from detdistill.data.holdout import hold_out, share_of
-from detdistill.data.images import read_image
-from detdistill.data.label_maps import (
+from detdistill.data.formats.coco import find_coco, open_coco
+from detdistill.data.formats.digits import digits_root
+from detdistill.data.formats.label_maps import (
     count_pixels,
     find_cityscapes,
     find_label_folders,
@@ -32,12 +29,16 @@ from detdistill.data.label_maps import (
     open_voc_segmentation,
     read_labels,
 )
+from detdistill.data.formats.voc import find_voc, find_voc_folders, open_voc
+from detdistill.data.formats.yolo import open_yolo
+from detdistill.data.formats.yolo_layout import find_yolo
+from detdistill.data.holdout import hold_out, share_of
+from detdistill.data.images import read_image
 from detdistill.data.masks import decode_mask
 from detdistill.data.records import Finding, Record, Split
 from detdistill.data.transforms import augment_seeded, build_augment
-from detdistill.data.voc import find_voc, find_voc_folders, open_voc
-from detdistill.data.yolo import open_yolo
-from detdistill.data.yolo_layout import find_yolo
+from detdistill.errors import UserError, nearest
+from detdistill.recipe import AugmentConfig, DataConfig
 from detdistill.seeding import mix_seed
 
 _EXPECTED = (

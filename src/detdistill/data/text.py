@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.text import is_text
 
 _UTF_16_OR_32 = {

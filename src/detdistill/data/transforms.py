@@ -8,8 +8,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import query_size
 
-from detdistill.config import AugmentConfig, UserError
 from detdistill.data.records import UNLABELLED
+from detdistill.errors import UserError
+from detdistill.recipe import AugmentConfig
 
 # Twice the side at most: SSD's factor of 4 costs 16 times the memory where a model takes images as they come.
 _ZOOM_OUT_RANGE = (1.0, 2.0)

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detdistill.config import AugmentConfig, DataConfig, UserError
 from detdistill.data.cleaning import FileIndex
-from detdistill.data.coco import image_files
-from detdistill.data.digits import digits_root
+from detdistill.data.formats.coco import image_files
+from detdistill.data.formats.digits import digits_root
+from detdistill.data.formats.layout import ListedImages, is_file
 from detdistill.data.images import find_images, read_image
-from detdistill.data.layout import ListedImages, is_file
 from detdistill.data.loading import Sample
 from detdistill.data.records import UNLABELLED
 from detdistill.data.text import read_lines
 from detdistill.data.transforms import augment_seeded, build_augment
+from detdistill.errors import UserError
+from detdistill.recipe import AugmentConfig, DataConfig
 from detdistill.seeding import mix_seed
 
 

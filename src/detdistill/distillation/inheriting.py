@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.models.base import Model
-from detdistill.models.torchvision_objects import TorchvisionFasterRCNN, TorchvisionOneStage
-from detdistill.models.weights import load_weights, some
+from detdistill.models.checkpoints.weights import load_weights, some
+from detdistill.models.third_party.torchvision import TorchvisionFasterRCNN, TorchvisionOneStage
 
 
 def inherit(student: Model, teacher: Model) -> str:

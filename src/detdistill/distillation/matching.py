@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 from detdistill.models.base import Batch, Preprocess
 
 if TYPE_CHECKING:

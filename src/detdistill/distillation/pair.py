@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detdistill.config import MethodConfig, UserError, expand_method
 from detdistill.distillation.matching import (
     ClassMatch,
     Matching,
@@ -23,8 +22,10 @@ from detdistill.distillation.methods import build_method
 from detdistill.distillation.responses import SharedClasses, require_readable
 from detdistill.distillation.signals import Method, Need, Setting, Signals
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, build_weight, gradient_norm
+from detdistill.errors import UserError
 from detdistill.models.base import Batch, Model, Pyramid, Raw, Target
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.one_stage import OneStage
+from detdistill.recipe import MethodConfig, expand_method
 from detdistill.seeding import mix_seed
 
 logger = logging.getLogger(__name__)

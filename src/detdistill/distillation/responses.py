@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import describe_input, same_grid
 from detdistill.distillation.regions import from_input_to_input
 from detdistill.distillation.signals import Setting, Signals
+from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
-from detdistill.models.detr import DETR
-from detdistill.models.faster_rcnn import FasterRCNN
-from detdistill.models.fcos import FCOS
-from detdistill.models.heads import DenseHead, flatten_maps, mean_sides
-from detdistill.models.one_stage import OneStage
-from detdistill.models.retinanet import RetinaNet
-from detdistill.models.torchvision_objects import TorchvisionFCOS, TorchvisionRetinaNet
+from detdistill.models.families.detr import DETR
+from detdistill.models.families.faster_rcnn import FasterRCNN
+from detdistill.models.families.fcos import FCOS
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.families.retinanet import RetinaNet
+from detdistill.models.layers.heads import DenseHead, flatten_maps, mean_sides
+from detdistill.models.third_party.torchvision import TorchvisionFCOS, TorchvisionRetinaNet
 
 SEGMENTATION = "segmentation"
 OF_OBJECTS = ("boxes", "labels", "masks")  # entries of a target with a row for each object

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from detdistill.config import MethodConfig
 from detdistill.models.base import Kind, Pyramid
+from detdistill.recipe import MethodConfig
 
 AUTO_EVERY = 50  # steps between measurements: each costs one more backward pass through the head
 AUTO_STEP = 0.5  # of the way, in logarithms, to what the newest measurement asks for

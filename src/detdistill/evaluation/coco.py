@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from detdistill.config import UserError
 from detdistill.data.masks import encode_masks
 from detdistill.data.records import Split
 from detdistill.data.text import read_file
+from detdistill.errors import UserError
 from detdistill.evaluation.coco_library import (
     COCO_NUMBERS,
     Backend,

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 
 Backend = Literal["hotcoco", "pycocotools"]
 IouType = Literal["bbox", "segm"]

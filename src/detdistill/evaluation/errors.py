@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detdistill.config import UserError
 from detdistill.data.records import Split
+from detdistill.errors import UserError
 from detdistill.evaluation.coco import coco_rows, coco_truth
 from detdistill.evaluation.coco_library import Backend, evaluated, load_library
 from detdistill.evaluation.detections import finite_detections

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, distributed
 
-from detdistill.config import UserError
 from detdistill.data.loading import DetectionDataset, make_loader
 from detdistill.data.records import Split
+from detdistill.errors import UserError
 from detdistill.models.base import Detections, Model, Target, eval_mode
 
 Precision = Literal["fp32", "bf16"]

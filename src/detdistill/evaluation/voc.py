@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from detdistill.config import UserError
 from detdistill.data.records import Record, Split
+from detdistill.errors import UserError
 from detdistill.evaluation.detections import finite_detections
 
 

@@ -18,20 +18,20 @@ from detdistill.models.base import (
     TwoStageRaw,
 )
 from detdistill.models.build import build_model, load_teacher
-from detdistill.models.cascade_rcnn import CascadeMaskRCNN, CascadeRCNN
-from detdistill.models.checkpoints import load_model, save_model
-from detdistill.models.detr import DETR
-from detdistill.models.faster_rcnn import FasterRCNN
-from detdistill.models.fcos import FCOS
-from detdistill.models.gfl import GFL
-from detdistill.models.mask_rcnn import MaskRCNN
-from detdistill.models.mmdet_weights import import_mmdet
-from detdistill.models.reppoints import RepPoints
-from detdistill.models.retinanet import RetinaNet
-from detdistill.models.segmentation import EncoderDecoder
-from detdistill.models.torchvision_weights import load_torchvision
-from detdistill.models.weights import LoadReport, load_weights, read_state_dict
-from detdistill.models.wrapped import wrap
+from detdistill.models.checkpoints.io import load_model, save_model
+from detdistill.models.checkpoints.mmdet import import_mmdet
+from detdistill.models.checkpoints.torchvision import load_torchvision
+from detdistill.models.checkpoints.weights import LoadReport, load_weights, read_state_dict
+from detdistill.models.families.cascade_rcnn import CascadeMaskRCNN, CascadeRCNN
+from detdistill.models.families.detr import DETR
+from detdistill.models.families.faster_rcnn import FasterRCNN
+from detdistill.models.families.fcos import FCOS
+from detdistill.models.families.gfl import GFL
+from detdistill.models.families.mask_rcnn import MaskRCNN
+from detdistill.models.families.reppoints import RepPoints
+from detdistill.models.families.retinanet import RetinaNet
+from detdistill.models.families.segmentation import EncoderDecoder
+from detdistill.models.third_party.wrap import wrap
 
 __all__ = [
     "DETR",

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from detdistill.config import ModelConfig
 from detdistill.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Batch, Preprocess, Target
+from detdistill.recipe import ModelConfig
 
 __all__ = [
     "IMAGENET_MEAN",

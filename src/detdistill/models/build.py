@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from detdistill.config import ModelConfig, ObjectConfig, UserError, names_of
 from detdistill.data.records import Split
-from detdistill.models import torchvision_weights
-from detdistill.models.backbones import Backbone
+from detdistill.errors import UserError
 from detdistill.models.base import SOURCES, Batch, Model, eval_mode
-from detdistill.models.limits import require_memory_for_model
-from detdistill.models.spec import Spec
-from detdistill.models.weights import (
+from detdistill.models.checkpoints import torchvision as torchvision_weights
+from detdistill.models.checkpoints.spec import Spec
+from detdistill.models.checkpoints.weights import (
     PARTS,
     LoadReport,
     find_weights,
@@ -26,7 +24,10 @@ from detdistill.models.weights import (
     read_spec,
     read_state_dict,
 )
-from detdistill.recipe_models import (
+from detdistill.models.layers.backbones import Backbone
+from detdistill.models.limits import require_memory_for_model
+from detdistill.recipe import ModelConfig, ObjectConfig, names_of
+from detdistill.recipe.models import (
     DEFAULT_FAMILY,
     FAMILIES,
     WEIGHTS_OF_A_LIBRARY,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from detdistill.config import Convention, UserError
+from detdistill.errors import UserError
 from detdistill.models.base import (
     Batch,
     Candidates,
@@ -28,8 +28,7 @@ from detdistill.models.base import (
     Segmenter,
     Target,
 )
-from detdistill.models.graph import Letterbox, suppress
-from detdistill.models.spec import (
+from detdistill.models.checkpoints.spec import (
     CategoryIds,
     ClassNames,
     first_fault,
@@ -37,7 +36,9 @@ from detdistill.models.spec import (
     require_id_for_each,
     require_spec,
 )
-from detdistill.recipe_sections import LONGEST_SIDE, MOST_DETECTIONS
+from detdistill.models.graph import Letterbox, suppress
+from detdistill.recipe import Convention
+from detdistill.recipe.sections import LONGEST_SIDE, MOST_DETECTIONS
 
 METADATA_KEY = "detdistill"
 WITHOUT_NMS = ("rtdetr_v2", "d_fine", None)  # families whose queries give each object once; or it is unknown

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detdistill.config import Convention, UserError
+from detdistill.errors import UserError
 from detdistill.models.base import Batch, Candidates, Detections, ExportableDetector, Model, Preprocess
-from detdistill.models.heads import best_detections
-from detdistill.models.masks import paste_masks
-from detdistill.models.segmentation import EncoderDecoder, resize_logits
+from detdistill.models.families.segmentation import EncoderDecoder, resize_logits
+from detdistill.models.layers.heads import best_detections
+from detdistill.models.layers.masks import paste_masks
+from detdistill.recipe import Convention
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import os
 import psutil
 import torch
 
-from detdistill.config import ModelConfig, Recipe, UserError
 from detdistill.data.records import Split
+from detdistill.errors import UserError
 from detdistill.models.base import Model
-from detdistill.recipe_models import NetworkConfig
+from detdistill.recipe import ModelConfig, Recipe
+from detdistill.recipe.models import NetworkConfig
 
 _FLOAT = 4  # bytes
 

@@ -1,7 +1,7 @@
 """One HTML file that tells a result: no network, no framework, light and dark, from a phone's width on.
 
 A page is sections of texts, charts, tables, pairs of pictures and code; what they say is decided elsewhere
-(:mod:`detdistill.experiments.report`). All words are data (names of classes, files, arms) and are escaped; the
+(:mod:`detdistill.report.report`). All words are data (names of classes, files, arms) and are escaped; the
 page's content security policy, too, lets no script run but its own, and nothing be fetched.
 """
 
@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from detdistill.report.charts import Chart
 from detdistill.report.pictures import Drawing, Pair
-from detdistill.report.plots import COLORS, ERROR_COLORS
+from detdistill.visualization.plots import COLORS, ERROR_COLORS
 
 
 @dataclass(frozen=True)

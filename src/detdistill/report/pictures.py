@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from detdistill.report.drawing import draw_detections
+from detdistill.visualization.drawing import draw_detections
 
 # Long side in pixels and JPEG quality, from the first to the first that keeps to the bytes.
 SIZES = ((640, 82), (560, 74), (480, 64), (400, 55), (320, 45))
@@ -43,7 +43,8 @@ def draw_pairs(
 
     Args:
         images: (3, H, W) uint8 and what to draw on each copy, as
-            :func:`~detdistill.report.drawing.draw_detections` takes it. One at a time is in memory at its size.
+            :func:`~detdistill.visualization.drawing.draw_detections` takes it. One at a time is in memory at
+            its size.
         classes: names by label.
         threshold: least score that is drawn.
         most_bytes: of all JPEGs together: sizes and qualities fall until they keep to it; when the lowest do

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from detdistill.config import Recipe, TrainingConfig, UserError
 from detdistill.data.loading import DetectionDataset, make_loader
 from detdistill.data.records import Split
 from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe, TrainingConfig
 from detdistill.seeding import mix_seed
 from detdistill.training.sampler import StepSampler
 from detdistill.training.step import MicroBatch

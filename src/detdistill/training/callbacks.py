@@ -18,11 +18,12 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from detdistill.config import Recipe, UserError, nearest
+from detdistill.errors import UserError, nearest
 from detdistill.evaluation.measure import Evaluation
-from detdistill.report.gallery import save_samples
-from detdistill.report.plots import plot_curves
+from detdistill.recipe import Recipe
 from detdistill.training.run_folder import Row, RunFolder
+from detdistill.visualization.gallery import save_samples
+from detdistill.visualization.plots import plot_curves
 
 logger = logging.getLogger(__name__)
 

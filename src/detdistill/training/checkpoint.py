@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from detdistill.config import UserError
+from detdistill.errors import UserError
 
 PREVIOUS = "previous.pt"
 

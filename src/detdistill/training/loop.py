@@ -18,16 +18,17 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-from detdistill.config import Recipe, UserError
 from detdistill.data.loading import usable_splits
 from detdistill.distillation.inheriting import inherit
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Model
 from detdistill.models.build import check_targets, needs_masks
-from detdistill.models.checkpoints import save_model
+from detdistill.models.checkpoints.io import save_model
 from detdistill.models.limits import require_memory_for_training
+from detdistill.recipe import Recipe
 from detdistill.training.batches import micro_batches, open_datasets
 from detdistill.training.callbacks import (
     Callback,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detdistill.config import Recipe, UserError
+from detdistill.errors import UserError
 from detdistill.models import build_model, load_teacher
 from detdistill.models.base import Model
-from detdistill.models.weights import require_usable_weights
+from detdistill.models.checkpoints.weights import require_usable_weights
+from detdistill.recipe import Recipe
 
 
 def models_of(

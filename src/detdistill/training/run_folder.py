@@ -31,15 +31,16 @@ from typing import Any
 
 import torch
 
-from detdistill.config import DataConfig, ModelConfig, Recipe, UserError, dump_recipe, load_recipe
 from detdistill.data.fingerprint import fingerprint
 from detdistill.data.images import is_image
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
 from detdistill.data.text import read_file
 from detdistill.distillation.weighting import RATIO
-from detdistill.models.weights import file_hash, find_weights
+from detdistill.errors import UserError
+from detdistill.models.checkpoints.weights import file_hash, find_weights
 from detdistill.output import make_folder
+from detdistill.recipe import DataConfig, ModelConfig, Recipe, dump_recipe, load_recipe
 from detdistill.text import is_text, printable
 from detdistill.training.checkpoint import PREVIOUS, load_checkpoint, save_checkpoint
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from detdistill.config import TrainingConfig
+from detdistill.recipe import TrainingConfig
 from detdistill.seeding import mix_seed
 
 

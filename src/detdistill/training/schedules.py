@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from detdistill.config import ScheduleConfig
+from detdistill.recipe import ScheduleConfig
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, total: int) -> float:

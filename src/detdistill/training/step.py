@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from detdistill.config import OptimizerConfig, TrainingConfig, UserError
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
 from detdistill.models.base import Target
-from detdistill.models.detr import DETR
+from detdistill.models.families.detr import DETR
+from detdistill.recipe import OptimizerConfig, TrainingConfig
 from detdistill.seeding import mix_seed
 
 logger = logging.getLogger(__name__)

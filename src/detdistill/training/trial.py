@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from detdistill.config import Recipe, UserError
 from detdistill.data.records import Split
 from detdistill.distillation.pair import Pair
+from detdistill.errors import UserError
+from detdistill.recipe import Recipe
 from detdistill.seeding import mix_seed
 from detdistill.training.batches import micro_batches, open_datasets
 from detdistill.training.precision import DTYPES, resolve_device, resolve_precision

@@ -8,7 +8,6 @@ from importlib.metadata import entry_points
 from inspect import signature
 from typing import Any, get_args, get_origin, get_type_hints
 
-from detdistill.config import UserError, nearest
 from detdistill.distillation.methods.adversarial import Adversarial, AdversarialLoss
 from detdistill.distillation.methods.at import AT, ATLoss
 from detdistill.distillation.methods.cirkd import CIRKD, CIRKDLoss
@@ -34,6 +33,7 @@ from detdistill.distillation.methods.scalekd import ScaleKD, ScaleKDLoss
 from detdistill.distillation.methods.skd import SKD, SKDLoss
 from detdistill.distillation.methods.skds import SKDS, SKDSLoss
 from detdistill.distillation.signals import Method, Setting
+from detdistill.errors import UserError, nearest
 
 __all__ = [
     "AT",

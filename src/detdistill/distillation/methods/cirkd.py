@@ -37,7 +37,7 @@ from detdistill.data.records import UNLABELLED
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.heads import normaliser
+from detdistill.models.layers.heads import normaliser
 
 
 class CIRKDLoss(nn.Module):

@@ -33,16 +33,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import Overlay
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, SharedClasses, tempered_kl
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.assignment import centres
+from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw
-from detdistill.models.fcos import centerness_of
-from detdistill.models.heads import IGNORED, flatten_maps, normaliser, take_objects
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.fcos import centerness_of
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.assignment import centres
+from detdistill.models.layers.heads import IGNORED, flatten_maps, normaliser, take_objects
 
 EPS = 1e-7
 LEAST = {"iou": 1e-6, "giou": 1e-7}  # area that counts as one: the published code's

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import SEGMENTATION, SharedClasses, pixel_logits
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.errors import UserError
 
 
 class CWDLoss(nn.Module):

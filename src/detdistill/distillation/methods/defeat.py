@@ -46,7 +46,7 @@ from detdistill.distillation.responses import (
 )
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
-from detdistill.models.heads import normaliser
+from detdistill.models.layers.heads import normaliser
 
 
 class DeFeatLoss(nn.Module):

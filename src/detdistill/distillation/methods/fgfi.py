@@ -30,9 +30,9 @@ from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import object_mask
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.faster_rcnn import FasterRCNN
-from detdistill.models.heads import normaliser
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.faster_rcnn import FasterRCNN
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.heads import normaliser
 
 
 class FGFILoss(nn.Module):

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads
 from detdistill.distillation.signals import Method, Need, Setting, Signals
+from detdistill.errors import UserError
 from detdistill.models.base import dense
-from detdistill.models.faster_rcnn import FasterRCNN
-from detdistill.models.heads import normaliser
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.faster_rcnn import FasterRCNN
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.heads import normaliser
 
 
 class FRSLoss(nn.Module):

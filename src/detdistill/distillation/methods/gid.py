@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import in_cells, stride_of_boxes
@@ -45,9 +44,10 @@ from detdistill.distillation.responses import (
     require_same_grid,
 )
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.errors import UserError
 from detdistill.models.base import Batch, DenseRaw, Model, Raw
-from detdistill.models.heads import normaliser
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.heads import normaliser
 
 POOLED = 10
 CANDIDATES = 3000  # anchors of an image before suppression

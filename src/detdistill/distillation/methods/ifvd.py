@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.heads import normaliser
+from detdistill.models.layers.heads import normaliser
 
 EPS = 1e-8  # least length of a pixel's feature
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from detdistill.config import UserError
 from detdistill.data.records import UNLABELLED
 from detdistill.distillation.correlation import covariances
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.regions import boxes_in_cells, class_labels
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
+from detdistill.errors import UserError
 from detdistill.models.base import Task
-from detdistill.models.heads import normaliser
+from detdistill.models.layers.heads import normaliser
 from detdistill.models.preprocess import resize_labels
 
 POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors

@@ -51,8 +51,8 @@ from detdistill.distillation.responses import (
 )
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
 from detdistill.models.base import DenseRaw
-from detdistill.models.heads import normaliser
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.heads import normaliser
 
 
 class KDLoss(nn.Module):

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou
 
-from detdistill.config import UserError
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads, tempered_kl
 from detdistill.distillation.signals import Method, Setting, Signals
-from detdistill.models.assignment import atss_thresholds, centre_depths, nearest_anchors
+from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw
-from detdistill.models.heads import flatten_maps, normaliser
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.assignment import atss_thresholds, centre_depths, nearest_anchors
+from detdistill.models.layers.heads import flatten_maps, normaliser
 
 PUBLISHED_IMAGES = 2  # of a process, over which the published sums go
 

@@ -42,11 +42,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, SEGMENTATION, SharedClasses, own_draws, pixel_logits
 from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.errors import UserError
 from detdistill.models.base import SegmentationRaw
 
 LOGITS = "logits"  # the one key of segmenters' tokens

@@ -38,16 +38,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.config import UserError
 from detdistill.distillation.matching import Adapt, LevelAligner
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, box_outputs, class_logits, own_draws
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw, Pyramid, TwoStageRaw
-from detdistill.models.faster_rcnn import FasterRCNN, RoIHead
-from detdistill.models.heads import DenseHead
-from detdistill.models.one_stage import OneStage
+from detdistill.models.families.faster_rcnn import FasterRCNN, RoIHead
+from detdistill.models.families.one_stage import OneStage
+from detdistill.models.layers.heads import DenseHead
 
 DILATIONS = (1, 2, 3)
 RATES = ((8, 4), (4, 2), (2, 1))  # of the finest level, the next, and all others

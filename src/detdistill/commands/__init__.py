@@ -1,0 +1,1 @@
+"""Commands that neither train nor compare: check, predict, rank teachers, benchmark, demo."""

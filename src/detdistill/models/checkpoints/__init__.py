@@ -1,0 +1,1 @@
+"""Files of weights: ours, torchvision's, Hugging Face's and MMDetection's."""

@@ -1,0 +1,1 @@
+"""The architectures, one file each, and what one-stage and two-stage detectors share."""

@@ -1,0 +1,1 @@
+"""What several architectures are built from: backbones, dense heads, assigners, mask heads."""

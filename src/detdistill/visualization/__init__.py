@@ -1,0 +1,1 @@
+"""Pictures as PNG: training curves and detections on images."""
