@@ -17,9 +17,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 import detdistill
-from detdistill import cli
+from detdistill import cli, recipe
 from detdistill.recipe import Recipe, load_recipe
-from detdistill.recipe import recipe as config
 from detdistill.recipe.models import DEFAULT_FAMILY, families
 from detdistill.recipe.reading import sections_in
 
@@ -104,12 +103,12 @@ def test_recipes_in_the_documentation_are_right(tmp_path: Path) -> None:
     "path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
 )
 def test_recipes_of_the_project_are_right(path: Path) -> None:
-    recipe = load_recipe(path)
+    loaded = load_recipe(path)
     head = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
     command = f"detdistill train {path.relative_to(ROOT).as_posix()}"
     assert head, f"{path.name}: its head should say what it is and how to run it"
     assert command in head[0], f"{path.name}: its head should say: {command}"
-    assert recipe.name
+    assert loaded.name
 
 
 @pytest.mark.parametrize("block", blocks("python"))
@@ -135,7 +134,7 @@ def test_python_examples_run(block: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(detdistill.METHODS, "moments", None)  # one that the examples add: gone afterwards
     section = {"backbone": "resnet10t", "channels": 8, "head_depth": 1, "strides": [16, 32]}
     build = {
-        channels: detdistill.build_model(config.model_config(**{**section, "channels": channels}), ["a", "b"])
+        channels: detdistill.build_model(recipe.model_config(**{**section, "channels": channels}), ["a", "b"])
         for channels in (8, 16)
     }
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
@@ -150,12 +149,12 @@ def test_python_examples_run(block: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "recipe": Recipe,
-    "data": config.DataConfig,
-    "methods": config.MethodConfig,
-    "training": config.TrainingConfig,
-    "training.optimizer": config.OptimizerConfig,
-    "training.schedule": config.ScheduleConfig,
-    "training.augment": config.AugmentConfig,
+    "data": recipe.DataConfig,
+    "methods": recipe.MethodConfig,
+    "training": recipe.TrainingConfig,
+    "training.optimizer": recipe.OptimizerConfig,
+    "training.schedule": recipe.ScheduleConfig,
+    "training.augment": recipe.AugmentConfig,
 }
 
 
@@ -207,7 +206,7 @@ def model_rows() -> list[str]:
             if name == "family":
                 row = (
                     f"`{name}`",
-                    f"text | `{DEFAULT_FAMILY}` | {config.ModelConfig.model_fields[name].description}",
+                    f"text | `{DEFAULT_FAMILY}` | {recipe.ModelConfig.model_fields[name].description}",
                 )
             else:
                 row = (f"`{name}`", f"{kind(field.annotation)} | {default(field)} | {field.description}")
@@ -233,7 +232,7 @@ def test_every_section_of_the_schema_has_a_table() -> None:
         inner = {s for f in section.model_fields.values() for s in sections_in(f.annotation)}
         return {section}.union(*(below(one) for one in inner))
 
-    assert below(Recipe) == {*SECTIONS.values(), config.ModelConfig}
+    assert below(Recipe) == {*SECTIONS.values(), recipe.ModelConfig}
 
 
 def test_every_key_has_a_description() -> None:

@@ -111,8 +111,8 @@ def test_everything_that_is_shown_passes_these_functions():
         for call, files in found.items():
             if call in path.read_text(encoding="utf-8"):
                 files.add(path.relative_to(PACKAGE).as_posix())
-    assert found["Console("] == {"printing.py", "training/display.py", "experiments/demo.py"}
-    assert found[".savefig("] == {"report/plots.py"}
+    assert found["Console("] == {"cli/printing.py", "training/display.py", "commands/demo.py"}
+    assert found[".savefig("] == {"visualization/plots.py"}
 
 
 BAD_NAMES = (
