@@ -143,6 +143,7 @@ def test_mistakes(exported: Path, folder: Path, tmp_path: Path, capsys: pytest.C
         ((exported, tmp_path / "empty"), "no images"),
         ((exported, tmp_path / "gone"), "no such image or folder"),
         ((tmp_path / "gone.onnx", folder), "no such file"),
+        (("/", folder), "no such file"),
         ((exported, folder, exported), "a name of its own"),
         ((exported, folder, tmp_path / "x.pt2"), "ends in .onnx"),
         ((exported, folder, done.path / "x.onnx"), r"small.onnx: cannot be made \(File exists\)"),

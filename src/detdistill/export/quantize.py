@@ -94,6 +94,8 @@ def quantize(file: str | Path, images: str | Path, out: str | Path | None = None
             extra ``export`` are not installed.
     """
     file = Path(file)
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give an ONNX file that `detdistill export` wrote")
     path = output_path(out) if out is not None else file.with_suffix(f".int8{ONNX}")
     if path.suffix != ONNX or path == file:
         raise UserError(f"{path}: give --out a name of its own that ends in {ONNX}")
