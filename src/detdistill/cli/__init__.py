@@ -1,4 +1,4 @@
-"""The command line. Each verb parses, calls one function of :mod:`detdistill.experiments`, and prints.
+"""The command line. Each command parses, calls one function of the packages before it, and prints.
 
 Exit codes: 0 done; 2 an error that the user can fix, in one line; 1 a bug, with its traceback; 75 preempted
 and saved, start again; 130 interrupted.
