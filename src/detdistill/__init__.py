@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from detdistill.commands.rank_teachers import rank_teachers
     from detdistill.comparison.analysis import analyze
     from detdistill.comparison.compare import compare
+    from detdistill.deployment.export import export
+    from detdistill.deployment.quantize import quantize
     from detdistill.distillation.matching import LevelAligner
     from detdistill.distillation.methods import METHODS
     from detdistill.distillation.methods.ima import IMALoss
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from detdistill.distillation.signals import Method, Setting, Signals
     from detdistill.errors import UserError
     from detdistill.evaluation.evaluate import evaluate
-    from detdistill.export.export import export
-    from detdistill.export.quantize import quantize
     from detdistill.models import build_model
     from detdistill.models.base import Preprocess
     from detdistill.models.checkpoints.io import load_model, save_model
@@ -87,12 +87,12 @@ _HOMES = {
     "compare": "comparison.compare",
     "distill": "training.train",
     "evaluate": "evaluation.evaluate",
-    "export": "export.export",
+    "export": "deployment.export",
     "iter_predictions": "commands.predict",
     "load_model": "models.checkpoints.io",
     "load_recipe": "recipe",
     "predict": "commands.predict",
-    "quantize": "export.quantize",
+    "quantize": "deployment.quantize",
     "rank_teachers": "commands.rank_teachers",
     "save_model": "models.checkpoints.io",
     "train": "training.train",

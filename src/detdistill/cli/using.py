@@ -148,7 +148,7 @@ def export(
 ) -> None:
     """Export a model to ONNX and check it against PyTorch."""
     from detdistill.cli.printing import say
-    from detdistill.export.export import export as export_model
+    from detdistill.deployment.export import export as export_model
 
     done = export_model(weights, out, size=size, dynamic_batch=dynamic_batch, check=check)
     facts = done.facts
@@ -171,7 +171,7 @@ def quantize(
 ) -> None:
     """Quantize an exported model to 8 bits."""
     from detdistill.cli.printing import say
-    from detdistill.export.quantize import quantize as quantize_file
+    from detdistill.deployment.quantize import quantize as quantize_file
 
     done = quantize_file(file, images, out)
     say(f"{done.path}: {done.bytes / 1e6:.2f} MB, before {done.bytes_before / 1e6:.2f} MB")

@@ -16,8 +16,8 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from detdistill.data.images import find_images, read_image
+from detdistill.deployment.export import ONNX, PixelAgreement, compare_pixels
 from detdistill.errors import UserError
-from detdistill.export.export import ONNX, PixelAgreement, compare_pixels
 from detdistill.models.base import Detections
 from detdistill.models.exported import (
     INPUTS,

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from detdistill.cli import main
 from detdistill.commands.predict import predict
+from detdistill.deployment.export import Agreement, compare, export
 from detdistill.errors import UserError
 from detdistill.evaluation.evaluate import evaluate
-from detdistill.export.export import Agreement, compare, export
 from detdistill.models import Detector, Preprocess, build_model, load_model, save_model
 from detdistill.models.exported import ExportedDetector, load_onnx
 from detdistill.models.graph import DetectionGraph, letterbox_of
@@ -186,7 +186,7 @@ def test_a_file_that_disagrees_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad: Callable[..., Agreement] = lambda *_: Agreement(1, 10, 0.5, 0.0, 0.0)  # noqa: E731
-    monkeypatch.setattr("detdistill.export.export.compare", bad)
+    monkeypatch.setattr("detdistill.deployment.export.compare", bad)
     with pytest.raises(UserError, match=r"not written: only 50\.0% of what it finds"):
         export(detector(strides=[32]), tmp_path / "x.onnx", size=SIZE, check=folder)
     assert not list(tmp_path.iterdir())

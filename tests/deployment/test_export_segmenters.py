@@ -13,8 +13,8 @@ from PIL import Image
 
 import detdistill
 from detdistill.cli import main
+from detdistill.deployment.export import PixelAgreement, compare, export
 from detdistill.errors import UserError
-from detdistill.export.export import PixelAgreement, compare, export
 from detdistill.models import build_model, load_model, save_model
 from detdistill.models.base import Preprocess
 from detdistill.models.exported import ExportedSegmenter, load_onnx

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from detdistill.deployment.export import export
 from detdistill.errors import UserError
 from detdistill.evaluation.evaluate import evaluate
-from detdistill.export.export import export
 from detdistill.models import Detector, build_model
 from detdistill.models.exported import load_onnx
 from detdistill.models.graph import letterbox_of

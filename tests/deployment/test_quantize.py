@@ -13,9 +13,9 @@ from PIL import Image
 
 import detdistill
 from detdistill.cli import main
+from detdistill.deployment.export import PixelAgreement, export
+from detdistill.deployment.quantize import Likeness, _found, _spread, quantize
 from detdistill.errors import UserError
-from detdistill.export.export import PixelAgreement, export
-from detdistill.export.quantize import Likeness, _found, _spread, quantize
 from detdistill.models.exported import load_onnx
 
 from .test_export import SIZE, detector, pictures
