@@ -15,6 +15,7 @@ from detdistill.data.box_checks import small_objects
 from detdistill.data.inspect import Inspection, inspect_data
 from detdistill.data.records import Finding, Split
 from detdistill.data.transforms import build_augment
+from detdistill.distillation.distiller import distiller_of
 from detdistill.distillation.inheriting import inherit
 from detdistill.distillation.matching import ClassMatch, Matching, describe_input
 from detdistill.distillation.pair import Pair
@@ -118,7 +119,7 @@ def check(recipe: Recipe | str | Path, overrides: Iterable[str] = (), *, step: b
 
 def _check_models(result: Check, train: Split, step: bool) -> None:
     recipe, classes = result.recipe, train.classes
-    student = teacher = pair = None
+    student = teacher = distiller = None
     with _messages() as notes:
         try:
             student = build_model(recipe.student, classes)
@@ -135,10 +136,11 @@ def _check_models(result: Check, train: Split, step: bool) -> None:
     if student is not None and teacher is not None:
         with _messages() as notes:
             try:
-                pair = Pair(student, teacher)  # what meets is told of methods that are refused, too
+                pair = Pair(student, teacher)  # what meets is reported of methods that are refused, too
                 result.matching, result.classes = pair.matching, pair.classes
-                pair = Pair(student, teacher, recipe.methods, seed=recipe.training.seed)
-                if recipe.data.unlabelled is not None and (able := pair.without_labels()):
+                distiller = distiller_of(student, teacher, recipe.methods, seed=recipe.training.seed)
+                (trainable,) = distiller.trainables
+                if recipe.data.unlabelled is not None and (able := trainable.without_labels()):
                     result.notes.append(f"images without labels: {', '.join(able)} teaches from them")
                 if recipe.inherit:
                     result.notes.append(inherit(student, teacher))
@@ -158,16 +160,16 @@ def _check_models(result: Check, train: Split, step: bool) -> None:
         try:
             require_memory_for_training(recipe, student, train)
             if student is not None:
-                pair = pair or Pair(student)
-                build_optimizer(pair, recipe.training.optimizer)
+                distiller = distiller or distiller_of(student)
+                build_optimizer(distiller.trainables[0], recipe.training.optimizer)
         except UserError as error:
             result.problems.append(str(error))
     result.notes += notes
     result.notes += _budget_notes(recipe.training, len(train))
-    if pair is not None and step and result.ok:
+    if distiller is not None and step and result.ok:
         with _messages() as notes:
             try:
-                result.step = try_step(recipe, pair, train)
+                result.step = try_step(recipe, distiller, train)
             except UserError as error:
                 result.problems.append(f"training step: {error}")
             except Exception as error:  # of a backbone or a model that this project did not write

@@ -22,6 +22,7 @@ from detdistill.data.loading import DetectionDataset, collate, make_loader, usab
 from detdistill.data.records import Split
 from detdistill.distillation.matching import match_classes
 from detdistill.distillation.pair import Pair
+from detdistill.distillation.teachers import Samples
 from detdistill.errors import UserError
 from detdistill.evaluation.evaluate import as_model, choose_device
 from detdistill.evaluation.model import evaluate_model, main_number
@@ -33,7 +34,7 @@ from detdistill.models.checkpoints.weights import find_weights
 from detdistill.recipe import Recipe, TrainingConfig, load_recipe
 from detdistill.recipe.models import SavedModelConfig
 from detdistill.training.precision import DTYPES, resolve_precision
-from detdistill.training.step import build_optimizer, to_device
+from detdistill.training.step import build_optimizer
 
 TIE = 0.01  # of quality: what two seeds of one training may differ by
 
@@ -298,7 +299,8 @@ def step_costs(
     alone = Pair(copy.deepcopy(student))
     turns = [alone, *pairs.values()]
     if config.channels_last:
-        turns = [pair.to(memory_format=torch.channels_last) for pair in turns]
+        for pair in turns:
+            pair.distiller.to_channels_last()
     optimizers = [build_optimizer(pair, config.optimizer) for pair in turns]
     seconds: list[list[float]] = [[] for _ in turns]
     for i in range(rounds + 1):
@@ -340,7 +342,9 @@ def _first_batch(
 ) -> tuple[list[Tensor], list[Target]]:
     dataset = DetectionDataset(train, None, with_masks=student.needs_masks)
     count = min(_micro_batch(config), len(train))
-    return to_device(*collate([dataset[i * len(train) // count] for i in range(count)]), device)
+    images, targets = collate([dataset[i * len(train) // count] for i in range(count)])
+    samples = Samples(images, targets).to(device)
+    return list(samples.images), list(samples.targets or ())
 
 
 def _micro_batch(config: TrainingConfig) -> int:

@@ -239,6 +239,15 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.split.records)
 
+    @property
+    def augmented(self) -> bool:
+        """Whether a target says in ``view`` from which seed its image's augmentation was drawn."""
+        return self._augment is not None
+
+    def key(self, index: int) -> str:
+        """The name of an image in its data set."""
+        return str(self.split.records[index].image_id)
+
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.split.records[index]
@@ -253,6 +262,7 @@ class DetectionDataset(Dataset[Sample]):
         if self._augment is not None:
             draw = mix_seed(self.seed, epoch, index)
             image, target = augment_seeded(self._augment, image, target, draw)
+            target["view"] = torch.tensor(draw)
         target["index"] = torch.tensor(index)
         return image, target
 

@@ -73,14 +73,21 @@ class UnlabelledImages(Dataset[Sample]):
         self.files, self.seed, self.label_maps = files, seed, label_maps
         self._augment = build_augment(augment, label_maps=label_maps)
 
+    augmented = True
+
     def __len__(self) -> int:
         return len(self.files)
+
+    def key(self, index: int) -> str:
+        """The name of an image in its data set."""
+        return str(self.files[index])
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         image = read_image(self.files[index])
-        image, _ = augment_seeded(self._augment, image, self._nothing(image), mix_seed(self.seed, epoch, index))
-        return image, {"index": torch.tensor(index)}
+        draw = mix_seed(self.seed, epoch, index)
+        image, _ = augment_seeded(self._augment, image, self._nothing(image), draw)
+        return image, {"index": torch.tensor(index), "view": torch.tensor(draw)}
 
     def _nothing(self, image: Tensor) -> dict[str, Tensor]:
         """The target of an image in which nothing is known, as augmentation wants it."""

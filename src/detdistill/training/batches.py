@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
+
+from torch import Tensor
 
 from detdistill.data.loading import DetectionDataset, make_loader
 from detdistill.data.records import Split
 from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
-from detdistill.distillation.pair import Pair
+from detdistill.distillation.distiller import Trainable
+from detdistill.distillation.teachers import Samples
 from detdistill.errors import UserError
+from detdistill.models.base import Target
 from detdistill.recipe import Recipe, TrainingConfig
 from detdistill.seeding import mix_seed
 from detdistill.training.sampler import StepSampler
@@ -18,17 +23,19 @@ from detdistill.training.step import MicroBatch
 UNLABELLED_SEED = 1  # beside the run's own: else images without labels came in the order of the others
 
 
-def open_datasets(recipe: Recipe, train: Split, pair: Pair) -> tuple[DetectionDataset, UnlabelledImages | None]:
+def open_datasets(
+    recipe: Recipe, train: Split, trainable: Trainable
+) -> tuple[DetectionDataset, UnlabelledImages | None]:
     """The labelled images of a run, and those without labels, if there are any and methods to learn from them.
 
     Raises:
         UserError: no method can use images without labels, or one of them is missing.
     """
     augment, seed = recipe.training.augment, recipe.training.seed
-    labelled = DetectionDataset(train, augment, seed, with_masks=pair.student.needs_masks)
-    if recipe.data.unlabelled is None or not pair.methods:
+    labelled = DetectionDataset(train, augment, seed, with_masks=trainable.student.needs_masks)
+    if recipe.data.unlabelled is None or not trainable.terms:
         return labelled, None
-    pair.without_labels()
+    trainable.without_labels()
     files = find_unlabelled(recipe.data)
     return labelled, UnlabelledImages(files, augment, seed, label_maps=train.has_label_maps)
 
@@ -66,8 +73,21 @@ def micro_batches(
 
     own = batches(labelled, config.batch_size, config.seed)
     if unlabelled is None:
-        return (MicroBatch(images, targets, []) for images, targets in own)
+        return (MicroBatch(_samples(labelled, *batch)) for batch in own)
     size = config.unlabelled_batch or config.batch_size
     others = batches(unlabelled, size, mix_seed(config.seed, UNLABELLED_SEED))
     both = zip(own, others, strict=True)
-    return (MicroBatch(images, targets, more) for (images, targets), (more, _) in both)
+    return (
+        MicroBatch(_samples(labelled, *batch), replace(_samples(unlabelled, *more), targets=None))
+        for batch, more in both
+    )
+
+
+def _samples(
+    dataset: DetectionDataset | UnlabelledImages, images: list[Tensor], targets: list[Target]
+) -> Samples:
+    keys = tuple(dataset.key(int(target["index"])) for target in targets)
+    views = (
+        tuple(int(target.pop("view")) for target in targets) if dataset.augmented else (None,) * len(targets)
+    )
+    return Samples(images, targets, keys=keys, views=views)

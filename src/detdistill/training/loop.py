@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors.torch import load_file
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from detdistill.data.loading import usable_splits
+from detdistill.distillation.distiller import distiller_of
 from detdistill.distillation.inheriting import inherit
-from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
@@ -136,6 +136,8 @@ class _Trainer:
             cpu=on_cpu,
             log_with=trackers or None,
             project_dir=folder.path,
+            # All processes write the same into buffers that matter, and only the first one's are exported.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.display = Display(self.accelerator.is_main_process)
         watching: list[Callback] = [self.display]
@@ -162,17 +164,17 @@ class _Trainer:
         if self.config.sync_batchnorm and self.accelerator.num_processes > 1:
             # timm's own: torch's would drop the activation that is part of timm's BatchNormAct2d
             student = convert_sync_batchnorm(student)
-        pair = Pair(student, teacher if recipe.methods else None, recipe.methods, seed=self.config.seed)
+        self.distiller = distiller_of(student, teacher, recipe.methods, seed=self.config.seed)
+        (self.trainable,) = self.distiller.trainables
         if self.config.channels_last:
-            pair = pair.to(memory_format=torch.channels_last)
-        self.pair: Pair = pair
-        optimizer = build_optimizer(pair, self.config.optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(pair, optimizer)
-        self.ema = ModelEmaV3(pair.student, self.config.ema, use_warmup=True) if self.config.ema else None
+            self.distiller.to_channels_last()
+        optimizer = build_optimizer(self.trainable, self.config.optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.trainable, optimizer)
+        self.ema = ModelEmaV3(student, self.config.ema, use_warmup=True) if self.config.ema else None
 
-        self.datasets = open_datasets(recipe, self.train_split, pair)
+        self.datasets = open_datasets(recipe, self.train_split, self.trainable)
         if (unlabelled := self.datasets[1]) is not None:
-            able = ", ".join(pair.without_labels())
+            able = ", ".join(self.trainable.without_labels())
             self.display.note(f"{len(unlabelled)} images without labels, from which {able} teaches")
         self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
         self.total_steps = total_steps(self.config, len(self.train_split))
@@ -248,14 +250,14 @@ class _Trainer:
         factor = learning_rate_factor(self.config.schedule, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        self.pair.at_step(self.step, self.total_steps)
+        self.trainable.at_step(self.step, self.total_steps)
         self.model.train()
         outcome = optimisation_step(
-            self.accelerator, self.model, self.optimizer, micro_batches, self.step, self.config
+            self.accelerator, self.model, self.distiller, self.optimizer, micro_batches, self.step, self.config
         )
         self.pending.append(outcome)
         if self.ema is not None:
-            self.ema.update(self.pair.student, self.step)
+            self.ema.update(self.trainable.student, self.step)
         self.step += 1
 
     def _due(self, epochs: float) -> bool:
@@ -290,7 +292,7 @@ class _Trainer:
         self._refuse_non_finite(values.cpu(), names)
         mean = self.accelerator.reduce(values.mean(0), "mean").tolist()
         total = sum(mean)
-        distilled = sum(value for name, value in zip(names, mean, strict=True) if name in self.pair.methods)
+        distilled = sum(value for name, value in zip(names, mean, strict=True) if name in self.trainable.terms)
         now = time.perf_counter()
         images = sum(outcome.images for outcome in self.pending) * self.accelerator.num_processes
         row: Row = {
@@ -299,7 +301,7 @@ class _Trainer:
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "loss": total,
             **{f"loss/{name}": value for name, value in zip(names, mean, strict=True)},
-            **{f"weight/{name}": value for name, value in self.pair.applied_weights().items()},
+            **{f"weight/{name}": value for name, value in self.trainable.applied_weights().items()},
             "distill_share": distilled / total if total else 0.0,
             "images_per_second": images / (now - self.log_started),
         }
@@ -318,7 +320,7 @@ class _Trainer:
         if self.warned or limit is None or row["gradient_norm"] < DROWNING * limit or share < DROWNING_SHARE:
             return
         self.warned = True
-        worst = max(self.pair.methods, key=lambda name: row.get(f"loss/{name}", 0.0))
+        worst = max(self.trainable.terms, key=lambda name: row.get(f"loss/{name}", 0.0))
         self.display.note(
             f"warning: step {self.step}: gradients of norm {row['gradient_norm']:.0f} are clipped to {limit:g} "
             f"and {share:.0%} of the loss is distillation, so the detection loss has little effect. Lower the "
@@ -388,7 +390,7 @@ class _Trainer:
 
     def _finish(self, status: str, evaluation: Evaluation) -> TrainResult:
         if self.ema is not None:  # the caller's student object is to be what was measured
-            self.pair.student.load_state_dict(self.ema.module.state_dict())
+            self.trainable.student.load_state_dict(self.ema.module.state_dict())
         for warning in evaluation.warnings():
             self.display.note(warning)
         metrics = {**evaluation.numbers(), "minutes": self.seconds / 60, "steps": float(self.step)}
@@ -403,7 +405,7 @@ class _Trainer:
     def _exported(self) -> Model:
         """The student as it would be deployed now: averaged weights where there are any."""
         if self.ema is None:
-            return self.pair.student
+            return self.trainable.student
         averaged = self.ema.module
         assert isinstance(averaged, Model)
         return averaged
@@ -418,7 +420,7 @@ class _Trainer:
                 "step": self.step,
                 "evaluated": self.evaluated,
                 "processes": self.accelerator.num_processes,
-                "pair": self.pair.state_dict(),
+                "pair": self.trainable.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.module.state_dict() if self.ema else None,
                 "scaler": scaler.state_dict() if scaler else None,
@@ -434,7 +436,7 @@ class _Trainer:
             if self.accelerator.is_main_process:
                 self.folder.forget_after(0)
             return
-        self.pair.load_state_dict(state["pair"])
+        self.trainable.load_state_dict(state["pair"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

@@ -1,4 +1,4 @@
-"""One optimisation step of a pair."""
+"""One optimization step of a student with its teachers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from detdistill.distillation.pair import Pair
+from detdistill.distillation.distiller import Distiller, Trainable
+from detdistill.distillation.teachers import Samples
 from detdistill.errors import UserError
-from detdistill.models.base import Target
 from detdistill.models.families.detr import DETR
 from detdistill.recipe import OptimizerConfig, TrainingConfig
 from detdistill.seeding import mix_seed
@@ -24,11 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass sees: labelled images, and perhaps some without labels."""
+    """What one forward pass sees: images with labels, and perhaps some without."""
 
-    images: list[Tensor]
-    targets: list[Target]
-    unlabelled: list[Tensor]
+    labelled: Samples
+    unlabelled: Samples | None = None
 
 
 @dataclass(slots=True)
@@ -48,6 +47,7 @@ class StepOutcome:
 def optimisation_step(
     accelerator: Accelerator,
     model: nn.Module,
+    distiller: Distiller,
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[MicroBatch],
     step: int,
@@ -64,7 +64,8 @@ def optimisation_step(
         torch.manual_seed(mix_seed(config.seed, step, i, accelerator.process_index))
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            losses = losses_of(model, micro_batch, zoom, accelerator.device)
+            with accelerator.autocast():
+                losses = losses_of(model, distiller, micro_batch, zoom, accelerator.device)
             accelerator.backward(torch.stack(list(losses.values())).sum() / len(micro_batches))
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
@@ -73,22 +74,30 @@ def optimisation_step(
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    indices = [target["index"] for micro_batch in micro_batches for target in micro_batch.targets]
+    indices = [
+        target["index"] for micro_batch in micro_batches for target in micro_batch.labelled.targets or ()
+    ]
     return StepOutcome(step, totals, norm, indices)
 
 
 def losses_of(
-    model: nn.Module, micro_batch: MicroBatch, zoom: float, device: torch.device
+    model: nn.Module, distiller: Distiller, micro_batch: MicroBatch, zoom: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """The forward pass of a pair on a micro-batch: every loss term by name.
+    """The forward pass of teachers and student on a micro-batch: every loss term by name.
+
+    Args:
+        model: the distiller's trainable, perhaps wrapped.
 
     Raises:
         UserError: a BatchNorm layer has one value per channel.
     """
-    images, targets = to_device(micro_batch.images, micro_batch.targets, device)
-    unlabelled, _ = to_device(micro_batch.unlabelled, [], device)
+    seen: list[Any] = []
+    for samples in micro_batch:
+        if samples is not None:
+            samples = replace(samples.to(device), zoom=zoom)
+            seen += [samples, distiller.observe(samples)]
     try:
-        losses: dict[str, Tensor] = model(images, targets, zoom, unlabelled)
+        losses: dict[str, Tensor] = model(*seen)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -99,14 +108,6 @@ def losses_of(
     return losses
 
 
-def to_device(
-    images: Sequence[Tensor], targets: Sequence[Target], device: torch.device
-) -> tuple[list[Tensor], list[Target]]:
-    """Copy a batch to the device without waiting for it."""
-    images = [image.to(device, non_blocking=True) for image in images]
-    return images, [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
-
-
 def draw_zoom(config: TrainingConfig, step: int) -> float:
     """Multi-scale training: the factor on the input size, one for the whole step in every process."""
     if config.augment.multi_scale is None:
@@ -114,17 +115,17 @@ def draw_zoom(config: TrainingConfig, step: int) -> float:
     return random.Random(mix_seed(config.seed, step)).uniform(*config.augment.multi_scale)
 
 
-def build_optimizer(pair: Pair, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(trainable: Trainable, config: OptimizerConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over student and adapters; norms and biases are not decayed.
 
     Each parameter group keeps its ``base_lr``, which the schedule multiplies.
     """
-    if isinstance(pair.student, DETR) and config.name == "sgd":
+    if isinstance(trainable.student, DETR) and config.name == "sgd":
         logger.warning(
-            "%s hardly learns by SGD: give training.optimizer={name: adamw}", type(pair.student).__name__
+            "%s hardly learns by SGD: give training.optimizer={name: adamw}", type(trainable.student).__name__
         )
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for parameter, in_backbone, decayed in _parameters(pair):
+    for parameter, in_backbone, decayed in _parameters(trainable):
         groups.setdefault((in_backbone, decayed), []).append(parameter)
     settings = [
         {
@@ -140,8 +141,8 @@ def build_optimizer(pair: Pair, config: OptimizerConfig) -> torch.optim.Optimize
     return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-def _parameters(pair: Pair) -> Iterator[tuple[Tensor, bool, bool]]:
-    for name, parameter in pair.named_parameters():
+def _parameters(trainable: Trainable) -> Iterator[tuple[Tensor, bool, bool]]:
+    for name, parameter in trainable.named_parameters():
         if parameter.requires_grad:
             in_backbone = name.startswith(("student.backbone.", "student.model.backbone."))  # of a wrapped one
             yield parameter, in_backbone, parameter.ndim > 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from detdistill.data.records import Split
-from detdistill.distillation.pair import Pair
+from detdistill.distillation.distiller import Distiller
 from detdistill.errors import UserError
 from detdistill.recipe import Recipe
 from detdistill.seeding import mix_seed
@@ -44,10 +44,10 @@ class Trial:
         return f"training step: {images} on {self.device}, {self.seconds:.1f} s: {terms}"
 
 
-def try_step(recipe: Recipe, pair: Pair, train: Split) -> Trial:
-    """Forward and backward of a pair on the first training images, as the run would begin; nothing is written.
+def try_step(recipe: Recipe, distiller: Distiller, train: Split) -> Trial:
+    """Forward and backward on the first training images, as the run would begin; nothing is written.
 
-    The batch has the images of one forward pass of one process, but no more than two. The pair ends on the
+    The batch has the images of one forward pass of one process, but no more than two. The models end on the
     run's device, with gradients and changed BatchNorm statistics.
 
     Raises:
@@ -64,16 +64,19 @@ def try_step(recipe: Recipe, pair: Pair, train: Split) -> Trial:
     images = min(images * (world if config.sync_batchnorm else 1), MOST_IMAGES)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    pair = pair.to(device)
+    (trainable,) = distiller.trainables
+    trainable.to(device)
     if config.channels_last:
-        pair = pair.to(memory_format=torch.channels_last)
-    pair.train()
-    pair.at_step(0, total_steps(config, len(train)))
+        distiller.to_channels_last()
+    trainable.train()
+    trainable.at_step(0, total_steps(config, len(train)))
     few = {"batch_size": images, "unlabelled_batch": None, "accumulate": 1, "workers": 0}
-    batches = micro_batches(*open_datasets(recipe, train, pair), config.model_copy(update=few), start=0, stop=1)
+    batches = micro_batches(
+        *open_datasets(recipe, train, trainable), config.model_copy(update=few), start=0, stop=1
+    )
     torch.manual_seed(mix_seed(config.seed, 0))
     with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-        terms = losses_of(pair, next(batches), draw_zoom(config, 0), device)
+        terms = losses_of(trainable, distiller, next(batches), draw_zoom(config, 0), device)
     torch.stack([term.float() for term in terms.values()]).sum().backward()
     losses = {name: float(term.detach()) for name, term in terms.items()}
     bad = [name for name, value in losses.items() if not math.isfinite(value)]

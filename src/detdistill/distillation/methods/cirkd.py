@@ -109,7 +109,6 @@ class Memory(nn.Module):
         length: places of each queue.
     """
 
-    alike_in_all_processes = True
     queue_QLC: Tensor
     next_Q: Tensor
 

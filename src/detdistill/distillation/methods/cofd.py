@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.matching import Adapt, LevelAligner
@@ -100,8 +100,11 @@ class Margin(nn.Module):
         """The margins (C,), in training with this batch counted in."""
         if self.training and not self.known:
             negative = teacher_NCHW.to(self.margin.dtype).clamp(max=0)
-            count = (negative < 0).sum((0, 2, 3))
-            mean = negative.sum((0, 2, 3)) / count.clamp(min=1)
+            sums_2C = torch.stack([negative.sum((0, 2, 3)), (negative < 0).sum((0, 2, 3)).to(negative.dtype)])
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(sums_2C)
+            total, count = sums_2C
+            mean = total / count.clamp(min=1)
             step = torch.where(self.seen, MOMENTUM, 1.0) * (count > 0)
             self.margin.lerp_(mean, step)
             self.seen.logical_or_(count > 0)
