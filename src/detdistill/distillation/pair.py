@@ -25,7 +25,7 @@ from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, bu
 from detdistill.errors import UserError
 from detdistill.models.base import Batch, Model, Pyramid, Raw, Target
 from detdistill.models.families.one_stage import OneStage
-from detdistill.recipe import MethodConfig, expand_method
+from detdistill.recipe import MethodConfig, method_config
 from detdistill.seeding import mix_seed
 
 logger = logging.getLogger(__name__)
@@ -260,9 +260,9 @@ class Pair(nn.Module):
         assert self.matching is not None
         assert self.teacher is not None
         if isinstance(item, Method):
-            config, method = MethodConfig(name=type(item).__name__.lower()), item
+            config, method = MethodConfig.model_construct(name=type(item).__name__.lower()), item
         else:
-            config = item if isinstance(item, MethodConfig) else MethodConfig(**expand_method(item))
+            config = method_config(item)
             setting = Setting(self.student, self.teacher, self.matching)
             method = build_method(config.name, setting, config.options)
         name = config.name
