@@ -82,9 +82,9 @@ def test_ablation_has_the_rows_of_table_5(recipe, tmp_path) -> None:
     study = plan_ablation(recipe, (), range(1), tmp_path)
     assert list(study.arms) == [ALONE, "KD", "+ mask", "+ standardisation", "+ scale deflation"]
     options = [resolved(study, arm).methods[0].options for arm in list(study.arms)[1:]]
-    assert options[0]["mask_ratio"] == 0
-    assert options[1]["mask_ratio"] == 0.5
-    assert options[2] == {"preset": "paper", "importance": "none"}
+    assert options[0]["mask"] == {"ratio": 0}
+    assert options[1]["mask"] == {"ratio": 0.5, "keep_dc": True}
+    assert options[2] == {"preset": "paper", "importance": {"kind": "none"}}
     assert options[3] == {"preset": "paper"}
 
 
