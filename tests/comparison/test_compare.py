@@ -347,10 +347,16 @@ def test_what_was_compared_is_a_study_that_can_be_read(recipe, tmp_path, plan) -
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["compare", "--methods", "none", "mimc"], "mimc: no method 'mimc'; did you mean 'mimic'?"),
-        (["sweep", "distill.tau=1,2"], "tau 1: ima has no option 'tau'"),
-        (["sweep", "distill.alpha=1,x"], "alpha x: ima.alpha is 'x'; give a float"),
-        (["sweep", "distill.preset=paper,best"], "preset best: ima has no preset 'best'"),
+        (["compare", "--methods", "none", "mimc"], "methods.0.name: no method 'mimc'; did you mean 'mimic'?"),
+        (["sweep", "distill.tau=1,2"], "options.tau=1': unknown key 'methods.0.options.tau' of ima"),
+        (
+            ["sweep", "distill.alpha=1,x"],
+            "options.alpha=x': methods.0.options.alpha: input should be a valid number",
+        ),
+        (
+            ["sweep", "distill.preset=paper,best"],
+            "options.preset=best': methods.0.options.preset: ima has no preset 'best'",
+        ),
     ],
 )
 def test_what_an_arm_cannot_be_is_said_before_any_runs(recipe, tmp_path, capsys, words, told) -> None:

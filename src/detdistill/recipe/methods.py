@@ -124,7 +124,7 @@ class MethodOptions(OptionGroup):
     def build(self, setting: Setting) -> Method:
         """The method that these options describe; :func:`~detdistill.distillation.methods.build_method` also
         looks for the preset."""
-        target = self.target
+        target = type(self).target  # a function is no method of these options
         if isinstance(target, str):
             module, _, name = target.partition(":")
             target = getattr(import_module(module), name)
@@ -187,11 +187,16 @@ def _load_plugin(entry: EntryPoint) -> None:
         logger.warning("%s: method %r cannot be loaded (%r)", entry.value, entry.name, error)
         return
     if METHODS.get(entry.name) is not loaded:
-        logger.warning("%s: method %r is left out: %s", entry.value, entry.name, _NO_OPTIONS)
+        logger.warning(
+            "%s: method %r is left out: name the class of its options there, with @register(%r, ...) above it "
+            "(docs/your-own-method.md)",
+            entry.value,
+            entry.name,
+            entry.name,
+        )
 
 
 _plugins_loaded = False
-_NO_OPTIONS = "name its options' class there, with @register above it (docs/your-own-method.md)"
 
 
 def options_class(name: str) -> type[MethodOptions]:
@@ -203,7 +208,13 @@ def options_class(name: str) -> type[MethodOptions]:
     known = methods()
     if name not in known:
         raise UserError(f"no method {name!r}; {nearest(name, known)}")
-    return known[name]
+    found = known[name]
+    if not (isinstance(found, type) and issubclass(found, MethodOptions)):  # METHODS[name] = ..., as in 0.1
+        raise UserError(
+            f"METHODS[{name!r}] is no MethodOptions: give the method's options a class with @register({name!r}, "
+            "...) above it (docs/your-own-method.md)"
+        )
+    return found
 
 
 def read_options(name: str, options: Mapping[str, Any] | MethodOptions) -> MethodOptions:

@@ -38,13 +38,16 @@ def read_recipe_file(path: Path, overrides: Iterable[str] = ()) -> tuple[Tree, L
             raise UserError(f"{override!r} is no override: write key.sub=value, as training.epochs=12")
         keys = key.split(".")
         given, _ = _parse(value, f"override {override!r}")
+        place = _position(tree.get("methods", ()), keys[1]) if keys[0] == "methods" and len(keys) > 1 else None
+        if place is not None:
+            keys[1] = str(place)
         _set(tree, keys, given, override)
         tree = expand_short_forms(tree)
-        for depth in range(1, len(keys)):
-            lines.setdefault(tuple(keys[:depth]), f"override {override!r}")
-        lines[tuple(keys)] = f"override {override!r}"
-        if keys[0] == "methods" and len(keys) > 1:
-            lines[("methods", str(_position(tree["methods"], keys[1])), *keys[2:])] = f"override {override!r}"
+        at = tuple(keys)
+        lines = {key: line for key, line in lines.items() if key[: len(at)] != at}
+        for depth in range(1, len(at)):
+            lines.setdefault(at[:depth], f"override {override!r}")
+        lines[at] = f"override {override!r}"
     return tree, lines
 
 
