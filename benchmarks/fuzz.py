@@ -298,7 +298,7 @@ SECTIONS = {
     "data": DataConfig, "student": FCOSConfig, "teacher": FCOSConfig, "training": TrainingConfig,
     "training.augment": AugmentConfig, "training.optimizer": OptimizerConfig,
     "training.schedule": ScheduleConfig,
-    "methods.ima": MethodConfig,
+    "methods.ima": MethodConfig, "methods.ima.options": IMAOptions, "methods.ima.options.mask": MaskOptions,
 }  # fmt: skip
 
 

@@ -113,5 +113,5 @@ def test_what_cannot_be_added_is_left_out(
 def test_a_method_class_in_the_table_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """As programs did with version 0.1."""
     monkeypatch.setitem(room.METHODS, "moments", detdistill.Method)
-    with pytest.raises(UserError, match=r"give the method's options a class with @register\('moments'"):
+    with pytest.raises(UserError, match=r"give the method's options a class, with @register\('moments'"):
         room.read_options("moments", {})

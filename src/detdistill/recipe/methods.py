@@ -211,8 +211,8 @@ def options_class(name: str) -> type[MethodOptions]:
     found = known[name]
     if not (isinstance(found, type) and issubclass(found, MethodOptions)):  # METHODS[name] = ..., as in 0.1
         raise UserError(
-            f"METHODS[{name!r}] is no MethodOptions: give the method's options a class with @register({name!r}, "
-            "...) above it (docs/your-own-method.md)"
+            f"METHODS[{name!r}] is no MethodOptions: give the method's options a class, with "
+            f"@register({name!r}, ...) above it (docs/your-own-method.md)"
         )
     return found
 
