@@ -42,11 +42,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from detdistill.recipe.methods import IMAOptions, MaskOptions, MethodConfig
 from detdistill.recipe.models import FCOSConfig
 from detdistill.recipe.sections import (
     AugmentConfig,
     DataConfig,
-    MethodConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
