@@ -162,10 +162,14 @@ def test_a_group_of_options_keeps_the_presets_other_keys():
         ({"loss_weight": 2.0, "preset": "paper"}, {"preset": "paper", "alpha": 20.0}),
         ({"loss_weight": 0.5, "alpha": 4}, {"alpha": 2.0}),
         ({"loss_weight": 1.0}, {}),
+        (
+            {"importance_source": "raw", "importance": {"kind": "shifted"}},
+            {"importance": {"source": "raw", "kind": "shifted"}},
+        ),
     ],
 )
 def test_the_keys_of_version_0_1_are_read(old, new):
-    with pytest.warns(FutureWarning, match="version 0.1") as said:
+    with pytest.warns(FutureWarning, match=r"^ima: .* deprecated: ") as said:
         options = read_options("ima", old)
     assert options.given == new
     (line,) = (str(each.message) for each in said)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from detdistill.errors import UserError
 from detdistill.recipe import MethodConfig, load_recipe
-from detdistill.recipe.methods import METHODS, IMAOptions, MethodOptions, register
+from detdistill.recipe.methods import METHODS, IMAOptions, MethodOptions, read_options, register
+from detdistill.recipe.reading import OF_EVERY_METHOD
 
 HEAD = "data: /data/pcb\nstudent: {backbone: resnet18}\nteacher: runs/teacher\n"
 HEAVY = ("torch", "torchvision", "timm")
@@ -104,6 +106,35 @@ def test_what_was_given_is_kept_and_nothing_else() -> None:
 def test_presets_are_right(name: str) -> None:
     for preset in METHODS[name].presets.values():
         assert METHODS[name].model_validate(preset).given == preset
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_option_hides_behind_one_of_every_method(name: str) -> None:
+    """In the short form they stand next to each other."""
+    assert not METHODS[name].model_fields.keys() & {"name", "options", *OF_EVERY_METHOD}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_weight": "x"}, {"loss_weight": 2, "alpha": "x"}, {"loss_weight": 2, "preset": ["paper"]},
+        {"mask_ratio": "x"}, {"loss_weight": -2}, {"importance": ["none"]}, {"mask_ratio": 0.5, "mask": 3},
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:ima. .* deprecated")
+def test_a_wrong_value_of_a_deprecated_key_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^ima: "):
+        read_options("ima", options)
+
+
+def test_a_deprecated_key_is_warned_of_once(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(HEAD + "methods: [{ima: {mask_ratio: 0.2, eps: 0.1}}]\n", encoding="utf-8")
+    done = run(f"from detdistill.cli import main; main(['check', {str(file)!r}]); sys.stderr.write('\\n')")
+    said = [line for line in done.stderr.splitlines() if "deprecated" in line]
+    assert said == [
+        "warning: ima: mask_ratio, eps are deprecated: write {mask: {ratio: 0.2}, standardize: {eps: 0.1}}"
+    ]
 
 
 def test_a_name_is_registered_once() -> None:

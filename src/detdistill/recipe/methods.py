@@ -122,8 +122,7 @@ class MethodOptions(OptionGroup):
         return type(self).model_validate(merge(preset, self.given))
 
     def build(self, setting: Setting) -> Method:
-        """The method that these options describe; :func:`~detdistill.distillation.methods.build_method` also
-        looks for the preset."""
+        """The method that these options describe, without a preset (``build_method`` looks for one)."""
         target = type(self).target  # a function is no method of these options
         if isinstance(target, str):
             module, _, name = target.partition(":")
@@ -426,30 +425,28 @@ class IMAOptions(MethodOptions):
 
     @classmethod
     def upgraded(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        importance = options.get("importance", {})
-        grouped = isinstance(importance, Mapping | ImportanceOptions)
-        old = [
-            key
-            for key in (*_IMA_0_1, "loss_weight")
-            if key in options and not (key == "importance" and grouped)
-        ]
+        changed: dict[str, Any] = {}
+        old = [key for key in _IMA_0_1 if key in options]
+        if isinstance(options.get("importance"), Mapping | ImportanceOptions):
+            old.remove("importance")
+        for key in old:
+            group, option = _IMA_0_1[key]
+            changed.setdefault(group, {})[option] = options[key]
+        factor = options.get("loss_weight")
+        if isinstance(factor, float | int):
+            old.append("loss_weight")
+            preset = cls.presets.get(str(options.get("preset") or "recommended"), {})
+            alpha = options.get("alpha", preset.get("alpha", cls.model_fields["alpha"].default))
+            if factor != 1 and isinstance(alpha, float | int):
+                changed["alpha"] = alpha * factor
         if not old:
             return options
-        new = {key: value for key, value in options.items() if key not in old}
-        changed: dict[str, Any] = {}
-        for key in old:
-            if key != "loss_weight":
-                group, option = _IMA_0_1[key]
-                changed.setdefault(group, {})[option] = options[key]
-        weight = options.get("loss_weight", 1.0)
-        if weight != 1 and isinstance(weight, float | int):
-            preset = cls.presets.get(options.get("preset") or "recommended", {})
-            alpha = options.get("alpha", preset.get("alpha", cls.model_fields["alpha"].default))
-            changed["alpha"] = alpha * weight
         spelled = yaml.safe_dump(changed, default_flow_style=True, width=1000).strip()
-        now = f"write {spelled}" if changed else "leave it out"
-        warnings.warn(f"ima: {', '.join(old)}: the spelling of version 0.1; {now}", FutureWarning, stacklevel=2)
-        return merge(changed, {**new, **({"alpha": changed["alpha"]} if "alpha" in changed else {})})
+        what = f"write {spelled}" if changed else "leave it out"
+        is_are = "is" if len(old) == 1 else "are"
+        warnings.warn(f"ima: {', '.join(old)} {is_are} deprecated: {what}", FutureWarning, stacklevel=2)
+        new = {key: value for key, value in options.items() if key not in old}
+        return merge(changed, new | {key: changed[key] for key in changed if key == "alpha"})
 
 
 @register("mimic", f"{_ROOM}.mimic:Mimic")
