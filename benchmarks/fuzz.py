@@ -42,11 +42,11 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from detdistill.recipe.methods import IMAOptions, MaskOptions, MethodConfig
 from detdistill.recipe.models import FCOSConfig
 from detdistill.recipe.sections import (
     AugmentConfig,
     DataConfig,
-    MethodConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -298,7 +298,7 @@ SECTIONS = {
     "data": DataConfig, "student": FCOSConfig, "teacher": FCOSConfig, "training": TrainingConfig,
     "training.augment": AugmentConfig, "training.optimizer": OptimizerConfig,
     "training.schedule": ScheduleConfig,
-    "methods.ima": MethodConfig,
+    "methods.ima": MethodConfig, "methods.ima.options": IMAOptions, "methods.ima.options.mask": MaskOptions,
 }  # fmt: skip
 
 

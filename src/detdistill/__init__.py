@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from detdistill.deployment.export import export
     from detdistill.deployment.quantize import quantize
     from detdistill.distillation.matching import LevelAligner
-    from detdistill.distillation.methods import METHODS
     from detdistill.distillation.methods.ima import IMALoss
     from detdistill.distillation.methods.mimic import MimicLoss
     from detdistill.distillation.pair import Pair
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from detdistill.models.checkpoints.io import load_model, save_model
     from detdistill.models.third_party.wrap import wrap
     from detdistill.recipe import Recipe, load_recipe
+    from detdistill.recipe.methods import METHODS, MethodOptions
     from detdistill.report.report import write_report
     from detdistill.training.callbacks import Callback
     from detdistill.training.train import distill, train
@@ -41,6 +41,7 @@ __all__ = [
     "IMALoss",
     "LevelAligner",
     "Method",
+    "MethodOptions",
     "MimicLoss",
     "Pair",
     "Preprocess",
@@ -72,8 +73,9 @@ _HOMES = {
     "Callback": "training.callbacks",
     "IMALoss": "distillation.methods.ima",
     "LevelAligner": "distillation.matching",
-    "METHODS": "distillation.methods",
+    "METHODS": "recipe.methods",
     "Method": "distillation.signals",
+    "MethodOptions": "recipe.methods",
     "MimicLoss": "distillation.methods.mimic",
     "Pair": "distillation.pair",
     "Preprocess": "models.base",

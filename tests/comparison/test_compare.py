@@ -82,9 +82,9 @@ def test_ablation_has_the_rows_of_table_5(recipe, tmp_path) -> None:
     study = plan_ablation(recipe, (), range(1), tmp_path)
     assert list(study.arms) == [BASELINE, "KD", "+ mask", "+ standardisation", "+ scale deflation"]
     options = [resolved(study, arm).methods[0].options for arm in list(study.arms)[1:]]
-    assert options[0]["mask_ratio"] == 0
-    assert options[1]["mask_ratio"] == 0.5
-    assert options[2] == {"preset": "paper", "importance": "none"}
+    assert options[0]["mask"] == {"ratio": 0}
+    assert options[1]["mask"] == {"ratio": 0.5, "keep_dc": True}
+    assert options[2] == {"preset": "paper", "importance": {"kind": "none"}}
     assert options[3] == {"preset": "paper"}
 
 
@@ -347,10 +347,16 @@ def test_what_was_compared_is_a_study_that_can_be_read(recipe, tmp_path, plan) -
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["compare", "--methods", "none", "mimc"], "mimc: no method 'mimc'; did you mean 'mimic'?"),
-        (["sweep", "distill.tau=1,2"], "tau 1: ima has no option 'tau'"),
-        (["sweep", "distill.alpha=1,x"], "alpha x: ima.alpha is 'x'; give a float"),
-        (["sweep", "distill.preset=paper,best"], "preset best: ima has no preset 'best'"),
+        (["compare", "--methods", "none", "mimc"], "methods.0.name: no method 'mimc'; did you mean 'mimic'?"),
+        (["sweep", "distill.tau=1,2"], "options.tau=1': unknown key 'methods.0.options.tau' of ima"),
+        (
+            ["sweep", "distill.alpha=1,x"],
+            "options.alpha=x': methods.0.options.alpha: input should be a valid number",
+        ),
+        (
+            ["sweep", "distill.preset=paper,best"],
+            "options.preset=best': methods.0.options.preset: ima has no preset 'best'",
+        ),
     ],
 )
 def test_what_an_arm_cannot_be_is_said_before_any_runs(recipe, tmp_path, capsys, words, told) -> None:

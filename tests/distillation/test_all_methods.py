@@ -178,4 +178,4 @@ def test_unlike_pairs_work_or_are_refused_in_one_line(method, student, teacher):
 
 
 def _without_mask(method):
-    return {method: {"mask_ratio": 0.0}} if method == "ima" else method
+    return {method: {"mask": {"ratio": 0.0}}} if method == "ima" else method

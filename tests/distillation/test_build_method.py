@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
+from inspect import signature
 from typing import get_args
 
 import pytest
 
-from detdistill.distillation.methods import METHODS, build_method, method_options, option_table
+from detdistill.distillation import methods as room
+from detdistill.distillation.methods import METHODS, build_method
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.signals import Setting
 from detdistill.errors import UserError
 from detdistill.models.base import Kind
+from detdistill.recipe.methods import MaskOptions, descriptions, option_table, read_options
 from detdistill.recipe.models import FAMILIES
 
 from .pairs import DETECTION, make_pair
@@ -75,8 +79,8 @@ def test_a_preset_and_options_over_it():
     assert build_method("fgd", setting, {"preset": "yolox"}).loss.foreground_weight == 2e-3
     over = build_method("fgd", setting, {"preset": "yolox", "tau": 0.7}).loss
     assert (over.foreground_weight, over.tau) == (2e-3, 0.7)
-    assert build_method("ima", setting).loss.mask_ratio == 0
-    assert build_method("ima", setting, {"preset": "paper"}).loss.mask_ratio == 0.5
+    assert build_method("ima", setting).loss.mask.ratio == 0
+    assert build_method("ima", setting, {"preset": "paper"}).loss.mask.ratio == 0.5
 
 
 def test_levels_can_be_chosen():
@@ -91,14 +95,17 @@ def test_levels_can_be_chosen():
     [
         ("pdk", {}, "did you mean 'pkd'"),
         ("pkd", {"alhpa": 1.0}, "did you mean 'alpha'"),
-        ("pkd", {"alpha": "much"}, r"pkd\.alpha is 'much'; give a float"),
-        ("pkd", {"alpha": True}, r"pkd\.alpha is True; give a float"),
+        ("pkd", {"alpha": "much"}, r"pkd: alpha: input should be a valid number \(got 'much'\)"),
+        ("pkd", {"alpha": True}, r"pkd: alpha: input should be a valid number \(got True\)"),
         ("pkd", {"preset": "anchors"}, "did you mean 'anchor'"),
         ("pkd", {"strides": [4]}, r"pkd: strides \[4\]: the student's matched strides are \[8, 16, 32\]"),
-        ("pkd", {"strides": 8}, r"pkd\.strides is 8; give a list"),
-        ("pkd", {"finest": 0}, r"pkd: strides \[\]"),
+        ("pkd", {"strides": 8}, r"pkd: strides: must be a list"),
+        ("pkd", {"finest": 0}, "pkd: finest: input should be greater than or equal to 1"),
+        ("ima", {"mask": {"ratoi": 0.5}}, "'mask.ratoi' of ima's mask; did you mean 'ratio'"),
+        ("ima", {"mask": 0.5}, "ima: mask: must be a section"),
+        ("dist", {"scores": "softmix"}, "dist: scores: input should be 'sigmoid' or 'softmax'"),
         ("crosskd", {"depth": 9}, "use 1 to 2"),
-        ("cwd", {"tau": 0}, "cwd: tau must be above 0"),
+        ("cwd", {"tau": 0}, "cwd: tau: input should be greater than 0"),
     ],
 )
 def test_mistakes_are_told_in_one_line(name, options, said):
@@ -109,10 +116,65 @@ def test_mistakes_are_told_in_one_line(name, options, said):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_and_presets_are_listed(name):
-    columns, rows = option_table(name)
+    columns, rows = option_table(METHODS[name])
     assert columns == ["option", "type", "default", *METHODS[name].presets]
-    assert {row[0] for row in rows} == {*method_options(name), "preset", "strides", "finest"}
-    assert all(key in {row[0] for row in rows} for preset in METHODS[name].presets.values() for key in preset)
+    listed = {row[0].partition(".")[0] for row in rows}
+    assert listed == METHODS[name].model_fields.keys()
+    assert all(key in listed for preset in METHODS[name].presets.values() for key in preset)
+    described = descriptions(METHODS[name])
+    assert [option for option, _ in described] == [row[0] for row in rows]
+    assert all(what for _, what in described)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_has_the_options_defaults(name):
+    """A loss in anyone's loop is what a recipe without presets trains by."""
+    loss_class = getattr(room, f"{METHODS[name].target.partition(':')[2]}Loss")
+    defaults = {key: parameter.default for key, parameter in signature(loss_class).parameters.items()}
+    assert defaults
+    assert defaults == {key: getattr(METHODS[name](), key) for key in defaults}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_needs_labels_where_its_options_say_so(name):
+    module, _, method = METHODS[name].target.partition(":")
+    assert METHODS[name].needs_labels == ("labels" in getattr(import_module(module), method).needs)
+
+
+def test_a_group_of_options_keeps_the_presets_other_keys():
+    setting = setting_of("fcos")
+    literal = build_method("ima", setting, {"mask": {"ratio": 0.2}, "preset": "paper"}).loss
+    assert literal.mask == MaskOptions(ratio=0.2)
+    recommended = build_method("ima", setting, {"mask": {"sharing": "batch"}}).loss
+    assert recommended.mask == MaskOptions(ratio=0.0, sharing="batch")
+    assert build_method("ima", setting, {"mask": MaskOptions(sharing="batch")}).loss.mask == recommended.mask
+    assert build_method("ima", setting, METHODS["ima"](mask={"sharing": "batch"})).loss.alpha == 100
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"mask_ratio": 0.2, "keep_dc": True}, {"mask": {"ratio": 0.2, "keep_dc": True}}),
+        ({"importance": "none", "gamma_min": None}, {"importance": {"kind": "none", "gamma_min": None}}),
+        ({"standardize_teacher": False, "eps": 0.1}, {"standardize": {"teacher": False, "eps": 0.1}}),
+        ({"mask_teacher": True, "mask": {"ratio": 0.2}}, {"mask": {"ratio": 0.2, "teacher": True}}),
+        ({"loss_weight": 2.0}, {"alpha": 200.0}),
+        ({"loss_weight": 2.0, "preset": "paper"}, {"preset": "paper", "alpha": 20.0}),
+        ({"loss_weight": 0.5, "alpha": 4}, {"alpha": 2.0}),
+        ({"loss_weight": 1.0}, {}),
+        (
+            {"importance_source": "raw", "importance": {"kind": "shifted"}},
+            {"importance": {"source": "raw", "kind": "shifted"}},
+        ),
+    ],
+)
+def test_the_keys_of_version_0_1_are_read(old, new):
+    with pytest.warns(FutureWarning, match=r"^ima: .* deprecated: ") as said:
+        options = read_options("ima", old)
+    assert options.given == new
+    (line,) = (str(each.message) for each in said)
+    assert "\n" not in line
+    assert all(key in line for key in old.keys() - {"preset", "mask", "alpha"})
 
 
 def usual_family(name):

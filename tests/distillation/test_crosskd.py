@@ -81,7 +81,7 @@ def test_pairs_without_towers_are_refused():
         make_pair(["crosskd"], head_depth=0)
     with pytest.raises(UserError, match="have 2 blocks: use 1 to 2"):
         make_pair([{"crosskd": {"depth": 3}}])
-    with pytest.raises(UserError, match="beta must be at least 1"):
+    with pytest.raises(UserError, match="crosskd: beta: input should be greater than or equal to 1"):
         make_pair([{"crosskd": {"beta": 0.5}}])
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detdistill.distillation.methods.cwd import CWD, CWDLoss
+from detdistill.distillation.methods.cwd import CWDLoss
 from detdistill.errors import UserError
+from detdistill.recipe.methods import CWDOptions
 
 from .pairs import make_pair
 
@@ -17,11 +18,11 @@ def test_presets():
     assert (cwd.loss.alpha, cwd.loss.tau, len(cwd.align.levels)) == (10.0, 1.0, 5)
     cwd = make_pair([{"cwd": {"preset": "retinanet_x101"}}], "retinanet", strides=strides).methods["cwd"]
     assert (cwd.loss.alpha, cwd.loss.tau, len(cwd.align.levels)) == (5.0, 1.0, 4)
-    assert CWD.presets["segmentation"] == {"alpha": 50.0, "tau": 4.0, "logits_alpha": 3.0}
+    assert CWDOptions.presets["segmentation"] == {"alpha": 50.0, "tau": 4.0, "logits_alpha": 3.0}
 
 
 def test_a_temperature_of_zero_is_refused():
-    with pytest.raises(UserError, match=r"^cwd: tau must be above 0, got 0$"):
+    with pytest.raises(UserError, match=r"^cwd: tau: input should be greater than 0 \(got 0\)$"):
         make_pair([{"cwd": {"tau": 0}}])
 
 

@@ -20,7 +20,7 @@ from detdistill.models import build_model
 PAIRS = {
     "fcos": [
         "kd", "frs", "fgfi", "defeat", "scalekd", "maskd", {"gid": {"relation_weight": 0.0}},
-        {"crosskd": {"align_scale": False}}, {"ima": {"instance": "box", "mask_ratio": 0.0}},
+        {"crosskd": {"align_scale": False}}, {"ima": {"instance": "box", "mask": {"ratio": 0.0}}},
     ],
     "gfl": ["ld", {"crosskd": {"align_scale": False}}],
     "faster_rcnn": [

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from detdistill.distillation.matching import resize_like
-from detdistill.distillation.methods.fgd import FGD, FGDLoss, GlobalContext, focal_masks
+from detdistill.distillation.methods.fgd import FGDLoss, GlobalContext, focal_masks
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
 from detdistill.models.base import Batch
+from detdistill.recipe.methods import FGDOptions
 
 from .pairs import batch, detector, make_pair, take_steps
 
@@ -48,7 +49,7 @@ def test_blocks_of_both_sides_are_apart_and_both_learn():
         assert not torch.equal(ours.transform[-1].weight, theirs.transform[-1].weight)
 
 
-@pytest.mark.parametrize("preset", FGD.presets)
+@pytest.mark.parametrize("preset", FGDOptions.presets)
 def test_every_preset_builds(preset):
     make_pair([{"fgd": {"preset": preset}}])
 
@@ -104,7 +105,7 @@ def test_a_box_counts_the_same_whatever_its_size():
 
 
 def test_tau_must_be_positive():
-    with pytest.raises(UserError, match="tau must be positive"):
+    with pytest.raises(UserError, match="fgd: tau: input should be greater than 0"):
         make_pair([{"fgd": {"tau": 0.0}}])
 
 

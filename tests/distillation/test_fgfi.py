@@ -75,5 +75,5 @@ def test_an_equal_student_without_adapters_has_nothing_to_learn(method):
 
 
 def test_psi_out_of_range_is_refused():
-    with pytest.raises(UserError, match="psi must be in"):
+    with pytest.raises(UserError, match="fgfi: psi: input should be less than 1"):
         make_pair([{"fgfi": {"psi": 1.0}}])

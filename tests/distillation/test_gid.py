@@ -118,9 +118,9 @@ def test_other_pairs_that_are_refused():
         make_pair(["gid"], "fcos", "faster_rcnn")
     with pytest.raises(UserError, match=r"the teacher's strides \[16, 32\], or use"):
         Pair(detector(), detector(strides=(16, 32)), ["gid"])
-    with pytest.raises(UserError, match="instances must be at least 1"):
+    with pytest.raises(UserError, match="gid: instances: input should be greater than or equal to 1"):
         make_pair([{"gid": {"instances": 0}}])
-    with pytest.raises(UserError, match="box_beta must not be negative"):
+    with pytest.raises(UserError, match="gid: box_beta: input should be greater than or equal to 0"):
         make_pair([{"gid": {"box_beta": -1.0}}])
 
 

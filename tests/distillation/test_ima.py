@@ -11,29 +11,31 @@ import torch
 from scipy import fft as scipy_fft
 from torch.nn import functional as F
 
-from detdistill.distillation.methods.ima import PRESETS, IMALoss
+from detdistill.distillation.methods.ima import IMALoss
 from detdistill.distillation.spectrum import dct_basis, hermitian
+from detdistill.recipe.methods import IMAOptions, ImportanceOptions, MaskOptions
+from detdistill.recipe.reading import merge
 
 # The rows of the paper's Table 5.
 LADDER = {
     "plain imitation": {
-        "alpha": 1.0,  # raw maps bring their own scale
-        "domain": "none",
-        "standardize_student": False,
-        "standardize_teacher": False,
-        "importance": "none",
+        # raw maps bring their own scale
+        "alpha": 1.0,
+        "mask": {"domain": "none"},
+        "standardize": {"student": False, "teacher": False},
+        "importance": {"kind": "none"},
     },
     "+ mask": {
         "alpha": 1.0,
-        "standardize_student": False,
-        "standardize_teacher": False,
-        "importance": "none",
-        "keep_dc": True,
+        "standardize": {"student": False, "teacher": False},
+        "importance": {"kind": "none"},
+        "mask": {"keep_dc": True},
     },
-    "+ standardisation": {"alpha": 100.0, "importance": "none"},
+    "+ standardisation": {"alpha": 100.0, "importance": {"kind": "none"}},
     "+ scale deflation": {"alpha": 100.0},
 }
 PLAIN = LADDER["plain imitation"]
+PRESETS = IMAOptions.presets
 
 
 def maps(n=3, c=5, h=12, w=10, seed=0, scale=2.0, shift=0.7):
@@ -55,7 +57,7 @@ def gradient(loss, student):
 @pytest.mark.parametrize("domain", ["none", "fft"])
 def test_without_mask_and_alignment_it_is_plain_mse(domain):
     student, teacher = maps()
-    loss = IMALoss(**{**PLAIN, "domain": domain, "mask_ratio": 0.0, "alpha": 3.0})(student, teacher)
+    loss = IMALoss(**{**PLAIN, "mask": {"domain": domain, "ratio": 0.0}, "alpha": 3.0})(student, teacher)
     expected = 3 * np.mean((student.detach().double().numpy() - teacher.double().numpy()) ** 2)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
@@ -68,11 +70,13 @@ def test_standardised_without_mask_it_is_twice_pkd():
         return (x - x.mean((0, 2, 3), keepdim=True)) / (x.std((0, 2, 3), keepdim=True) + 1e-6)
 
     pkd = F.mse_loss(standardised(student), standardised(teacher)) / 2
-    loss = IMALoss(mask_ratio=0, importance="none", alpha=1)(student, teacher)
+    loss = IMALoss(mask={"ratio": 0}, importance={"kind": "none"}, alpha=1)(student, teacher)
     n = student.shape[-1] * student.shape[-2]
     assert loss.item() == pytest.approx(2 * pkd.item() * n / (n - 1), rel=1e-4)
     batch = maps()
-    by_batch = IMALoss(mask_ratio=0, importance="none", alpha=1, stats="batch")(*batch)
+    by_batch = IMALoss(mask={"ratio": 0}, importance={"kind": "none"}, alpha=1, standardize={"stats": "batch"})(
+        *batch
+    )
     assert by_batch.item() == pytest.approx(2 * F.mse_loss(*map(standardised, batch)).item() / 2, rel=1e-2)
 
 
@@ -100,7 +104,7 @@ def test_symmetric_mask_keeps_the_ratio():
 def test_expected_masked_mse():
     student, teacher = maps(n=1, c=2, h=8, w=8)
     zeta, draws = 0.4, 4000
-    options = {**LADDER["+ mask"], "mask_ratio": zeta, "alpha": 1.0, "keep_dc": False}
+    options = {**LADDER["+ mask"], "mask": {"ratio": zeta}}
     loss, generator = IMALoss(**options), seeded()
     with torch.no_grad():
         values = torch.stack([loss(student, teacher, generator=generator) for _ in range(draws)])
@@ -116,14 +120,14 @@ def test_real_part_of_asymmetric_mask_is_the_symmetrised_filter():
     symmetrised = (keep.double() + mirrored.double()) / 2
     expected = torch.fft.ifft2(torch.fft.fft2(x) * symmetrised)
     assert expected.imag.abs().max() < 1e-12
-    torch.testing.assert_close(IMALoss(hermitian=False)._filter(x, keep), expected.real)
+    torch.testing.assert_close(IMALoss(mask={"hermitian": False})._filter(x, keep), expected.real)
 
 
 # 6
 def test_blind_to_scale_and_shift_of_the_student():
     student, teacher = maps()
     scale = torch.tensor([0.5, 2.0, 7.0, 1.0, 3.0])[None, :, None, None]
-    loss = IMALoss(eps=1e-12)
+    loss = IMALoss(standardize={"eps": 1e-12})
     a = loss(student, teacher, generator=seeded())
     b = loss(student * scale + scale, teacher, generator=seeded())
     assert a.item() == pytest.approx(b.item(), rel=1e-4)
@@ -135,9 +139,9 @@ def test_blind_to_scale_and_shift_of_the_student():
 # 7
 def test_detached_importance_only_weights_the_gradient():
     student, teacher = maps()
-    options = {"importance_source": "raw", "gamma_min": None}
+    options = {"importance": {"source": "raw", "gamma_min": None}}
     weighted = gradient(IMALoss(**options)(student, teacher, generator=seeded()), student)
-    plain = gradient(IMALoss(importance="none")(student, teacher, generator=seeded()), student)
+    plain = gradient(IMALoss(importance={"kind": "none"})(student, teacher, generator=seeded()), student)
     s, t = student.detach().flatten(1), teacher.flatten(1)
     gamma = F.cosine_similarity(s, t)
     # d/ds (γŝ - t)² = 2γ(γŝ - t): orthogonal to s apart from the t term, whose weight is γ
@@ -145,10 +149,12 @@ def test_detached_importance_only_weights_the_gradient():
 
 
 # 8
-@pytest.mark.parametrize("options", [{}, {"scale_target": "both"}, {"importance": "none"}, PLAIN])
+@pytest.mark.parametrize(
+    "options", [{}, {"importance": {"target": "both"}}, {"importance": {"kind": "none"}}, PLAIN]
+)
 def test_nothing_to_learn_from_oneself(options):
     student, _ = maps()
-    loss = IMALoss(**{**options, "mask_ratio": 0})(student, student.detach().clone())
+    loss = IMALoss(**{**options, "mask": {"ratio": 0}})(student, student.detach().clone())
     assert loss.item() == pytest.approx(0, abs=1e-4)
     assert gradient(loss, student).abs().max() < 1e-5
 
@@ -172,8 +178,8 @@ def test_finite_on_degenerate_maps(name, dtype, preset):
     labels = torch.randint(0, 3, student[:, 0].shape)
     labels[:, 0] = 255
     for teacher in (torch.randn_like(student), torch.zeros_like(student)):
-        for options in ({}, {"domain": "dct"}, {"domain": "spatial"}, {"distance": "l1"}):
-            loss = IMALoss(**{**PRESETS[preset], **options})(student, teacher, labels_NHW=labels)
+        for options in ({}, {"mask": {"domain": "dct"}}, {"mask": {"domain": "spatial"}}, {"distance": "l1"}):
+            loss = IMALoss(**merge(PRESETS[preset], options))(student, teacher, labels_NHW=labels)
             assert torch.isfinite(loss)
             assert torch.isfinite(gradient(loss, student)).all()
 
@@ -208,14 +214,15 @@ def test_closed_form():
     x, y = student.detach().double().flatten(2).numpy(), teacher.double().flatten(2).numpy()
     r = np.array([[np.corrcoef(x[n, c], y[n, c])[0, 1] for c in range(5)] for n in range(3)]).mean(1)
     gamma = np.clip(r, 0.1, 1)
-    loss = IMALoss(mask_ratio=0, alpha=1, eps=1e-12)(student, teacher)
+    loss = IMALoss(mask={"ratio": 0}, alpha=1, standardize={"eps": 1e-12})(student, teacher)
     assert loss.item() == pytest.approx(np.mean(1 + gamma**2 - 2 * gamma * r), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"importance": "none"}, {"importance": "shifted"}, {"scale_target": "both"}, {"mask_teacher": True},
-     {"detach_importance": False, "gamma_min": None}, {"eps": 0.5}],
+    [{}, {"importance": {"kind": "none"}}, {"importance": {"kind": "shifted"}},
+     {"importance": {"target": "both"}}, {"mask": {"teacher": True}},
+     {"importance": {"detach": False, "gamma_min": None}}, {"standardize": {"eps": 0.5}}],
 )  # fmt: skip
 def test_fewer_passes_give_the_same_loss_and_gradient(options, monkeypatch):
     student, teacher = maps(shift=20.0)  # a large mean is where cancellation would show
@@ -228,24 +235,33 @@ def test_fewer_passes_give_the_same_loss_and_gradient(options, monkeypatch):
 
 def test_importance_sources_and_clamp():
     student, teacher = maps()
-    opposite = IMALoss(mask_ratio=0, alpha=1, eps=1e-12)(student, -student.detach())
+    opposite = IMALoss(mask={"ratio": 0}, alpha=1, standardize={"eps": 1e-12})(student, -student.detach())
     assert opposite.item() == pytest.approx((0.1 + 1) ** 2, rel=1e-4)
-    free = IMALoss(mask_ratio=0, alpha=1, eps=1e-12, gamma_min=None)(student, -student.detach())
+    free = IMALoss(mask={"ratio": 0}, alpha=1, standardize={"eps": 1e-12}, importance={"gamma_min": None})(
+        student, -student.detach()
+    )
     assert free.item() == pytest.approx(0, abs=1e-6)  # γ = -1 calls the opposite map perfect
-    shifted = IMALoss(mask_ratio=0, alpha=1, eps=1e-12, importance="shifted", gamma_min=None)
+    shifted = IMALoss(
+        mask={"ratio": 0},
+        alpha=1,
+        standardize={"eps": 1e-12},
+        importance={"kind": "shifted", "gamma_min": None},
+    )
     assert shifted(student, -student.detach()).item() == pytest.approx(1, rel=1e-4)
-    raw = IMALoss(mask_ratio=0, importance_source="raw")(student, teacher)
-    masked = IMALoss(mask_ratio=0, importance_source="masked")(student, teacher)
+    raw = IMALoss(mask={"ratio": 0}, importance={"source": "raw"})(student, teacher)
+    masked = IMALoss(mask={"ratio": 0}, importance={"source": "masked"})(student, teacher)
     assert raw.item() == pytest.approx(masked.item())
-    assert raw.item() != pytest.approx(IMALoss(mask_ratio=0)(student, teacher).item(), rel=1e-3)
+    assert raw.item() != pytest.approx(IMALoss(mask={"ratio": 0})(student, teacher).item(), rel=1e-3)
 
 
 def test_scaling_both_sides_has_no_floor():
     """Scaling both sides weights an instance by γ²."""
     student, teacher = maps()
-    both = IMALoss(mask_ratio=0, scale_target="both", gamma_min=None, importance_source="raw", alpha=1)
+    both = IMALoss(
+        mask={"ratio": 0}, importance={"target": "both", "gamma_min": None, "source": "raw"}, alpha=1
+    )
     gamma = F.cosine_similarity(student.detach().flatten(1), teacher.flatten(1))
-    each = IMALoss(mask_ratio=0, importance="none", alpha=1)
+    each = IMALoss(mask={"ratio": 0}, importance={"kind": "none"}, alpha=1)
     expected = sum(gamma[n] ** 2 * each(student[n : n + 1], teacher[n : n + 1]) for n in range(3)) / 3
     assert both(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -260,7 +276,7 @@ def test_dct_is_scipys():
 @pytest.mark.parametrize("domain", ["fft", "dct", "spatial"])
 def test_filter_keeps_all_or_nothing(domain):
     x = torch.randn(2, 3, 6, 7)
-    loss = IMALoss(domain=domain)
+    loss = IMALoss(mask={"domain": domain})
     torch.testing.assert_close(
         loss._filter(x, torch.ones(2, 1, 6, 7, dtype=torch.bool)), x, atol=1e-5, rtol=1e-5
     )
@@ -272,13 +288,13 @@ def test_padding_does_not_count_where_it_is_declared():
     valid = torch.zeros(2, 14, 11, dtype=torch.bool)
     valid[:, :9, :8] = True
     padded = [F.pad(x, (0, 3, 0, 5), value=9.0) for x in (student, teacher)]
-    loss = IMALoss(mask_ratio=0)
+    loss = IMALoss(mask={"ratio": 0})
     assert loss(*padded, valid_NHW=valid).item() == pytest.approx(loss(student, teacher).item(), rel=1e-4)
 
 
 def test_batch_composition_does_not_matter():
     student, teacher = maps(n=4)
-    loss = IMALoss(mask_ratio=0)
+    loss = IMALoss(mask={"ratio": 0})
     alone = torch.stack([loss(student[n : n + 1], teacher[n : n + 1]) for n in range(4)]).mean()
     assert loss(student, teacher).item() == pytest.approx(alone.item(), rel=1e-5)
 
@@ -286,7 +302,7 @@ def test_batch_composition_does_not_matter():
 def test_box_instances():
     student, teacher = maps(n=2, h=16, w=16)
     boxes = [torch.tensor([[1.0, 1.0, 9.0, 9.0], [4.0, 2.0, 12.0, 15.0]]), torch.zeros(0, 4)]
-    loss = IMALoss(instance="box", mask_ratio=0)
+    loss = IMALoss(instance="box", mask={"ratio": 0})
     value = loss(student, teacher, boxes=boxes)
     grads = gradient(value, student)
     assert grads[0].abs().sum() > 0
@@ -307,11 +323,9 @@ def test_class_regions():
     labels[:, 7, :3] = 1  # 3 pixels: too few
     options = {
         "instance": "class_region",
-        "mask_ratio": 0,
-        "standardize_student": False,
-        "standardize_teacher": False,
-        "importance_source": "raw",
-        "gamma_min": None,
+        "mask": {"ratio": 0},
+        "standardize": {"student": False, "teacher": False},
+        "importance": {"source": "raw", "gamma_min": None},
         "alpha": 1,
     }
     loss = IMALoss(**options)(student, teacher, labels_NHW=labels)
@@ -331,7 +345,7 @@ def test_region_statistics_delete_the_class_mean():
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[:, :, 4:] = 1
     offset = labels[:, None] * 5.0
-    loss = IMALoss(instance="class_region", region_stats=True, mask_ratio=0, eps=1e-12)
+    loss = IMALoss(instance="class_region", region_stats=True, mask={"ratio": 0}, standardize={"eps": 1e-12})
     a = loss(student, teacher, labels_NHW=labels)
     b = loss(student + offset, teacher, labels_NHW=labels)
     assert a.item() == pytest.approx(b.item(), rel=1e-4)
@@ -361,7 +375,7 @@ def test_literal_warns_and_can_be_lowered_by_growing_dissimilar():
     torch.manual_seed(0)
     teacher = 0.2 * torch.randn(4, 8, 10, 10)
     start = F.cosine_similarity
-    for loss, grows in ((literal, False), (IMALoss(mask_ratio=0.5), True)):
+    for loss, grows in ((literal, False), (IMALoss(mask={"ratio": 0.5}), True)):
         student = (teacher / 0.2 + torch.randn_like(teacher)).requires_grad_()
         before = start(student.flatten(1), teacher.flatten(1)).mean().item()
         optimizer = torch.optim.SGD([student], lr=20.0)
@@ -376,5 +390,13 @@ def test_literal_warns_and_can_be_lowered_by_growing_dissimilar():
 def test_unequal_shapes_and_ratio_are_refused():
     with pytest.raises(ValueError, match="differ in shape"):
         IMALoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="mask_ratio"):
-        IMALoss(mask_ratio=1.0)
+    with pytest.raises(ValueError, match="less than 1"):
+        IMALoss(mask={"ratio": 1.0})
+    with pytest.raises(ValueError, match="did you mean 'ratio'"):
+        IMALoss(mask={"ration": 0.5})
+
+
+def test_a_group_is_a_class_or_a_mapping():
+    loss = IMALoss(mask=MaskOptions(ratio=0.2), importance={"kind": "none"})
+    assert loss.mask == MaskOptions(ratio=0.2)
+    assert loss.importance == ImportanceOptions(kind="none")

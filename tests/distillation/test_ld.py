@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from detdistill.distillation.methods.ld import LD, LDLoss, valuable_region
+from detdistill.distillation.methods.ld import LDLoss, valuable_region
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
 from detdistill.models.layers.heads import take_objects
+from detdistill.recipe.methods import LDOptions
 
 from .pairs import batch, detector, gfl_detector, gfl_pair, make_pair, take_steps
 
@@ -126,12 +127,12 @@ def test_other_pairs_that_are_refused():
         gfl_pair(["ld"], bins=5)
     with pytest.raises(UserError, match="FCOS predicts none"):
         Pair(gfl_detector(), detector("fcos", 24), ["ld"])
-    with pytest.raises(UserError, match="alpha must be in"):
+    with pytest.raises(UserError, match="ld: alpha: input should be"):
         gfl_pair([{"ld": {"alpha": 1.5}}])
-    with pytest.raises(UserError, match="temperatures must be positive"):
+    with pytest.raises(UserError, match=r"ld: .*temperature: input should be greater than 0"):
         gfl_pair([{"ld": {"temperature": 0.0}}])
 
 
 def test_the_kind_chooses_the_region():
-    assert LD.presets["anchor_free"] == {"region": "inside"}
+    assert LDOptions.presets["anchor_free"] == {"region": "inside"}
     assert gfl_pair(["ld"]).methods["ld"].region == "vlr"

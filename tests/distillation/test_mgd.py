@@ -59,5 +59,5 @@ def test_the_sum_is_over_the_map_and_the_mean_over_images():
 
 
 def test_a_ratio_out_of_range_is_refused():
-    with pytest.raises(UserError, match="mask_ratio must be in"):
+    with pytest.raises(UserError, match="mgd: mask_ratio: input should be less than 1"):
         make_pair([{"mgd": {"mask_ratio": 1.0}}])

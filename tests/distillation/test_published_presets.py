@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
-from typing import get_type_hints
-
 import pytest
 
 from detdistill.distillation.methods import METHODS
@@ -15,15 +12,9 @@ OF_NO_PUBLICATION = {"ima"}  # docs/ima.md
 
 
 def shipped(name, preset):
-    """The options that a preset amounts to: the method's and its loss's defaults, and its own."""
+    """The options that a preset amounts to: the method's defaults, and its own."""
     method = METHODS[name]
-    defaults = {
-        key: parameter.default
-        for of in (method, get_type_hints(method.__init__)["loss"])
-        for key, parameter in signature(of).parameters.items()
-        if key not in ("setting", "loss")
-    }
-    return {"finest": None, **defaults, **(method.presets[preset] if preset else {})}
+    return method().over(method.presets[preset] if preset else {}).model_dump()
 
 
 @pytest.mark.parametrize(("name", "preset"), PUBLISHED)

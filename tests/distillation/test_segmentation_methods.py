@@ -191,7 +191,7 @@ def test_equal_networks_have_nothing_to_learn(name: str) -> None:
 
 @pytest.mark.parametrize("option", [{"cells": 0}, {"pixel_places": 0}])
 def test_wrong_options_are_told(option: dict[str, int]) -> None:
-    with pytest.raises(UserError, match=r"cirkd: .* must be at least 1"):
+    with pytest.raises(UserError, match=r"cirkd: .*: input should be greater than or equal to 1"):
         cirkd_pair(**option)
 
 

@@ -92,7 +92,7 @@ def test_one_task_for_both() -> None:
 
 def test_the_name_alone_means_the_preset_for_segmentation() -> None:
     ima = Pair(student(), teacher(), ["ima"]).methods["ima"]
-    assert (ima.loss.instance, ima.loss.mask_ratio) == ("class_region", 0.0)
+    assert (ima.loss.instance, ima.loss.mask.ratio) == ("class_region", 0.0)
     with pytest.raises(UserError, match="instance 'box' is for detection, and this pair for segmentation"):
         Pair(student(), teacher(), [{"ima": {"instance": "box"}}])
     with pytest.raises(UserError, match="instance 'class_region' is for segmentation"):
@@ -108,7 +108,7 @@ def test_ima_sees_the_regions_of_the_labels() -> None:
         maps = [model.pyramid(model.preprocess(images))[8] for model in (pair.student, pair.teacher)]
         adapted = pair.methods["ima"].align.adapters["8"](maps[0])
         centres = torch.stack([target["semantic"] for target in targets])[:, 4::8, 4::8]
-        options = {"instance": "class_region", "mask_ratio": 0.0, "alpha": 100.0, "min_region": 2}
+        options = {"instance": "class_region", "mask": {"ratio": 0.0}, "alpha": 100.0, "min_region": 2}
         expected = IMALoss(**options)(adapted, maps[1], labels_NHW=centres)
     torch.testing.assert_close(term, expected)
 

@@ -60,7 +60,7 @@ def test_a_term_is_the_mean_over_all_images_and_the_task_sees_the_labelled_alone
     assert all(p.grad.isfinite().all() for p in pair.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("method", [name for name in DETECTION if "labels" in METHODS[name].needs])
+@pytest.mark.parametrize("method", [name for name in DETECTION if METHODS[name].needs_labels])
 def test_methods_that_need_labels_do_not_see_images_without(method):
     family = "gfl" if method == "ld" else "fcos"
     pair = still(make_pair([method, "mimic"], family))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from detdistill.distillation.methods.cofd import COFD, COFDLoss, batch_norm_margin
+from detdistill.distillation.methods.cofd import COFDLoss, batch_norm_margin
+from detdistill.recipe.methods import COFDOptions
 
 from .differences import assert_golden, random_maps
 
@@ -33,7 +34,7 @@ def test_value_and_gradient():
 def test_the_map_before_a_segmenters_classifier():
     """The published divider of that map is 16, and its weight 1e-5."""
     student, teacher = random_maps((3, 4, 5, 6))
-    loss = COFDLoss(**COFD.presets["segmentation"])
+    loss = COFDLoss(**COFDOptions.presets["segmentation"])
     assert_golden(loss, lambda s, t, m: cofd(s, t, m, 1e-5) / 16, student, teacher, MARGIN)
 
 

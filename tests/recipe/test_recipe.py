@@ -66,13 +66,13 @@ def test_one_method_in_every_way(tmp_path: Path, methods: str) -> None:
 
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "1E-03", "0.001", ".001", "+1e-3"])
 def test_numbers_that_yaml_11_takes_for_text(tmp_path: Path, text: str) -> None:
-    recipe = load_recipe(write(tmp_path, PAIR.replace("[ima]", f"{{ima: {{eps: {text}}}}}")))
-    assert recipe.methods[0].options == {"eps": 0.001}
+    recipe = load_recipe(write(tmp_path, PAIR.replace("[ima]", f"{{ima: {{standardize: {{eps: {text}}}}}}}")))
+    assert recipe.methods[0].options == {"standardize": {"eps": 0.001}}
 
 
 def test_numbers_are_dumped_so_that_any_yaml_reads_them(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, PAIR.replace("[ima]", "{ima: {eps: 1e-5}}")))
-    assert yaml.safe_load(dump_recipe(recipe))["methods"][0]["options"]["eps"] == 1e-5
+    recipe = load_recipe(write(tmp_path, PAIR.replace("[ima]", "{ima: {standardize: {eps: 1e-5}}}")))
+    assert yaml.safe_load(dump_recipe(recipe))["methods"][0]["options"]["standardize"]["eps"] == 1e-5
 
 
 def test_a_rate_that_suits_the_optimiser(tmp_path: Path) -> None:
@@ -363,7 +363,16 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         },
     }
     if draw(st.booleans()):
-        options = st.dictionaries(st.text(min_size=1, max_size=5), st.integers() | st.floats(allow_nan=False))
+        options = st.fixed_dictionaries(
+            {},
+            optional={
+                "alpha": st.floats(0, 1e9) | st.integers(0, 100),
+                "min_pixels": st.integers(0, 100),
+                "mask": st.fixed_dictionaries({}, optional={"ratio": share, "keep_dc": st.booleans()}),
+                "importance": st.just({"gamma_min": None}),
+                "strides": st.just([8, 16]),
+            },
+        )
         tree["teacher"] = "runs/teacher"
         tree["methods"] = [{"name": "ima", "weight": draw(share), "options": draw(options)}]
     return tree

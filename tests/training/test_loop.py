@@ -311,7 +311,9 @@ def shareable(make_recipe, teacher_file, more_images):
     def make(steps):
         return make_recipe(
             teacher=str(teacher_file),
-            methods=[{"ima": {"mask_ratio": 0, "importance": "none"}}, {"mimic": {"weight": "auto"}}],
+            methods=[
+                {"ima": {"mask": {"ratio": 0}, "importance": {"kind": "none"}}}, {"mimic": {"weight": "auto"}},
+            ],
             training={
                 "optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}, "max_steps": steps, "unlabelled_batch": 4,
             },

@@ -216,24 +216,23 @@ def methods(
     ] = None,
 ) -> None:
     """List distillation methods, or describe one."""
-    import sys
-
     from detdistill.cli.printing import first_line, say, show
-    from detdistill.distillation.methods import METHODS, option_table
+    from detdistill.recipe import methods as known
 
     if name is not None:
-        columns, rows = option_table(name)
-        say((sys.modules[METHODS[name].__module__].__doc__ or "").strip() + "\n")
+        options = known.options_class(name)
+        say(options.page() + "\n")
+        columns, rows = known.option_table(options)
         show(columns, rows, text_columns=len(columns))
-        needs_labels = "labels" in METHODS[name].needs
-        say("It needs labels." if needs_labels else "Images without labels teach by it, too (data.unlabelled).")
+        show(("option", "what it is"), known.descriptions(options), text_columns=2)
+        say(
+            "It needs labels."
+            if options.needs_labels
+            else "Images without labels can be used, too (data.unlabelled)."
+        )
         return
-    files = {name: sys.modules[method.__module__] for name, method in METHODS.items()}
-    show(
-        ("method", "what it is"),
-        [(name, first_line(file.__doc__)) for name, file in files.items()],
-        text_columns=2,
-    )
+    listed = [(name, first_line(options.page())) for name, options in known.methods().items()]
+    show(("method", "what it is"), listed, text_columns=2)
 
 
 @app.command()

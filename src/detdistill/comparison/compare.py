@@ -24,7 +24,6 @@ from detdistill.comparison.study import (
     study_text,
 )
 from detdistill.comparison.teachers import teachers_of
-from detdistill.distillation.methods import check_method
 from detdistill.errors import UserError, nearest
 from detdistill.models.checkpoints.weights import STUDENT_FILE
 from detdistill.output import output_path
@@ -106,8 +105,6 @@ def run_study(
         SystemExit: with code 75 when it was stopped by SIGTERM; every run has saved.
     """
     recipes = {name: load_recipe(study.recipe, overrides) for name, overrides in study.arms.items()}
-    for name, recipe in recipes.items() if train else ():
-        _check_methods(name, recipe)
     unequal = unequal_budgets(recipes)
     if unequal and not allow_unequal:
         raise UserError(
@@ -132,15 +129,6 @@ def run_study(
     if any(arm.metrics for arm in comparison.arms):
         _write(comparison)
     return comparison
-
-
-def _check_methods(arm: str, recipe: Recipe) -> None:
-    """Refuse an arm's methods before any other arm is trained."""
-    try:
-        for method in recipe.methods:
-            check_method(method.name, method.options)
-    except UserError as error:
-        raise UserError(f"{arm}: {error}") from None
 
 
 def unequal_budgets(recipes: Mapping[str, Recipe]) -> list[str]:

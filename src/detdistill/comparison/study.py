@@ -21,11 +21,13 @@ STUDY_FILE = "study.yaml"
 
 # Table 5 of the paper: plain imitation, then one part of IMA after another. Raw maps have the teacher's own
 # scale, on which α = 1 is what `mimic` has; standardised ones have the paper's 10.
-_RAW = {"importance": "none", "alpha": 1.0, "standardize_student": False, "standardize_teacher": False}
+_RAW = {
+    "importance": {"kind": "none"}, "alpha": 1.0, "standardize": {"student": False, "teacher": False},
+}  # fmt: skip
 ABLATION: Mapping[str, Any] = {
-    "KD": {"ima": {**_RAW, "mask_ratio": 0.0}},
-    "+ mask": {"ima": {**_RAW, "mask_ratio": 0.5, "keep_dc": True}},
-    "+ standardisation": {"ima": {"preset": "paper", "importance": "none"}},
+    "KD": {"ima": {**_RAW, "mask": {"ratio": 0.0}}},
+    "+ mask": {"ima": {**_RAW, "mask": {"ratio": 0.5, "keep_dc": True}}},
+    "+ standardisation": {"ima": {"preset": "paper", "importance": {"kind": "none"}}},
     "+ scale deflation": {"ima": {"preset": "paper"}},
 }
 

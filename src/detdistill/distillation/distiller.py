@@ -27,7 +27,7 @@ from detdistill.distillation.teachers import (
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, build_weight, gradient_norm
 from detdistill.errors import UserError
 from detdistill.models.base import Batch, Model, Pyramid, Raw
-from detdistill.recipe import MethodConfig, expand_method
+from detdistill.recipe import MethodConfig, method_config
 from detdistill.seeding import mix_seed
 
 logger = logging.getLogger(__name__)
@@ -134,9 +134,9 @@ class Trainable(nn.Module):
 
     def _add(self, item: MethodLike, teacher: Teacher, context: Setting) -> None:
         if isinstance(item, Method):
-            config, method = MethodConfig(name=type(item).__name__.lower()), item
+            config, method = MethodConfig.model_construct(name=type(item).__name__.lower()), item
         else:
-            config = item if isinstance(item, MethodConfig) else MethodConfig(**expand_method(item))
+            config = method_config(item)
             method = build_method(config.name, context, config.options)
         name = config.name
         term = Term(method, teacher.name, *build_weight(config, self.student.kind))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from detdistill.errors import UserError
 from detdistill.models.base import Batch, Preprocess
+from detdistill.recipe.methods import Adapt
 
 if TYPE_CHECKING:
     from detdistill.distillation.signals import Signals
 
-Adapt = Literal["auto", "always", "never"]
 
 HALF_AN_OCTAVE = 0.5 + 1e-6  # of strides, in powers of 2: two levels that near are the same level
 TINY = 1e-6  # a map whose values are no larger has no size to speak of

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.matching import ClassMatch, Matching, Overlay, match_classes
-from detdistill.models.base import Batch, Model, Pyramid, Raw, Task
+from detdistill.models.base import Batch, Model, Pyramid, Raw
 
 Need = Literal["student_raw", "raw", "hidden", "labels"]
-
-EVERY_TASK: frozenset[Task] = frozenset({"detection", "segmentation"})
-"""The tasks of a method that compares maps, whatever is learnt from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +68,16 @@ class Signals:
 class Method(nn.Module, ABC):
     """Binds a loss to a pair. Learnable parts are submodules: optimised and saved, never exported.
 
-    A child's constructor takes a :class:`Setting`, the loss (a module of its own, whose constructor's arguments
-    are options in recipes), and by keyword any options of the binding; all are typed, and checked by the types.
+    A child's constructor takes a :class:`Setting` and the method's options, a
+    :class:`~detdistill.recipe.methods.MethodOptions`. The loss is a module of its own.
 
     Attributes:
         needs: "raw": both heads' outputs (else the teacher's head never runs); "student_raw": the student's
             alone; "hidden": both towers' maps in the raw outputs, for one-stage pairs; "labels": the batches'
             targets, so that images without labels (``data.unlabelled``) cannot teach by it.
-        tasks: what it can be used for. A method that needs boxes, anchors or proposals is for detection alone;
-            one that compares maps is for segmentation as well.
-        presets: named sets of options. The one named after the student's family ("gfl"), else after its kind
-            ("anchor", "anchor_free", "two_stage", "segmentation"), else "recommended", is what its name alone
-            means.
     """
 
     needs: frozenset[Need] = frozenset()
-    tasks: ClassVar[frozenset[Task]] = frozenset({"detection"})
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def forward(self, signals: Signals) -> Tensor:

@@ -7,7 +7,7 @@ point group ``detdistill.models``, each a subclass of :class:`ModelConfig`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -27,12 +27,22 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from detdistill.errors import UserError, nearest
 from detdistill.recipe.reading import describe
-from detdistill.recipe.sections import COARSEST_STRIDE, LONGEST_SIDE, MOST_DETECTIONS, Section, with_home
+from detdistill.recipe.sections import (
+    COARSEST_STRIDE,
+    LONGEST_SIDE,
+    MOST_DETECTIONS,
+    Section,
+    errors,
+    fault,
+    refuse_unknown_keys,
+    unknown_key,
+    with_home,
+)
 
 if TYPE_CHECKING:
     from detdistill.models.base import Model
@@ -122,10 +132,8 @@ class ModelConfig(Section):
         if cls is ModelConfig:
             return _config_class(value).model_validate(value)
         value = _upgraded(value, cls)
-        unknown = [key for key in value if key not in cls.model_fields]
-        if unknown and cls.model_config.get("extra") == "forbid":
-            others = _fault(cls, {key: option for key, option in value.items() if key not in unknown})
-            raise _unknown_keys(unknown, value, cls, others)
+        if cls.model_config.get("extra") == "forbid":
+            refuse_unknown_keys(cls, value, cls.model_fields["family"].default)
         return handler(value)
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
@@ -410,10 +418,10 @@ class SavedModelConfig(ModelConfig):
         if not possible:
             known = {key for config in families().values() for key in config.model_fields}
             unknown = [key for key in options if key not in known] or list(options)
-            raise _errors([_unknown_key(key, "", options[key], known) for key in unknown])
-        faults = [_fault(config, options) for config in possible]
+            raise errors([unknown_key(key, "", options[key], known) for key in unknown])
+        faults = [fault(config, options) for config in possible]
         if None not in faults:
-            raise next(fault for fault in faults if fault is not None)
+            raise next(found for found in faults if found is not None)
         return self
 
 
@@ -450,14 +458,6 @@ def model_config(
         raise UserError("; ".join(found)) from None
 
 
-def _fault(config: type[ModelConfig], section: Mapping[str, Any]) -> ValidationError | None:
-    try:
-        config.model_validate(section)
-    except ValidationError as error:
-        return error
-    return None
-
-
 def _config_class(section: Mapping[str, Any]) -> type[ModelConfig]:
     if section.get("python") is not None:
         return ObjectConfig
@@ -468,7 +468,7 @@ def _config_class(section: Mapping[str, Any]) -> type[ModelConfig]:
     if isinstance(family, str) and family in families():
         return families()[family]
     message = f"no family {str(family)[:60]!r}; {nearest(str(family), families())}"
-    raise _errors([(("family",), PydanticCustomError("family", "{message}", {"message": message}), family, {})])
+    raise errors([(("family",), PydanticCustomError("family", "{message}", {"message": message}), family, {})])
 
 
 _OPTIONS_OF_0_1: Mapping[str, Any] = {
@@ -493,29 +493,3 @@ def _upgraded(section: Mapping[str, Any], config: type[ModelConfig]) -> dict[str
         return value is None and field.default is not None  # null was the family's own default
 
     return {key: value for key, value in section.items() if not is_left_over(key, value)}
-
-
-Fault = tuple[tuple[str | int, ...], str | PydanticCustomError, Any, dict[str, Any]]
-"""Place, kind, input and context of an error."""
-
-
-def _unknown_keys(
-    keys: Sequence[str], section: Mapping[str, Any], config: type[ModelConfig], others: ValidationError | None
-) -> ValidationError:
-    of = f" of {config.model_fields['family'].default}"
-    found = [_unknown_key(key, of, section[key], config.model_fields) for key in keys]
-    if others is not None:
-        found += [(e["loc"], e["type"], e["input"], e.get("ctx", {})) for e in others.errors()]
-    return _errors(found)
-
-
-def _unknown_key(key: str, of: str, value: Any, known: Iterable[str]) -> Fault:
-    message = f"{of}; {nearest(str(key), known)}"
-    return (key,), PydanticCustomError("unknown_key", "{message}", {"message": message}), value, {}
-
-
-def _errors(found: Iterable[Fault]) -> ValidationError:
-    details: list[InitErrorDetails] = [
-        {"type": kind, "loc": at, "input": value, "ctx": context} for at, kind, value, context in found
-    ]
-    return ValidationError.from_exception_data("model", details)

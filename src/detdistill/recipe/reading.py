@@ -38,11 +38,16 @@ def read_recipe_file(path: Path, overrides: Iterable[str] = ()) -> tuple[Tree, L
             raise UserError(f"{override!r} is no override: write key.sub=value, as training.epochs=12")
         keys = key.split(".")
         given, _ = _parse(value, f"override {override!r}")
+        place = _position(tree.get("methods", ()), keys[1]) if keys[0] == "methods" and len(keys) > 1 else None
+        if place is not None:
+            keys[1] = str(place)
         _set(tree, keys, given, override)
         tree = expand_short_forms(tree)
-        for depth in range(1, len(keys)):
-            lines.setdefault(tuple(keys[:depth]), f"override {override!r}")
-        lines[tuple(keys)] = f"override {override!r}"
+        at = tuple(keys)
+        lines = {key: line for key, line in lines.items() if key[: len(at)] != at}
+        for depth in range(1, len(at)):
+            lines.setdefault(at[:depth], f"override {override!r}")
+        lines[at] = f"override {override!r}"
     return tree, lines
 
 
@@ -63,6 +68,9 @@ def expand_short_forms(tree: Mapping[str, Any]) -> Tree:
     return full
 
 
+OF_EVERY_METHOD = ("weight", "ratio", "warmup", "decay_from")
+
+
 def expand_method(item: Any) -> Any:
     """``ima`` or ``{ima: {weight: 1, alpha: 5}}`` to the full form."""
     if isinstance(item, str):
@@ -72,9 +80,22 @@ def expand_method(item: Any) -> Any:
         if options is not None and not isinstance(options, Mapping):
             return {"name": name, "options": options}
         options = dict(options or {})
-        own = {key: options.pop(key) for key in ("weight", "ratio", "warmup", "decay_from") if key in options}
+        own = {key: options.pop(key) for key in OF_EVERY_METHOD if key in options}
         return {"name": name, **own, "options": options}
     return item
+
+
+def _expanded_lines(lines: Lines) -> Lines:
+    """The lines of methods' keys in their short forms, by where these keys stand in the full form."""
+    full = dict(lines)
+    for at, line in lines.items():
+        if at[0] != "methods" or len(at) < 2:
+            continue
+        place, *below = at[1:] if at[1].isdigit() else ("0", *at[1:])
+        if len(below) > 1 and below[0] not in ("name", "options", *OF_EVERY_METHOD):
+            below = below[1:] if below[1] in OF_EVERY_METHOD else ["options", *below[1:]]
+        full[("methods", place, *below)] = line
+    return full
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -90,8 +111,8 @@ def _read_layers(path: Path, above: Sequence[Path]) -> tuple[Tree, Lines]:
     if base is not None:
         below = path.parent / Path(str(base)).expanduser()
         base_tree, base_lines = _read_layers(below, (*above, path.resolve()))
-        tree, lines = _merge(base_tree, tree), {**base_lines, **lines}
-    return expand_short_forms(tree), lines
+        tree, lines = merge(base_tree, tree), {**base_lines, **lines}
+    return expand_short_forms(tree), _expanded_lines(lines)
 
 
 def read_yaml(path: Path) -> Any:
@@ -194,11 +215,12 @@ def _expand_environment(text: str, path: Path) -> str:
 # --- laying one tree over another ------------------------------------------------------------------------
 
 
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tree:
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tree:
+    """``above`` over ``below``, mappings key by key."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

@@ -14,11 +14,11 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from detdistill.errors import UserError
+from detdistill.recipe.methods import MethodConfig
 from detdistill.recipe.models import AnyModel, ObjectConfig
 from detdistill.recipe.reading import describe, expand_short_forms, read_recipe_file
 from detdistill.recipe.sections import (
     DataConfig,
-    MethodConfig,
     Section,
     TrainingConfig,
 )

@@ -1,7 +1,11 @@
-"""The sections of a recipe: data, models, methods, training. :class:`~detdistill.recipe.Recipe` holds them."""
+"""The sections of a recipe: data and training; and how a section refuses a key.
+
+Those of models are in :mod:`detdistill.recipe.models`, of methods in :mod:`detdistill.recipe.methods`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,10 +14,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from detdistill.errors import nearest
 from detdistill.text import is_text
 
 # Beyond these a number is a slip: they are above what any machine serves.
@@ -28,6 +35,49 @@ def with_home(value: str | None) -> str | None:
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, ser_json_inf_nan="constants")
+
+
+Fault = tuple[tuple[str | int, ...], str | PydanticCustomError, Any, dict[str, Any]]
+"""Place, kind, input and context of an error."""
+
+
+def refuse_unknown_keys(section: type[BaseModel], value: Mapping[str, Any], of: str) -> None:
+    """Nothing where the section has all of the keys.
+
+    Args:
+        of: how messages call the section.
+
+    Raises:
+        ValidationError: each unknown key with the nearest known one, and what else is wrong.
+    """
+    unknown = [key for key in value if key not in section.model_fields]
+    if not unknown:
+        return
+    found = [unknown_key(key, f" of {of}", value[key], section.model_fields) for key in unknown]
+    others = fault(section, {key: item for key, item in value.items() if key not in unknown})
+    if others is not None:
+        found += [(e["loc"], e["type"], e["input"], e.get("ctx", {})) for e in others.errors()]
+    raise errors(found)
+
+
+def unknown_key(key: str, of: str, value: Any, known: Iterable[str]) -> Fault:
+    message = f"{of}; {nearest(str(key), known)}"
+    return (key,), PydanticCustomError("unknown_key", "{message}", {"message": message}), value, {}
+
+
+def fault(section: type[BaseModel], value: Mapping[str, Any]) -> ValidationError | None:
+    try:
+        section.model_validate(value)
+    except ValidationError as error:
+        return error
+    return None
+
+
+def errors(found: Iterable[Fault]) -> ValidationError:
+    details: list[InitErrorDetails] = [
+        {"type": kind, "loc": at, "input": value, "ctx": context} for at, kind, value, context in found
+    ]
+    return ValidationError.from_exception_data("section", details)
 
 
 class DataConfig(Section):
@@ -243,33 +293,3 @@ class TrainingConfig(Section):
                 "evaluate_every, or leave patience out"
             )
         return self
-
-
-class MethodConfig(Section):
-    """One distillation method: its name, its weight over time, and the options of its own loss."""
-
-    name: str = Field(description="`detdistill methods` lists them")
-    weight: float | Literal["auto"] | None = Field(
-        None,
-        description="outer weight; 0 trains the plain student, bit for bit; `auto` follows gradient norms. "
-        "None: 1, for a query-based student `auto`",
-    )
-    ratio: float | None = Field(
-        None,
-        gt=0,
-        description="`weight: auto`: the method's gradient over the task's, at the student's pyramid. "
-        "None: 10, for a query-based student 0.3",
-    )
-    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the run over which the weight rises from 0")
-    decay_from: float | None = Field(
-        None, ge=0, lt=1, description="fraction of the run from which the weight falls to 0 at the end"
-    )
-    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the method's loss")
-
-    @field_validator("weight", mode="before")
-    @classmethod
-    def _number_or_auto(cls, value: Any) -> Any:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
-        if value is not None and not is_number and value != "auto":
-            raise ValueError(f"give a number of at least 0, or auto; got {value!r}")
-        return value

@@ -27,7 +27,7 @@ logged is L, which may be below 0; L_D is in the gradient alone.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import SharedClasses, pixel_logits
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import AdversarialOptions
 
 WIDTHS = (64, 128, 256, 512)
 KERNEL, SLOPE = 4, 0.1
@@ -155,17 +156,17 @@ class Adversarial(Method):
     """:class:`AdversarialLoss` on the logits of the classes that both know, with a discriminator of its own."""
 
     needs = frozenset({"raw"})
-    tasks = frozenset({"segmentation"})
-    presets: ClassVar = {
-        "segmentation": {"alpha": 0.1, "discriminator_weight": 0.004, "kind": "wgan-gp"},
-        "cirkd": {"alpha": 0.001, "discriminator_weight": 0.1, "kind": "hinge"},
-    }
 
-    def __init__(self, setting: Setting, loss: AdversarialLoss) -> None:
+    def __init__(self, setting: Setting, options: AdversarialOptions) -> None:
         super().__init__()
         self.classes = SharedClasses(setting, "adversarial")
         self.discriminator = Discriminator(len(setting.classes.pairs))
-        self.loss = loss
+        self.loss = AdversarialLoss(
+            alpha=options.alpha,
+            discriminator_weight=options.discriminator_weight,
+            kind=options.kind,
+            gradient_penalty=options.gradient_penalty,
+        )
 
     def forward(self, signals: Signals) -> Tensor:
         ours, theirs = pixel_logits(signals, self.classes)

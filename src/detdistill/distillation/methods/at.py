@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import ATOptions
 
 EPS = 1e-12  # of the norm: a map of zeros attends nowhere
 
@@ -49,12 +50,10 @@ def attention(map_NCHW: Tensor) -> Tensor:
 class AT(Method):
     """Sum of :class:`ATLoss` over the matched levels; there is nothing to learn beside the student."""
 
-    tasks = EVERY_TASK
-
-    def __init__(self, setting: Setting, loss: ATLoss) -> None:
+    def __init__(self, setting: Setting, options: ATOptions) -> None:
         super().__init__()
         self.levels = setting.matching.levels
-        self.loss = loss
+        self.loss = ATLoss(alpha=options.alpha)
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []

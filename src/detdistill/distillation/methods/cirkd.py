@@ -38,6 +38,7 @@ from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import CIRKDOptions
 
 
 class CIRKDLoss(nn.Module):
@@ -144,49 +145,31 @@ class Memory(nn.Module):
 
 
 class CIRKD(Method):
-    """:class:`CIRKDLoss` on the last level.
+    """:class:`CIRKDLoss` on the last level."""
 
-    Args:
-        cells: most pixels of an image in the batch term.
-        anchors: most pixels of a batch in the memory terms.
-        pixel_places, region_places: lengths of the queues of a class.
-        pixel_contrasts, region_contrasts: V, over all classes.
-    """
-
-    tasks = frozenset({"segmentation"})
     needs = frozenset({"labels"})
 
-    def __init__(
-        self,
-        setting: Setting,
-        loss: CIRKDLoss,
-        *,
-        cells: int = 2048,
-        anchors: int = 4096,
-        pixel_places: int = 20000,
-        region_places: int = 2000,
-        pixel_contrasts: int = 4096,
-        region_contrasts: int = 1024,
-    ) -> None:
+    def __init__(self, setting: Setting, options: CIRKDOptions) -> None:
         super().__init__()
-        for name, value in (("cells", cells), ("anchors", anchors), ("pixel_places", pixel_places),
-                            ("region_places", region_places)):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.level = setting.matching.levels[-1]
-        self.loss = loss
-        self.cells, self.anchors = cells, anchors
+        self.loss = CIRKDLoss(
+            batch_weight=options.batch_weight,
+            pixel_weight=options.pixel_weight,
+            region_weight=options.region_weight,
+            temperature=options.temperature,
+        )
+        self.cells, self.anchors = options.cells, options.anchors
         self.class_count = count = len(setting.student.classes)
         self.of_each = {
-            "pixel": math.ceil(pixel_contrasts / count),
-            "region": math.ceil(region_contrasts / count),
+            "pixel": math.ceil(options.pixel_contrasts / count),
+            "region": math.ceil(options.region_contrasts / count),
         }
         width = self.level.teacher_channels
         self.memories = nn.ModuleDict()
-        if loss.pixel_weight:
-            self.memories["pixel"] = Memory(count, width, pixel_places)
-        if loss.region_weight:
-            self.memories["region"] = Memory(count, width, region_places)
+        if options.pixel_weight:
+            self.memories["pixel"] = Memory(count, width, options.pixel_places)
+        if options.region_weight:
+            self.memories["region"] = Memory(count, width, options.region_places)
         if self.memories:
             self.project = nn.Sequential(
                 nn.Conv2d(self.level.student_channels, width, 1, bias=False),

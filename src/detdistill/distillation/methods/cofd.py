@@ -24,16 +24,15 @@ Shape legend: N images, C channels, H W rows and columns, L levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import COFDOptions
 
 MOMENTUM = 0.1  # of the measured margin, as of a BatchNorm's statistics
 RARELY_NEGATIVE = 0.001  # a channel negative less often than this gets three standard deviations as its margin
@@ -123,15 +122,9 @@ def batch_norm_margin(weight_C: Tensor, bias_C: Tensor) -> Tensor:
 class COFD(Method):
     """Sum of :class:`COFDLoss` over the matched levels, each level counting twice the next finer one."""
 
-    tasks = EVERY_TASK
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "cifar": {"alpha": 1e-3},
-        "segmentation": {"alpha": 1e-5 / 16},
-    }
-
-    def __init__(self, setting: Setting, loss: COFDLoss, *, adapt: Adapt = "always") -> None:
+    def __init__(self, setting: Setting, options: COFDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt, adapter=Connector)
+        self.align = LevelAligner(setting.matching, options.adapt, adapter=Connector)
         norms = setting.teacher.pyramid_norms
         self.margins = nn.ModuleDict(
             {
@@ -139,7 +132,7 @@ class COFD(Method):
                 for level in setting.matching.levels
             }
         )
-        self.loss = loss
+        self.loss = COFDLoss(alpha=options.alpha)
 
     def forward(self, signals: Signals) -> Tensor:
         total = torch.zeros((), device=signals.student_batch.images_N3HW.device)

@@ -27,7 +27,7 @@ shorter than i blocks gives its last map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from detdistill.models.families.fcos import centerness_of
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.assignment import centres
 from detdistill.models.layers.heads import IGNORED, flatten_maps, normaliser, take_objects
+from detdistill.recipe.methods import CrossKDOptions
 
 EPS = 1e-7
 LEAST = {"iou": 1e-6, "giou": 1e-7}  # area that counts as one: the published code's
@@ -141,33 +142,11 @@ class CrossKD(Method):
     """Binds :class:`CrossKDLoss` to two one-stage detectors, also of different families, levels or input sizes.
 
     Both predictions are the teacher's head's; of its classes those count that the student knows too.
-
-    Args:
-        depth: block i of the teacher's towers at which the student comes in, from 1; None: three quarters of
-            them where the teacher has anchors, half of them where it has none (3 and 2 of 4, as published).
-        align_scale: as above; off, the teacher's head sees the student's maps as they are.
-        normalise: n is the number of matched anchors ("positives", at least 1 for each image) or the sum of
-            their "centerness".
     """
 
     needs = frozenset({"raw", "hidden", "labels"})
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "anchor": {},
-        "anchor_free": {
-            "cls_weight": 0.4, "box_weight": 0.75, "box_loss": "iou", "normalise": "centerness",
-        },
-        "gfl": {"box_weight": 4.0},
-    }  # fmt: skip
 
-    def __init__(
-        self,
-        setting: Setting,
-        loss: CrossKDLoss,
-        *,
-        depth: int | None = None,
-        align_scale: bool = True,
-        normalise: Literal["positives", "centerness"] = "positives",
-    ) -> None:
+    def __init__(self, setting: Setting, options: CrossKDOptions) -> None:
         super().__init__()
         student, teacher = setting.student, setting.teacher
         if not (isinstance(student, OneStage) and isinstance(teacher, OneStage)):
@@ -177,24 +156,31 @@ class CrossKD(Method):
         blocks = teacher.head.depth
         if blocks == 0 or student.head.depth == 0:
             raise UserError(f"crosskd crosses towers, and a head of head_depth 0 has none: {INSTEAD}")
+        depth = options.depth
         if depth is None:
             depth = max(1, blocks * 3 // 4 if teacher.kind == "anchor" else blocks // 2)
-        if not 1 <= depth <= blocks:
+        if depth > blocks:
             raise UserError(
                 f"crosskd.depth is {depth}, the teacher's towers have {blocks} blocks: use 1 to {blocks}"
             )
         self.teacher_depth, self.student_depth = depth, min(depth, student.head.depth)
         self.classes = SharedClasses(setting, "crosskd")
         self.levels = setting.matching.levels
-        self.loss = loss
-        self.align = ScaleAlign() if align_scale else None
-        self.normalise = normalise
+        self.loss = CrossKDLoss(
+            cls_weight=options.cls_weight,
+            box_weight=options.box_weight,
+            beta=options.beta,
+            box_loss=options.box_loss,
+            temperature=options.temperature,
+        )
+        self.align = ScaleAlign() if options.align_scale else None
+        self.normalise = options.normalise
         # As the towers, a mapper serves all levels. Aligned, its output has the teacher's mean: no bias.
         self.mappers = nn.ModuleDict()
         widths = student.head.channels, teacher.head.channels
         if widths[0] != widths[1]:
             for tower in ("cls", "box"):
-                self.mappers[tower] = nn.Conv2d(*widths, kernel_size=1, bias=not align_scale)
+                self.mappers[tower] = nn.Conv2d(*widths, kernel_size=1, bias=not options.align_scale)
 
     def forward(self, signals: Signals) -> Tensor:
         student, teacher, model = signals.student_raw, signals.teacher_raw, signals.teacher_model

@@ -14,18 +14,16 @@ Shape legend: N images, C channels, H W rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import SEGMENTATION, SharedClasses, pixel_logits
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
+from detdistill.recipe.methods import CWDOptions
 
 
 class CWDLoss(nn.Module):
@@ -59,31 +57,19 @@ class CWDLoss(nn.Module):
 
 
 class CWD(Method):
-    """Sum of :class:`CWDLoss` over the matched levels, and of segmenters on the class logits.
+    """Sum of :class:`CWDLoss` over the matched levels, and of segmenters on the class logits."""
 
-    Args:
-        adapt: where a 1×1 convolution stands between the maps.
-        logits_alpha: alpha on the logits; 0 leaves them out.
-    """
-
-    tasks = EVERY_TASK
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "retinanet_x101": {"alpha": 5.0, "tau": 1.0, "finest": 4},
-        "segmentation": {"alpha": 50.0, "tau": 4.0, "logits_alpha": 3.0},
-    }
-
-    def __init__(
-        self, setting: Setting, loss: CWDLoss, *, adapt: Adapt = "auto", logits_alpha: float = 0.0
-    ) -> None:
+    def __init__(self, setting: Setting, options: CWDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
-        self.loss = loss
-        self.logits_loss = CWDLoss(alpha=logits_alpha, tau=loss.tau) if logits_alpha else None
-        if self.logits_loss is None:
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.loss = CWDLoss(alpha=options.alpha, tau=options.tau)
+        self.logits_loss: CWDLoss | None = None
+        if not options.logits_alpha:
             return
         if setting.student.task != SEGMENTATION:
             raise UserError("cwd: logits_alpha is for segmenters; leave it out")
         self.classes = SharedClasses(setting, "cwd", instead="set logits_alpha to 0")
+        self.logits_loss = CWDLoss(alpha=options.logits_alpha, tau=options.tau)
         self.needs = frozenset({"raw"})
 
     def forward(self, signals: Signals) -> Tensor:

@@ -29,12 +29,11 @@ the padding counts as background, as in the code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.matching import LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
 from detdistill.distillation.responses import (
@@ -47,6 +46,7 @@ from detdistill.distillation.responses import (
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import DeFeatOptions
 
 
 class DeFeatLoss(nn.Module):
@@ -88,38 +88,30 @@ class DeFeatLoss(nn.Module):
 class DeFeat(Method):
     """Mean of :class:`DeFeatLoss` over the matched levels, and its head term where both are two-stage.
 
-    Presets: "head" adds the head's term, which pairs that are not two-stage do not have.
-
-    Args:
-        adapt: where φ stands between the maps.
-        regions: whose sample of regions the head's term is about.
-
     Raises:
         ValueError: regions are chosen, and the head has no term.
     """
 
     needs = frozenset({"labels"})
-    presets: ClassVar = {"head": {"head_object_weight": 2.0, "head_background_weight": 2.0}}
 
-    def __init__(
-        self,
-        setting: Setting,
-        loss: DeFeatLoss,
-        *,
-        adapt: Adapt = "always",
-        regions: Literal["student", "teacher", "both"] = "student",
-    ) -> None:
+    def __init__(self, setting: Setting, options: DeFeatOptions) -> None:
         super().__init__()
-        asked = bool(loss.head_object_weight or loss.head_background_weight)
-        if regions != "student" and not asked:
-            raise ValueError(f"regions is {regions!r}, but no term uses regions: add `preset: head`")
+        asked = bool(options.head_object_weight or options.head_background_weight)
+        if options.regions != "student" and not asked:
+            raise ValueError(f"regions is {options.regions!r}, but no term uses regions: add `preset: head`")
         with_head = two_stage(setting) and asked
         self.classes = None
         if with_head:
             instead = "use it without `preset: head`, on features alone"
             self.classes = SharedClasses(setting, "defeat", background=True, instead=instead)
-        self.align = LevelAligner(setting.matching, adapt, conv3x3)
-        self.loss, self.regions = loss, regions
+        self.align = LevelAligner(setting.matching, options.adapt, conv3x3)
+        self.loss = DeFeatLoss(
+            object_weight=options.object_weight,
+            background_weight=options.background_weight,
+            head_object_weight=options.head_object_weight,
+            head_background_weight=options.head_background_weight,
+        )
+        self.regions = options.regions
 
     def forward(self, signals: Signals) -> Tensor:
         strides = [level.teacher_stride for level in self.align.levels]

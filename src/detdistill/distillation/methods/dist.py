@@ -22,7 +22,7 @@ without anchors has no relation between classes: that term is then a constant.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,9 @@ from detdistill.distillation.responses import (
     require_alike_heads,
     two_stage,
 )
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import DenseRaw
+from detdistill.recipe.methods import DISTOptions
 
 EPS = 1e-8
 
@@ -88,15 +89,7 @@ class DIST(Method):
     unequal size; of a cascade its first head counts.
     """
 
-    tasks = EVERY_TASK
-    presets: ClassVar = {
-        "anchor": {"scores": "sigmoid"},
-        "anchor_free": {"scores": "sigmoid"},
-        "two_stage": {"scores": "softmax"},
-        "segmentation": {"scores": "softmax"},
-    }
-
-    def __init__(self, setting: Setting, loss: DISTLoss) -> None:
+    def __init__(self, setting: Setting, options: DISTOptions) -> None:
         super().__init__()
         self.segments = setting.student.task == SEGMENTATION
         regions = two_stage(setting)
@@ -109,7 +102,12 @@ class DIST(Method):
             self.needs = frozenset({"raw"})
         self.classes = SharedClasses(setting, "dist", background=regions)
         self.strides = [level.student_stride for level in setting.matching.levels]
-        self.loss = loss
+        self.loss = DISTLoss(
+            inter_weight=options.inter_weight,
+            intra_weight=options.intra_weight,
+            temperature=options.temperature,
+            scores=options.scores,
+        )
 
     def forward(self, signals: Signals) -> Tensor:
         if self.segments:

@@ -22,18 +22,19 @@ teacher's neck and head ("inheriting"): here `inherit: true` in the recipe, of n
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from detdistill.distillation.correlation import channel_parts
-from detdistill.distillation.matching import Adapt, LevelAligner, one_over
+from detdistill.distillation.matching import LevelAligner, one_over
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, touched_cells
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
+from detdistill.recipe.methods import FGDOptions
 
 
 class FGDLoss(nn.Module):
@@ -136,64 +137,23 @@ class GlobalContext(nn.Module):
 
 
 class FGD(Method):
-    """Sum of :class:`FGDLoss` over the matched levels.
-
-    Presets: one for each kind; "reppoints" and "yolox" are the code's for those detectors.
-
-    Args:
-        adapt: where a 1×1 convolution stands between the maps.
-        unit: maps are first divided by the size of the teacher's, so that the weights mean the same for any
-            teacher; raw maps six times as large gave gradients a hundred times the clipping norm
-            (docs/methods.md). False compares raw maps, as published.
-    """
+    """Sum of :class:`FGDLoss` over the matched levels."""
 
     needs = frozenset({"labels"})
-    presets: ClassVar = {
-        "anchor": {
-            "foreground_weight": 1e-3,
-            "background_weight": 5e-4,
-            "attention_weight": 5e-4,
-            "relation_weight": 5e-6,
-            "tau": 0.5,
-        },
-        "anchor_free": {
-            "foreground_weight": 1.6e-3,
-            "background_weight": 8e-4,
-            "attention_weight": 8e-4,
-            "relation_weight": 8e-6,
-            "tau": 0.8,
-        },
-        "two_stage": {
-            "foreground_weight": 5e-5,
-            "background_weight": 2.5e-5,
-            "attention_weight": 5e-5,
-            "relation_weight": 5e-7,
-            "tau": 0.5,
-            "finest": 4,
-        },
-        "reppoints": {
-            "foreground_weight": 1.6e-3,
-            "background_weight": 8e-4,
-            "attention_weight": 8e-4,
-            "relation_weight": 8e-6,
-            "tau": 0.5,
-        },
-        "yolox": {
-            "foreground_weight": 2e-3,
-            "background_weight": 1e-3,
-            "attention_weight": 1e-3,
-            "relation_weight": 1e-5,
-            "tau": 0.5,
-        },
-    }
 
-    def __init__(self, setting: Setting, loss: FGDLoss, *, adapt: Adapt = "auto", unit: bool = True) -> None:
+    def __init__(self, setting: Setting, options: FGDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
-        self.unit = unit
-        self.loss = loss
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.unit = options.unit
+        self.loss = FGDLoss(
+            foreground_weight=options.foreground_weight,
+            background_weight=options.background_weight,
+            attention_weight=options.attention_weight,
+            relation_weight=options.relation_weight,
+            tau=options.tau,
+        )
         self.student_context, self.teacher_context = nn.ModuleDict(), nn.ModuleDict()
-        if loss.relation_weight:
+        if options.relation_weight:
             for level in setting.matching.levels:
                 self.student_context[str(level.student_stride)] = GlobalContext(level.teacher_channels)
                 self.teacher_context[str(level.student_stride)] = GlobalContext(level.teacher_channels)

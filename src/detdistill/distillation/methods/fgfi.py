@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.matching import LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import object_mask
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.families.faster_rcnn import FasterRCNN
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import FGFIOptions
 
 
 class FGFILoss(nn.Module):
@@ -54,22 +55,15 @@ class FGFILoss(nn.Module):
 
 
 class FGFI(Method):
-    """Sum of :class:`FGFILoss` over the matched levels.
-
-    Args:
-        adapt: where φ stands between the maps.
-        psi: share of an object's best overlap that an anchor must exceed to be near (ψ). Higher: fewer cells.
-    """
+    """Sum of :class:`FGFILoss` over the matched levels."""
 
     needs = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, loss: FGFILoss, *, adapt: Adapt = "always", psi: float = 0.5) -> None:
+    def __init__(self, setting: Setting, options: FGFIOptions) -> None:
         super().__init__()
-        if not 0 <= psi < 1:
-            raise ValueError(f"psi must be in [0, 1), got {psi}")
-        self.align = LevelAligner(setting.matching, adapt, conv3x3)
-        self.loss = loss
-        self.psi = psi
+        self.align = LevelAligner(setting.matching, options.adapt, conv3x3)
+        self.loss = FGFILoss(alpha=options.alpha)
+        self.psi = options.psi
 
     def forward(self, signals: Signals) -> Tensor:
         masks = self._masks(signals)

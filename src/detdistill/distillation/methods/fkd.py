@@ -27,15 +27,16 @@ authors' code distill all five levels of a two-stage detector, as here; MMRazor'
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv1x1
+from detdistill.distillation.matching import LevelAligner, conv1x1
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import FKDOptions
 
 REDUCTIONS = (4, 4)  # channels over a non-local block's own, from the finest level; 2 on the others
 POOLS = (8, 4)  # side over which it pools its keys; 2 on the others
@@ -175,52 +176,25 @@ class LevelParts(nn.Module):
 
 
 class FKD(Method):
-    """Sum of :class:`FKDLoss` over the matched levels.
+    """Sum of :class:`FKDLoss` over the matched levels."""
 
-    Presets: one for each kind, and "mean", for reduction "mean" (its weights are ours).
-
-    Args:
-        adapt: where φ, a 1×1 convolution, stands between the maps; published: everywhere.
-    """
-
-    tasks = EVERY_TASK
-
-    _ONE_STAGE: ClassVar = {
-        "feature_weight": 4.2e-4,
-        "pooled_weight": 2.4e-2,
-        "relation_weight": 4.2e-4,
-        "tau": 0.1,
-        "channel_mask": True,
-    }
-    presets: ClassVar = {
-        "anchor": _ONE_STAGE,
-        "anchor_free": _ONE_STAGE,
-        "two_stage": {
-            "feature_weight": 7e-5,
-            "pooled_weight": 4e-3,
-            "relation_weight": 7e-5,
-            "tau": 0.5,
-            "channel_mask": False,
-        },
-        "mean": {
-            "reduction": "mean",
-            "feature_weight": 1.0,
-            "pooled_weight": 1.0,
-            "relation_weight": 1.0,
-            "tau": 0.5,
-        },
-    }
-
-    def __init__(self, setting: Setting, loss: FKDLoss, *, adapt: Adapt = "always") -> None:
+    def __init__(self, setting: Setting, options: FKDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
+        self.align = LevelAligner(setting.matching, options.adapt)
         self.parts = nn.ModuleDict({
             str(level.student_stride): LevelParts(
-                level.student_channels, level.teacher_channels, position, relations=loss.relation_weight != 0
+                level.student_channels, level.teacher_channels, position, relations=options.relation_weight != 0
             )
             for position, level in enumerate(setting.matching.levels)
         })  # fmt: skip
-        self.loss = loss
+        self.loss = FKDLoss(
+            feature_weight=options.feature_weight,
+            pooled_weight=options.pooled_weight,
+            relation_weight=options.relation_weight,
+            tau=options.tau,
+            channel_mask=options.channel_mask,
+            reduction=options.reduction,
+        )
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []

@@ -18,13 +18,11 @@ BCE with soft targets is not 0 for an equal student: what is left is the teacher
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.matching import LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads
 from detdistill.distillation.signals import Method, Need, Setting, Signals
@@ -33,6 +31,7 @@ from detdistill.models.base import dense
 from detdistill.models.families.faster_rcnn import FasterRCNN
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import FRSOptions
 
 
 class FRSLoss(nn.Module):
@@ -62,23 +61,11 @@ class FRSLoss(nn.Module):
 
 
 class FRS(Method):
-    """Sum of :class:`FRSLoss` over the matched levels.
-
-    Presets: one for each kind, and "gfl" for detectors with a quality focal loss.
-
-    Args:
-        adapt: where φ stands between the maps.
-    """
+    """Sum of :class:`FRSLoss` over the matched levels."""
 
     needs: frozenset[Need] = frozenset({"raw"})
-    presets: ClassVar = {
-        "anchor": {"feature_weight": 0.005, "cls_weight": 0.02},
-        "anchor_free": {"feature_weight": 0.01, "cls_weight": 0.05},
-        "two_stage": {"feature_weight": 0.002, "cls_weight": 0.1},
-        "gfl": {"feature_weight": 0.1, "cls_weight": 0.05},
-    }
 
-    def __init__(self, setting: Setting, loss: FRSLoss, *, adapt: Adapt = "always") -> None:
+    def __init__(self, setting: Setting, options: FRSOptions) -> None:
         super().__init__()
         if not isinstance(setting.teacher, OneStage | FasterRCNN):
             raise UserError(
@@ -87,12 +74,12 @@ class FRS(Method):
             )
         self.classes = None  # of objectness there is but one
         instead = "use `cls_weight: 0` for the features alone"
-        if loss.cls_weight:
+        if options.cls_weight:
             require_alike_heads(setting, "frs", instead)
-        if isinstance(setting.teacher, OneStage) and (loss.cls_weight or setting.classes.pairs):
+        if isinstance(setting.teacher, OneStage) and (options.cls_weight or setting.classes.pairs):
             self.classes = SharedClasses(setting, "frs", instead=instead)
-        self.align = LevelAligner(setting.matching, adapt, conv3x3)
-        self.loss = loss
+        self.align = LevelAligner(setting.matching, options.adapt, conv3x3)
+        self.loss = FRSLoss(feature_weight=options.feature_weight, cls_weight=options.cls_weight)
 
     def forward(self, signals: Signals) -> Tensor:
         assert signals.student_raw is not None

@@ -25,14 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.matching import LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import in_cells, stride_of_boxes
 from detdistill.distillation.responses import (
@@ -48,6 +47,7 @@ from detdistill.errors import UserError
 from detdistill.models.base import Batch, DenseRaw, Model, Raw
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import GIDOptions
 
 POOLED = 10
 CANDIDATES = 3000  # anchors of an image before suppression
@@ -131,33 +131,17 @@ class GID(Method):
     Student and teacher are compared anchor by anchor. Of unlike heads, which the response terms cannot compare,
     each cell's best anchor is taken. An instance is pooled from the level of its size (FPN's rule), or from the
     nearest that is matched.
-
-    Args:
-        adapt: where a 3×3 adapter, shared by the levels of equal widths, stands before the student's maps.
-        instances: chosen from each image, at most.
-        min_side: of an instance's box, in network input.
     """
 
     needs = frozenset({"raw"})
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"anchor": {}, "anchor_free": {}}  # RetinaNet's for both
 
-    def __init__(
-        self,
-        setting: Setting,
-        loss: GIDLoss,
-        *,
-        adapt: Adapt = "auto",
-        instances: int = 10,
-        min_side: float = 10.0,
-    ) -> None:
+    def __init__(self, setting: Setting, options: GIDOptions) -> None:
         super().__init__()
         student, teacher = setting.student, setting.teacher
         if not (isinstance(student, OneStage) and isinstance(teacher, OneStage)):
             raise UserError(f"gid chooses anchors by their class scores, so both must be one-stage: {INSTEAD}")
         require_same_grid(setting, "gid")
-        if instances < 1:
-            raise ValueError(f"instances must be at least 1, got {instances}")
-        self.responses = loss.cls_weight > 0 or loss.box_weight > 0
+        self.responses = options.cls_weight > 0 or options.box_weight > 0
         instead = "use gid's cls_weight 0 and box_weight 0, which compare no responses"
         self.classes = None  # where no class is shared, each has the scores of all of its own
         if self.responses or setting.classes.pairs:
@@ -169,9 +153,15 @@ class GID(Method):
             if self.responses:
                 raise
             self.by_anchor = False
-        self.align = LevelAligner(setting.matching, adapt, adapter=cache(conv3x3))
-        self.loss = loss
-        self.instances, self.min_side = instances, min_side
+        self.align = LevelAligner(setting.matching, options.adapt, adapter=cache(conv3x3))
+        self.loss = GIDLoss(
+            feature_weight=options.feature_weight,
+            relation_weight=options.relation_weight,
+            cls_weight=options.cls_weight,
+            box_weight=options.box_weight,
+            box_beta=options.box_beta,
+        )
+        self.instances, self.min_side = options.instances, options.min_side
 
     def forward(self, signals: Signals) -> Tensor:
         student, teacher = signals.student_raw, signals.teacher_raw

@@ -19,8 +19,6 @@ That divergence is the mean over pixels *and classes*, so that in `kd`, whose me
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +27,7 @@ from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
 from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import IFVDOptions
 
 EPS = 1e-8  # least length of a pixel's feature
 
@@ -70,15 +69,13 @@ def variation(x_NCP: Tensor, is_NQP: Tensor) -> Tensor:
 class IFVD(Method):
     """Sum of :class:`IFVDLoss` over the matched levels."""
 
-    tasks = frozenset({"segmentation"})
     needs = frozenset({"labels"})
-    presets: ClassVar = {"segmentation": {"alpha": 200.0}, "cirkd": {"alpha": 20.0}}
 
-    def __init__(self, setting: Setting, loss: IFVDLoss) -> None:
+    def __init__(self, setting: Setting, options: IFVDOptions) -> None:
         super().__init__()
         self.levels = setting.matching.levels
         self.class_count = len(setting.student.classes)
-        self.loss = loss
+        self.loss = IFVDLoss(alpha=options.alpha)
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []

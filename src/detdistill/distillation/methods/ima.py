@@ -15,6 +15,7 @@ Shape legend: N instances, C channels, H W rows and columns, G regions, P pooled
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,32 +24,17 @@ from torchvision.ops import roi_align
 
 from detdistill.data.records import UNLABELLED
 from detdistill.distillation.correlation import covariances
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.regions import boxes_in_cells, class_labels
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
 from detdistill.errors import UserError
 from detdistill.models.base import Task
 from detdistill.models.layers.heads import normaliser
 from detdistill.models.preprocess import resize_labels
+from detdistill.recipe.methods import IMAOptions, ImportanceOptions, MaskOptions, StandardizeOptions
 
 POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {"mask_ratio": 0.0, "alpha": 100.0},
-    "paper": {},
-    "segmentation": {"mask_ratio": 0.0, "alpha": 100.0, "instance": "class_region"},
-    "literal": {
-        "hermitian": False,
-        "standardize_teacher": False,
-        "importance_source": "raw",
-        "gamma_min": None,
-        "detach_importance": False,
-    },
-}
-"""Named sets of options: "recommended" is what measured best (docs/ima.md), "paper" the defaults of
-:class:`IMALoss`, Eq. 2-10 where they are stable, "segmentation" the recommended one with an importance for each
-class's region (as the paper has it; measured on CamVid, docs/results.md), "literal" Eq. 2-10 to the letter."""
 
 
 class IMALoss(nn.Module):
@@ -58,77 +44,47 @@ class IMALoss(nn.Module):
     powers of two only, and variances round badly).
 
     Args:
-        domain: where the mask of Eq. 2-3 acts: "fft" (the equations), "dct", "spatial" (the prose), "none".
-        mask_ratio: ζ, the share of frequencies (or cells) removed. The paper gives no value.
-        mask_sharing: one mask for each instance ("sample"), for the whole batch ("batch"), or for each channel
-            of each instance ("element").
-        hermitian: the Fourier mask is symmetric, so that the filtered map is real. Without it Eq. 3 is complex
-            and its real part is taken, whose best student is 2/(2-ζ) times the teacher.
-        keep_dc: never remove the zero frequency; worth it only without standardisation.
-        mask_teacher: filter the teacher's map with the same mask.
-        standardize_student, standardize_teacher: Eq. 5-7. The teacher's is not in Eq. 5-7 but in Eq. 14-15;
-            without it a teacher of small variance drives the student away from itself.
-        stats: statistics over H·W of an instance ("instance", Eq. 5-6) or over N·H·W ("batch", as PKD).
-        eps: added to the variance.
-        importance: γ of Eq. 8-9: the cosine, "shifted" = (1 + cosine)/2, or "none" = 1.
-        importance_source: the maps of Eq. 8: "raw", "masked", or "standardized" (those of the distance).
-        gamma_min: γ is clamped to [gamma_min, 1]; None leaves it as it is (it may be negative).
-        detach_importance: γ is a weight, not a way to lower the loss.
-        scale_target: γ scales the "student" (Eq. 10) or "both".
+        mask: Eq. 2-3; this and the next two as their classes, or as mappings of their keys.
+        standardize: Eq. 5-7.
+        importance: Eq. 8-10.
         distance: "mse" (the paper's L2) or "l1".
-        alpha, loss_weight: factors on the loss; the paper's 10 and 1.
+        alpha: factor on the loss; the paper's 10.
         instance: "image" (Eq. 1), "box" (each box pooled from both maps), or "class_region" (γ for each
             class's region; the paper's segmentation).
-        region_stats: with "class_region", standardise within each region too; this deletes the class mean.
+        region_stats: with "class_region", standardize within each region too; this deletes the class mean.
         min_pixels: maps smaller than this carry no signal and count 0.
         min_region: with "class_region", regions of fewer pixels do not count.
+
+    Raises:
+        ValueError: a group with an unknown key or a wrong value.
     """
 
     def __init__(
         self,
         *,
-        domain: Literal["fft", "dct", "spatial", "none"] = "fft",
-        mask_ratio: float = 0.5,
-        mask_sharing: Literal["sample", "batch", "element"] = "sample",
-        hermitian: bool = True,
-        keep_dc: bool = False,
-        mask_teacher: bool = False,
-        standardize_student: bool = True,
-        standardize_teacher: bool = True,
-        stats: Literal["instance", "batch"] = "instance",
-        eps: float = 1e-5,
-        importance: Literal["cosine", "shifted", "none"] = "cosine",
-        importance_source: Literal["raw", "masked", "standardized"] = "standardized",
-        gamma_min: float | None = 0.1,
-        detach_importance: bool = True,
-        scale_target: Literal["student", "both"] = "student",
+        mask: MaskOptions | Mapping[str, Any] = MaskOptions(),
+        standardize: StandardizeOptions | Mapping[str, Any] = StandardizeOptions(),
+        importance: ImportanceOptions | Mapping[str, Any] = ImportanceOptions(),
         distance: Literal["mse", "l1"] = "mse",
         alpha: float = 10.0,
-        loss_weight: float = 1.0,
         instance: Literal["image", "box", "class_region"] = "image",
         region_stats: bool = False,
         min_pixels: int = 4,
         min_region: int = 16,
     ) -> None:
         super().__init__()
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
-        if not detach_importance and importance != "none" and not standardize_teacher:
-            warnings.warn(
-                "this IMA lets the student lower the loss by growing less similar to the teacher (γ carries "
-                "gradient and the teacher is not standardised); the 'recommended' preset does not",
-                stacklevel=2,
-            )
-        self.domain, self.mask_ratio, self.mask_sharing = domain, mask_ratio, mask_sharing
-        self.hermitian, self.keep_dc, self.mask_teacher = hermitian, keep_dc, mask_teacher
-        self.standardize_student, self.standardize_teacher = standardize_student, standardize_teacher
-        self.stats, self.eps = stats, eps
-        self.importance, self.importance_source = importance, importance_source
-        self.gamma_min, self.detach_importance = gamma_min, detach_importance
-        self.scale_target, self.distance = scale_target, distance
-        self.alpha, self.loss_weight = alpha, loss_weight
+        self.mask = MaskOptions.model_validate(mask)
+        self.standardize = StandardizeOptions.model_validate(standardize)
+        self.importance = ImportanceOptions.model_validate(importance)
+        self.distance, self.alpha = distance, alpha
         self.instance, self.region_stats = instance, region_stats
         self.min_pixels, self.min_region = min_pixels, min_region
+        if not self.importance.detach and self.importance.kind != "none" and not self.standardize.teacher:
+            warnings.warn(
+                "this IMA lets the student lower the loss by growing less similar to the teacher (γ carries "
+                "gradient and the teacher is not standardized); the 'recommended' preset does not",
+                stacklevel=2,
+            )
 
     def forward(
         self,
@@ -162,7 +118,7 @@ class IMALoss(nn.Module):
         with torch.autocast(student_NCHW.device.type, enabled=False):
             student, teacher = student_NCHW.float(), teacher_NCHW.detach().float()
             weight = None if valid_NHW is None else valid_NHW[:, None].to(student.dtype)
-            factor: Tensor | float = self.alpha * self.loss_weight
+            factor: Tensor | float = self.alpha
             if self.instance == "box":
                 if boxes is None:
                     raise ValueError("instance='box' needs boxes")
@@ -183,7 +139,7 @@ class IMALoss(nn.Module):
             return factor * self._loss(student, teacher, weight, regions_NGHW, generator)
 
     def extra_repr(self) -> str:
-        return f"domain={self.domain}, mask_ratio={self.mask_ratio}, importance={self.importance}"
+        return f"mask=({self.mask}), importance=({self.importance})"
 
     def _loss(
         self,
@@ -198,23 +154,23 @@ class IMALoss(nn.Module):
             return self._by_correlation(masked_student, masked_teacher)
         stat_regions = regions if self.region_stats else None
         s, t = masked_student, masked_teacher
-        if self.standardize_student:
+        if self.standardize.student:
             s = self._standardize(s, weight, stat_regions)
-        if self.standardize_teacher:
+        if self.standardize.teacher:
             t = self._standardize(t, weight, stat_regions)
-        if self.importance != "none":
-            if self.importance_source == "raw":
+        if self.importance.kind != "none":
+            if self.importance.source == "raw":
                 sources = (student, teacher)
-            elif self.importance_source == "masked":
+            elif self.importance.source == "masked":
                 sources = (masked_student, masked_teacher)
             else:
                 sources = (
-                    s if self.standardize_student else self._standardize(s, weight, stat_regions),
-                    t if self.standardize_teacher else self._standardize(t, weight, stat_regions),
+                    s if self.standardize.student else self._standardize(s, weight, stat_regions),
+                    t if self.standardize.teacher else self._standardize(t, weight, stat_regions),
                 )
             gamma = self._importance(*sources, weight, regions)
             s = gamma * s
-            if self.scale_target == "both":
+            if self.importance.target == "both":
                 t = gamma * t
         difference = (s - t).abs() if self.distance == "l1" else (s - t).square()
         if weight is None:
@@ -224,11 +180,11 @@ class IMALoss(nn.Module):
     def _is_correlation(self) -> bool:
         """Whether the distance depends on the two maps through their variances and correlation alone."""
         return (
-            self.standardize_student
-            and self.standardize_teacher
-            and self.stats == "instance"
+            self.standardize.student
+            and self.standardize.teacher
+            and self.standardize.stats == "instance"
             and self.distance == "mse"
-            and (self.importance == "none" or self.importance_source == "standardized")
+            and (self.importance.kind == "none" or self.importance.source == "standardized")
         )
 
     def _by_correlation(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -238,13 +194,16 @@ class IMALoss(nn.Module):
         var / (var + eps) of the standardised maps, 1 but for silent channels.
         """
         variance_s, variance_t, covariance = covariances(student, teacher)
-        a_s, a_t = variance_s / (variance_s + self.eps), variance_t / (variance_t + self.eps)
-        r = covariance * torch.rsqrt((variance_s + self.eps) * (variance_t + self.eps))
+        a_s, a_t = (
+            variance_s / (variance_s + self.standardize.eps),
+            variance_t / (variance_t + self.standardize.eps),
+        )
+        r = covariance * torch.rsqrt((variance_s + self.standardize.eps) * (variance_t + self.standardize.eps))
         gamma: Tensor | float = 1.0
-        if self.importance != "none":
+        if self.importance.kind != "none":
             cosine = r.sum(1) * torch.rsqrt((a_s.sum(1) * a_t.sum(1)).clamp(min=1e-16))
-            gamma = self._gamma(cosine.detach() if self.detach_importance else cosine)[:, None]
-        if self.scale_target == "both":
+            gamma = self._gamma(cosine.detach() if self.importance.detach else cosine)[:, None]
+        if self.importance.target == "both":
             return (gamma**2 * (a_s + a_t - 2 * r)).mean()
         return (gamma**2 * a_s + a_t - 2 * gamma * r).mean()
 
@@ -252,24 +211,24 @@ class IMALoss(nn.Module):
         self, student: Tensor, teacher: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """Eq. 2-3."""
-        if self.domain == "none" or self.mask_ratio == 0:
+        if self.mask.domain == "none" or self.mask.ratio == 0:
             return student, teacher
         n, c, height, width = student.shape
-        shape = {"sample": (n, 1), "batch": (1, 1), "element": (n, c)}[self.mask_sharing]
+        shape = {"sample": (n, 1), "batch": (1, 1), "element": (n, c)}[self.mask.sharing]
         random = torch.rand(*shape, height, width, generator=generator, device=student.device)
-        symmetric = self.domain == "fft" and self.hermitian
-        keep = (hermitian(random) if symmetric else random) >= self.mask_ratio
-        if self.keep_dc and self.domain != "spatial":
+        symmetric = self.mask.domain == "fft" and self.mask.hermitian
+        keep = (hermitian(random) if symmetric else random) >= self.mask.ratio
+        if self.mask.keep_dc and self.mask.domain != "spatial":
             keep[..., 0, 0] = True
         masked = self._filter(student, keep)
-        return masked, self._filter(teacher, keep) if self.mask_teacher else teacher
+        return masked, self._filter(teacher, keep) if self.mask.teacher else teacher
 
     def _filter(self, x: Tensor, keep: Tensor) -> Tensor:
         """F⁻¹(M ⊙ F(x))."""
         size = x.shape[-2:]
-        if self.domain == "spatial":
+        if self.mask.domain == "spatial":
             return x * keep
-        if self.domain == "dct":
+        if self.mask.domain == "dct":
             rows, columns = (dct_basis(side, x.device) for side in size)
             return rows.T @ (keep * (rows @ x @ columns.T)) @ columns
         return SpectralFilter.apply(x, keep)
@@ -277,19 +236,19 @@ class IMALoss(nn.Module):
     def _standardize(self, x: Tensor, weight: Tensor | None, regions: Tensor | None) -> Tensor:
         """Eq. 5-7 with the biased variance; √(var + eps) has a finite gradient on constant maps."""
         if regions is not None:
-            return _standardize_regions(x, regions, self.eps)
-        dims = (-2, -1) if self.stats == "instance" else (0, -2, -1)
+            return _standardize_regions(x, regions, self.standardize.eps)
+        dims = (-2, -1) if self.standardize.stats == "instance" else (0, -2, -1)
         if weight is None:
             variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
         else:
             total = weight.sum(dims, keepdim=True).clamp(min=1)
             mean = (x * weight).sum(dims, keepdim=True) / total
             variance = ((x - mean).square() * weight).sum(dims, keepdim=True) / total
-        return (x - mean) * torch.rsqrt(variance + self.eps)
+        return (x - mean) * torch.rsqrt(variance + self.standardize.eps)
 
     def _importance(self, s: Tensor, t: Tensor, weight: Tensor | None, regions: Tensor | None) -> Tensor:
         """Eq. 8-9: γ as (N, 1, 1, 1), or (N, 1, H, W) where each region has its own."""
-        if self.detach_importance:
+        if self.importance.detach:
             s, t = s.detach(), t.detach()
         products = torch.stack([(s * t).sum(1), s.square().sum(1), t.square().sum(1)], dim=1)  # (N, 3, H, W)
         if regions is None:
@@ -303,8 +262,8 @@ class IMALoss(nn.Module):
         return torch.einsum("ng,nghw->nhw", gamma, regions)[:, None]
 
     def _gamma(self, cosine: Tensor) -> Tensor:
-        gamma = (1 + cosine) / 2 if self.importance == "shifted" else cosine
-        return gamma if self.gamma_min is None else gamma.clamp(self.gamma_min, 1.0)
+        gamma = (1 + cosine) / 2 if self.importance.kind == "shifted" else cosine
+        return gamma if self.importance.gamma_min is None else gamma.clamp(self.importance.gamma_min, 1.0)
 
     def _regions(self, labels_NHW: Tensor, size: torch.Size, classes: int | None) -> Tensor:
         """Class regions at the map's resolution as (N, G, H, W) of 0 and 1; small ones are empty."""
@@ -319,22 +278,29 @@ class IMALoss(nn.Module):
 class IMA(Method):
     """Sum of :class:`IMALoss` over the matched levels."""
 
-    tasks = EVERY_TASK
-    presets = PRESETS
-
-    def __init__(self, setting: Setting, loss: IMALoss, *, adapt: Adapt = "auto") -> None:
+    def __init__(self, setting: Setting, options: IMAOptions) -> None:
         super().__init__()
         wanted: dict[str, Task] = {"box": "detection", "class_region": "segmentation"}
-        task = setting.student.task
-        if wanted.get(loss.instance, task) != task:
+        task, instance = setting.student.task, options.instance
+        if wanted.get(instance, task) != task:
             raise UserError(
-                f"ima: instance '{loss.instance}' is for {wanted[loss.instance]}, and this pair for {task}: "
+                f"ima: instance '{instance}' is for {wanted[instance]}, and this pair for {task}: "
                 f"give instance 'image'"
             )
-        if loss.instance != "image":
+        if instance != "image":
             self.needs = frozenset({"labels"})
-        self.align = LevelAligner(setting.matching, adapt)
-        self.loss = loss
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.loss = IMALoss(
+            mask=options.mask,
+            standardize=options.standardize,
+            importance=options.importance,
+            distance=options.distance,
+            alpha=options.alpha,
+            instance=options.instance,
+            region_stats=options.region_stats,
+            min_pixels=options.min_pixels,
+            min_region=options.min_region,
+        )
         self.classes = len(setting.student.classes)
 
     def forward(self, signals: Signals) -> Tensor:

@@ -30,8 +30,6 @@ Reduction: "sum/mask" (the mask is w, or p) over all levels together; the classe
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,10 +47,11 @@ from detdistill.distillation.responses import (
     tempered_kl,
     two_stage,
 )
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import DenseRaw
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import normaliser
+from detdistill.recipe.methods import KDOptions
 
 
 class KDLoss(nn.Module):
@@ -141,16 +140,7 @@ class KD(Method):
     counts. Segmenters: any two.
     """
 
-    tasks = EVERY_TASK
-    # Box sides of FCOS and GFL are in strides, about four times as large as an anchor's deltas.
-    presets: ClassVar = {
-        "anchor": {"box_weight": 1.0},
-        "anchor_free": {"box_weight": 0.25},
-        "two_stage": {"box_weight": 1.0},
-        "gfl": {"box_weight": 0.25},
-    }
-
-    def __init__(self, setting: Setting, loss: KDLoss) -> None:
+    def __init__(self, setting: Setting, options: KDOptions) -> None:
         super().__init__()
         self.segments = setting.student.task == SEGMENTATION
         regions = two_stage(setting)
@@ -163,7 +153,9 @@ class KD(Method):
             self.needs = frozenset({"raw"})
         self.classes = SharedClasses(setting, "kd", background=regions)
         self.strides = [level.student_stride for level in setting.matching.levels]
-        self.loss = loss
+        self.loss = KDLoss(
+            cls_weight=options.cls_weight, box_weight=options.box_weight, temperature=options.temperature
+        )
 
     def forward(self, signals: Signals) -> Tensor:
         if self.segments:

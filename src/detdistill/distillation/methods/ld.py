@@ -25,7 +25,6 @@ and v the student's score. Imitation of features, which the published runs add, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from detdistill.models.base import DenseRaw
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.assignment import atss_thresholds, centre_depths, nearest_anchors
 from detdistill.models.layers.heads import flatten_maps, normaliser
+from detdistill.recipe.methods import LDOptions
 
 PUBLISHED_IMAGES = 2  # of a process, over which the published sums go
 
@@ -101,26 +101,11 @@ class LDLoss(nn.Module):
 
 
 class LD(Method):
-    """Sum of :class:`LDLoss` over the matched levels, for two alike heads with distributions.
-
-    Args:
-        region: where VLR LD acts: "vlr", or "inside" an object beside the positive cells (FCOS).
-        alpha: the region's lower end over its upper end.
-        topk: anchors of a level whose IoU makes the threshold.
-    """
+    """Sum of :class:`LDLoss` over the matched levels, for two alike heads with distributions."""
 
     needs = frozenset({"raw", "labels"})
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"anchor": {}, "anchor_free": {"region": "inside"}}
 
-    def __init__(
-        self,
-        setting: Setting,
-        loss: LDLoss,
-        *,
-        region: Literal["vlr", "inside"] = "vlr",
-        alpha: float = 0.25,
-        topk: int = 9,
-    ) -> None:
+    def __init__(self, setting: Setting, options: LDOptions) -> None:
         super().__init__()
         student, teacher = setting.student, setting.teacher
         one_stage = isinstance(student, OneStage) and isinstance(teacher, OneStage)
@@ -141,13 +126,15 @@ class LD(Method):
             )
         require_alike_heads(setting, "ld")
         self.classes = SharedClasses(setting, "ld")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
         self.strides = [level.student_stride for level in setting.matching.levels]
-        self.loss = loss
-        self.region, self.alpha, self.topk = region, alpha, topk
+        self.loss = LDLoss(
+            main_weight=options.main_weight,
+            vlr_weight=options.vlr_weight,
+            kd_weight=options.kd_weight,
+            temperature=options.temperature,
+            kd_temperature=options.kd_temperature,
+        )
+        self.region, self.alpha, self.topk = options.region, options.alpha, options.topk
 
     def forward(self, signals: Signals) -> Tensor:
         student, teacher, model = signals.student_raw, signals.teacher_raw, signals.student_model

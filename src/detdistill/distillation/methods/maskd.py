@@ -37,17 +37,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, SEGMENTATION, SharedClasses, own_draws, pixel_logits
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import SegmentationRaw
+from detdistill.recipe.methods import MasKDOptions
 
 LOGITS = "logits"  # the one key of segmenters' tokens
 EPS = 1e-12  # beside sums over masks, which are some cells
@@ -125,44 +125,14 @@ class ReceptiveTokens(nn.Module):
 class MasKD(Method):
     """Sum of :class:`MasKDLoss` over the matched levels, and stage 1 beside it.
 
-    Args:
-        adapt: where a 1×1 convolution stands between the maps; published: everywhere.
-        tokens: m, of each level.
-        token_shares: tokens count by p; without, by 1 in the masked map and by 1/m in L.
-        token_fraction: of training, in which the tokens learn; 1: always.
-        student_masks_from: the share of training from which the student's masks count too; 1: never.
-
     The tokens in use are buffers, copied from those that learn for as long as these do: a decaying weight or an
     optimiser's momentum cannot move them later, and a resumed run goes on with the same.
     """
 
-    tasks = EVERY_TASK
     needs = frozenset({"labels"})
-    presets: ClassVar = {
-        "anchor": {"alpha": 7.0, "student_masks_from": 0.04},
-        "anchor_free": {"alpha": 10.0, "student_masks_from": 0.028},
-        "two_stage": {"alpha": 1.0, "student_masks_from": 0.042},
-        "retinanet_x101": {"alpha": 7.0, "student_masks_from": 0.048},
-        "segmentation": {"alpha": 0.5, "tokens": 8, "token_shares": False, "student_masks_from": 1.0},
-    }
 
-    def __init__(
-        self,
-        setting: Setting,
-        loss: MasKDLoss,
-        *,
-        adapt: Adapt = "always",
-        tokens: int = 6,
-        token_shares: bool = True,
-        token_fraction: float = 0.2,
-        student_masks_from: float = 0.04,
-    ) -> None:
+    def __init__(self, setting: Setting, options: MasKDOptions) -> None:
         super().__init__()
-        if tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {tokens}")
-        for name, value in (("token_fraction", token_fraction), ("student_masks_from", student_masks_from)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
         student, teacher = setting.student, setting.teacher
         if teacher.opaque:
             raise UserError(
@@ -178,17 +148,17 @@ class MasKD(Method):
         self.segments = student.task == SEGMENTATION
         if self.segments and self.classes.missing:
             raise UserError(f"maskd wants a teacher that knows all of a segmenter's classes: {INSTEAD}")
-        self.loss = loss
-        self.token_fraction, self.student_masks_from = token_fraction, student_masks_from
+        self.loss = MasKDLoss(alpha=options.alpha)
+        self.token_fraction, self.student_masks_from = options.token_fraction, options.student_masks_from
         self.learning, self.in_use = nn.ModuleDict(), nn.ModuleDict()
         if self.segments:
             self.needs = frozenset({"raw", "labels"})
             widths = {LOGITS: len(student.classes)}
         else:
-            self.align = LevelAligner(setting.matching, adapt)
+            self.align = LevelAligner(setting.matching, options.adapt)
             widths = {str(level.student_stride): level.teacher_channels for level in setting.matching.levels}
         for key, width in widths.items():
-            learning = ReceptiveTokens(width, tokens, token_shares)
+            learning = ReceptiveTokens(width, options.tokens, options.token_shares)
             self.learning[key] = learning
             self.in_use[key] = as_buffers(learning)
 

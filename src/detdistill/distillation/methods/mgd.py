@@ -18,14 +18,13 @@ teacher's neck and head ("inheriting"): here `inherit: true` in the recipe, of n
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import Adapt, LevelAligner, conv3x3
+from detdistill.distillation.matching import LevelAligner, conv3x3
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import MGDOptions
 
 
 class MGDLoss(nn.Module):
@@ -47,42 +46,16 @@ class MGDLoss(nn.Module):
 
 
 class MGD(Method):
-    """Sum of :class:`MGDLoss` over the matched levels.
+    """Sum of :class:`MGDLoss` over the matched levels."""
 
-    Args:
-        adapt: where φ stands between the maps.
-        mask_ratio: probability that a cell of the student's map is put to 0.
-        unit: maps are first divided by the size of the teacher's, so that α means the same for any teacher; on
-            raw maps six times as large the published α let the generators diverge (docs/methods.md). False
-            compares raw maps, as published.
-    """
-
-    tasks = EVERY_TASK
-    presets: ClassVar = {
-        "anchor": {"alpha": 2e-5, "mask_ratio": 0.65},
-        "anchor_free": {"alpha": 2e-5, "mask_ratio": 0.65},
-        "two_stage": {"alpha": 5e-7, "mask_ratio": 0.45, "finest": 4},
-        "segmentation": {"alpha": 2e-5, "mask_ratio": 0.75},
-    }
-
-    def __init__(
-        self,
-        setting: Setting,
-        loss: MGDLoss,
-        *,
-        adapt: Adapt = "auto",
-        mask_ratio: float = 0.65,
-        unit: bool = True,
-    ) -> None:
+    def __init__(self, setting: Setting, options: MGDOptions) -> None:
         super().__init__()
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
-        self.align = LevelAligner(setting.matching, adapt, unit=unit)
+        self.align = LevelAligner(setting.matching, options.adapt, unit=options.unit)
         self.generators = nn.ModuleDict({
             str(level.student_stride): generator(level.teacher_channels) for level in setting.matching.levels
         })  # fmt: skip
-        self.loss = loss
-        self.mask_ratio = mask_ratio
+        self.loss = MGDLoss(alpha=options.alpha)
+        self.mask_ratio = options.mask_ratio
 
     def forward(self, signals: Signals) -> Tensor:
         terms = []

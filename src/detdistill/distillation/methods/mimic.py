@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import MimicOptions
 
 
 class MimicLoss(nn.Module):
@@ -36,12 +37,10 @@ class MimicLoss(nn.Module):
 class Mimic(Method):
     """Sum of :class:`MimicLoss` over the matched levels."""
 
-    tasks = EVERY_TASK
-
-    def __init__(self, setting: Setting, loss: MimicLoss, *, adapt: Adapt = "auto") -> None:
+    def __init__(self, setting: Setting, options: MimicOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
-        self.loss = loss
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.loss = MimicLoss(alpha=options.alpha)
 
     def forward(self, signals: Signals) -> Tensor:
         terms = [self.loss(s, t) for _, s, t in self.align(signals)]

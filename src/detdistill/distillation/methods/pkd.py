@@ -14,16 +14,14 @@ Shape legend: N images, C channels, H W rows and columns, n = N·H·W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.correlation import covariances
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import PKDOptions
 
 EPS = 1e-6  # added to the std
 NO_VARIANCE = 1e-30  # below this the square root is taken as constant: its slope at 0 is infinite
@@ -56,17 +54,10 @@ class PKDLoss(nn.Module):
 class PKD(Method):
     """Sum of :class:`PKDLoss` over the matched levels."""
 
-    tasks = EVERY_TASK
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "anchor": {"alpha": 10.0, "finest": 4},
-        "anchor_free": {"alpha": 10.0, "finest": 4},
-        "two_stage": {"alpha": 6.0, "finest": 4},
-    }
-
-    def __init__(self, setting: Setting, loss: PKDLoss, *, adapt: Adapt = "auto") -> None:
+    def __init__(self, setting: Setting, options: PKDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
-        self.loss = loss
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.loss = PKDLoss(alpha=options.alpha)
 
     def forward(self, signals: Signals) -> Tensor:
         terms = [self.loss(s, t) for _, s, t in self.align(signals)]

@@ -32,13 +32,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.responses import INSTEAD, box_outputs, class_logits, own_draws
@@ -48,6 +47,7 @@ from detdistill.models.base import DenseRaw, Pyramid, TwoStageRaw
 from detdistill.models.families.faster_rcnn import FasterRCNN, RoIHead
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import DenseHead
+from detdistill.recipe.methods import ScaleKDOptions
 
 DILATIONS = (1, 2, 3)
 RATES = ((8, 4), (4, 2), (2, 1))  # of the finest level, the next, and all others
@@ -132,24 +132,11 @@ class ScaleKD(Method):
     """Sum of :class:`ScaleKDLoss` over the matched levels, and its assistant.
 
     The teacher may be of another kind than the student: the assistant's head is one like the student's.
-
-    Args:
-        adapt: where φ, a 1×1 convolution, stands between the maps of L_feat.
-        imitate_from: the share of training from which the student follows the assistant's predictions. Where
-            the length of training is unknown it always does.
     """
 
     needs = frozenset({"labels"})
-    _ONE_STAGE: ClassVar = {"feature_weight": 0.01, "cls_weight": 0.2, "box_weight": 0.05}
-    presets: ClassVar = {
-        "anchor": _ONE_STAGE,
-        "anchor_free": _ONE_STAGE,
-        "two_stage": {"feature_weight": 0.07, "cls_weight": 0.5, "box_weight": 0.2},
-    }
 
-    def __init__(
-        self, setting: Setting, loss: ScaleKDLoss, *, adapt: Adapt = "auto", imitate_from: float = 1 / 3
-    ) -> None:
+    def __init__(self, setting: Setting, options: ScaleKDOptions) -> None:
         super().__init__()
         student = setting.student
         if not isinstance(student, OneStage | FasterRCNN):
@@ -157,10 +144,14 @@ class ScaleKD(Method):
                 f"scalekd copies the student's head, and {type(student).__name__} has none that it knows: "
                 f"{INSTEAD}"
             )
-        if not 0 <= imitate_from <= 1:
-            raise ValueError(f"imitate_from must be in [0, 1], got {imitate_from}")
-        self.align = LevelAligner(setting.matching, adapt)
-        self.loss, self.imitate_from = loss, imitate_from
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.loss = ScaleKDLoss(
+            feature_weight=options.feature_weight,
+            cls_weight=options.cls_weight,
+            box_weight=options.box_weight,
+            temperature=options.temperature,
+        )
+        self.imitate_from = options.imitate_from
         self.num_classes = len(student.classes)
         widths = {(level.student_channels, level.teacher_channels) for level in setting.matching.levels}
         if len(widths) > 1:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Adapt, LevelAligner
+from detdistill.distillation.matching import LevelAligner
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import EVERY_TASK, Method, Setting, Signals
+from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import SKDOptions
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -118,12 +119,10 @@ def _window(side: int, like: Tensor) -> Tensor:
 class SKD(Method):
     """Sum of :class:`SKDLoss` over the matched levels."""
 
-    tasks = EVERY_TASK
-
-    def __init__(self, setting: Setting, loss: SKDLoss, *, adapt: Adapt = "auto") -> None:
+    def __init__(self, setting: Setting, options: SKDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, adapt)
-        self.loss = loss
+        self.align = LevelAligner(setting.matching, options.adapt)
+        self.loss = SKDLoss(alpha=options.alpha)
 
     def forward(self, signals: Signals) -> Tensor:
         terms = [self.loss(s, t) for _, s, t in self.align(signals)]

@@ -19,8 +19,6 @@ its own, `adversarial`; the published whole is ``methods: [skds, adversarial]``.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +28,7 @@ from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import valid_mask
 from detdistill.distillation.responses import SEGMENTATION, SharedClasses, pixel_logits
 from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.recipe.methods import SKDSOptions
 
 
 class SKDSLoss(nn.Module):
@@ -73,18 +72,17 @@ class SKDSLoss(nn.Module):
 class SKDS(Method):
     """Sum of :class:`SKDSLoss`'s pairs over the matched levels, and its pixels."""
 
-    tasks = frozenset({"segmentation"})
-    presets: ClassVar = {
-        "segmentation": {"pixel_weight": 80.0, "pair_weight": 0.5, "grid": 2},
-        "cirkd": {"pixel_weight": 1.0, "pair_weight": 10.0, "grid": 0, "pool": 2},
-    }
-
-    def __init__(self, setting: Setting, loss: SKDSLoss) -> None:
+    def __init__(self, setting: Setting, options: SKDSOptions) -> None:
         super().__init__()
         assert setting.student.task == SEGMENTATION
         self.levels = setting.matching.levels
-        self.loss = loss
-        if loss.pixel_weight:
+        self.loss = SKDSLoss(
+            pixel_weight=options.pixel_weight,
+            pair_weight=options.pair_weight,
+            grid=options.grid,
+            pool=options.pool,
+        )
+        if options.pixel_weight:
             self.needs = frozenset({"raw"})
             self.classes = SharedClasses(setting, "skds", instead="set pixel_weight to 0")
 
