@@ -111,7 +111,7 @@ def make_project(root: Path) -> None:
     export = ["export", "runs/teacher", "--size", "64", "64", "--out", "student.onnx"]
     run(root, export, must=True)
     shutil.copy(root / "runs/teacher/student.safetensors", root / "weights.safetensors")
-    study = {"recipe": "pair.yaml", "seeds": [0], "arms": {"alone": None, "ima": "ima"}}
+    study = {"recipe": "pair.yaml", "seeds": [0], "arms": {"baseline": None, "ima": "ima"}}
     (root / "study.yaml").write_text(yaml.safe_dump(study))
 
 

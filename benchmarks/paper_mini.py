@@ -71,7 +71,7 @@ TABLES = {
     ),
     "8": Table("the loss weight: IMA on digits", "weight_digits", ("digits/teacher",)),
 }
-COSTS = ("recipes/deeppcb/alone.yaml", "recipes/deeppcb/teacher.yaml")
+COSTS = ("recipes/deeppcb/baseline.yaml", "recipes/deeppcb/teacher.yaml")
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ HEAD = """# The paper in miniature
 
 Written by `python benchmarks/paper_mini.py` (`make paper-mini`) from the runs that there are: small
 detectors on small sets and two CPU cores, with nothing but the questions in common with the paper's tables.
-AP × 100 of the last weights; the paired difference is to the student alone with the same seed, with its 95%
+AP × 100 of the last weights; the paired difference is to the baseline with the same seed, with its 95%
 interval. Hours are by the runs' own clocks, on cores shared with other work."""
 
 

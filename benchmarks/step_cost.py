@@ -29,7 +29,7 @@ from detdistill.models import build_model
 from detdistill.recipe import ModelConfig, model_config
 
 METHODS = {"floor": None, "ima": "ima", "ima, auto": {"ima": {"weight": "auto"}}, "mimic": "mimic"}
-VARIANTS = ("alone", *METHODS)
+VARIANTS = ("baseline", *METHODS)
 
 
 class Floor(Method):
@@ -48,7 +48,7 @@ def make_pair(variant: str, args: argparse.Namespace, device: torch.device) -> P
     torch.manual_seed(0)
     classes = [str(i) for i in range(args.classes)]
     student = build_model(detector(args.student, args.channels), classes)
-    if variant == "alone":
+    if variant == "baseline":
         return Pair(student).to(device).train()
     teacher = build_model(detector(args.teacher, args.teacher_channels or args.channels), classes)
     return Pair(student, teacher, [METHODS[variant] or Floor()]).to(device).train()

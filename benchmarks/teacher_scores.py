@@ -1,6 +1,6 @@
 """Did the scores of rank-teachers foretell which teacher would help? Their correlation with the distilled AP.
 
-    detdistill rank-teachers recipes/deeppcb/alone.yaml --teachers A B C --student ALONE --json ranking.json
+    detdistill rank-teachers recipes/deeppcb/baseline.yaml --teachers A B C --student ALONE --json ranking.json
     detdistill compare benchmarks/studies/teachers_deeppcb.yaml
     python benchmarks/teacher_scores.py ranking.json runs/studies/teachers_deeppcb/comparison.json
 

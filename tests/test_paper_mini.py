@@ -35,7 +35,7 @@ def test_the_page_tells_what_there_is(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     runs = {
         "deeppcb/teacher": 0.4,
-        "studies/methods_deeppcb/alone/0": 0.1,
+        "studies/methods_deeppcb/baseline/0": 0.1,
         "studies/methods_deeppcb/pkd/0": 0.25,
     }
     for name, value in runs.items():
@@ -56,4 +56,4 @@ def test_the_page_tells_what_there_is(tmp_path: Path) -> None:
     assert "Not run yet: mimic; ima; fgd" in first
     assert "| mimic |" not in first
     assert "Not run yet." in page[page.index("## Table 8") :]
-    assert "| alone student | 0.60 |" in page[page.index("## Table 6") :]
+    assert "| baseline student | 0.60 |" in page[page.index("## Table 6") :]

@@ -144,7 +144,7 @@ def test_a_name_cannot_leave_the_runs_folder(name, tmp_path):
 @pytest.mark.parametrize("name", ["..", ".", "", "a\0b", "x" * 300])
 def test_an_arm_cannot_leave_the_comparisons_folder(name, tmp_path):
     with pytest.raises(UserError, match="use a plain name"):
-        Study(tmp_path, {"alone": (), name: ()}, (0,), tmp_path / "out")
+        Study(tmp_path, {"baseline": (), name: ()}, (0,), tmp_path / "out")
 
 
 def test_arms_that_would_share_a_folder_are_refused(tmp_path):

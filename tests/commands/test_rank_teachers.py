@@ -180,8 +180,8 @@ def test_a_clear_lead_and_an_ap_that_cannot_be_told() -> None:
 
 
 def test_a_student_that_is_as_good_alone() -> None:
-    assert "better than the student alone" in ranked(score("a", 0.40, 3.0, gap=-0.01)).recommendation
-    assert "better than the student alone" not in ranked(score("a", 0.40, 3.0, gap=0.1)).recommendation
+    assert "better than the baseline" in ranked(score("a", 0.40, 3.0, gap=-0.01)).recommendation
+    assert "better than the baseline" not in ranked(score("a", 0.40, 3.0, gap=0.1)).recommendation
 
 
 def test_features_that_say_otherwise_are_told() -> None:

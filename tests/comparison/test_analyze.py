@@ -50,14 +50,14 @@ def runs(tmp_path):
 
 
 def test_three_runs_side_by_side(runs, tmp_path, capsys):
-    alone, distilled = runs
+    baseline, distilled = runs
     arguments = [
         "analyze",
         distilled,
-        "--alone",
-        alone,
+        "--baseline",
+        baseline,
         "--teacher",
-        alone,
+        baseline,
         "--device",
         "cpu",
         "--workers",
@@ -68,8 +68,8 @@ def test_three_runs_side_by_side(runs, tmp_path, capsys):
     assert "no supercategories: Sim is Loc" in printed
     assert "images differ" in printed
     content = json.loads((distilled / "analysis" / "analysis.json").read_text())
-    assert [model["role"] for model in content["models"]] == ["teacher", "alone", "distilled"]
-    for model, run in zip(content["models"], (alone, alone, distilled), strict=True):
+    assert [model["role"] for model in content["models"]] == ["teacher", "baseline", "distilled"]
+    for model, run in zip(content["models"], (baseline, baseline, distilled), strict=True):
         assert model["numbers"]["AP50"] == pytest.approx(evaluate(run, run, **CPU).coco.AP50, abs=1e-5)
         assert model["under"]["all"]["all"]["C50"] == pytest.approx(model["numbers"]["AP50"], abs=1e-5)
         assert set(model["tide"]["dAP"]) == set(TIDE_KINDS)
@@ -140,7 +140,7 @@ def test_a_comparison_gives_its_baseline_and_best_arm(tmp_path):
     folder = comparison(tmp_path, {"none": {"0": 0.9, "1": 0.1}, "ima": {"1": 0.3}, "fgd": {"1": 0.2}})
     analysis = analyze(folder, **CPU)
     assert [(model.role, model.run) for model in analysis.models] == [
-        ("alone", folder / "none" / "1"),
+        ("baseline", folder / "none" / "1"),
         ("distilled", folder / "ima" / "1"),
     ]
     assert (folder / "analysis" / "analysis.json").is_file()
@@ -152,14 +152,14 @@ def test_what_cannot_be_analyzed_is_said_in_one_line(runs, tmp_path):
     unfinished = make_run(tmp_path / "unfinished", 0)
     (unfinished / "result.json").unlink()
     cases.append((unfinished, {}, "not finished"))
-    cases.append((run, {"alone": unfinished}, "not finished"))
+    cases.append((run, {"baseline": unfinished}, "not finished"))
     damaged = make_run(tmp_path / "damaged", 0)
     (damaged / "result.json").write_text("{")
     cases.append((damaged, {}, "damaged"))
     without = make_run(tmp_path / "without", 0)
     (without / "student.safetensors").unlink()
     cases.append((without, {}, "no student.safetensors"))
-    cases.append((run, {"alone": make_run(tmp_path / "more", 0, val_size=5)}, "other validation images"))
+    cases.append((run, {"baseline": make_run(tmp_path / "more", 0, val_size=5)}, "other validation images"))
     lonely = comparison(tmp_path / "lonely", {"none": {"0": 0.9}, "ima": {}})
     cases.append((lonely, {}, "no seed was finished"))
     (other / "comparison.json").write_text("[]")

@@ -15,7 +15,7 @@ from detdistill.comparison.compare import inheriting_arms, read_comparison, run_
 from detdistill.comparison.launcher import launch
 from detdistill.comparison.result import load_comparison
 from detdistill.comparison.study import (
-    ALONE,
+    BASELINE,
     Study,
     plan_ablation,
     plan_methods,
@@ -62,8 +62,8 @@ def resolved(study: Study, arm: str):
 
 def test_an_arm_for_each_method_and_the_student_alone_first(recipe, tmp_path) -> None:
     study = plan_methods(recipe, ["mimic", "none", "ima"], (), range(2), tmp_path)
-    assert list(study.arms) == [ALONE, "mimic", "ima"]
-    assert resolved(study, ALONE).teacher is None
+    assert list(study.arms) == [BASELINE, "mimic", "ima"]
+    assert resolved(study, BASELINE).teacher is None
     assert resolved(study, "mimic").methods[0].name == "mimic"
     recipes = {name: resolved(study, name) for name in study.arms}
     assert unequal_budgets(recipes) == []
@@ -72,7 +72,7 @@ def test_an_arm_for_each_method_and_the_student_alone_first(recipe, tmp_path) ->
 
 def test_sweep_of_the_weight_of_the_only_method(recipe, tmp_path) -> None:
     study = plan_sweep(recipe, "distill.weight", ["0.1", "10"], (), range(1), tmp_path)
-    assert list(study.arms) == [ALONE, "weight 0.1", "weight 10"]
+    assert list(study.arms) == [BASELINE, "weight 0.1", "weight 10"]
     assert [resolved(study, a).methods[0].weight for a in list(study.arms)[1:]] == [0.1, 10]
     study = plan_sweep(recipe, "distill.alpha", ["1", "5"], (), range(1), tmp_path)
     assert resolved(study, "alpha 5").methods[0].options == {"alpha": 5}
@@ -80,7 +80,7 @@ def test_sweep_of_the_weight_of_the_only_method(recipe, tmp_path) -> None:
 
 def test_ablation_has_the_rows_of_table_5(recipe, tmp_path) -> None:
     study = plan_ablation(recipe, (), range(1), tmp_path)
-    assert list(study.arms) == [ALONE, "KD", "+ mask", "+ standardisation", "+ scale deflation"]
+    assert list(study.arms) == [BASELINE, "KD", "+ mask", "+ standardisation", "+ scale deflation"]
     options = [resolved(study, arm).methods[0].options for arm in list(study.arms)[1:]]
     assert options[0]["mask"] == {"ratio": 0}
     assert options[1]["mask"] == {"ratio": 0.5, "keep_dc": True}
@@ -125,12 +125,12 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe,
     for arm, changes in study.arms.items():
         seen[arm] = []
         train(load_recipe(study.recipe, changes), study.run_folder(arm, 0))
-    assert len(seen[ALONE]) == 3
-    assert all(of == seen[ALONE] for of in seen.values())
+    assert len(seen[BASELINE]) == 3
+    assert all(of == seen[BASELINE] for of in seen.values())
     arm = "another seed"
     seen[arm] = []
-    train(load_recipe(study.recipe, [*study.arms[ALONE], "training.seed=1"]), study.run_folder(ALONE, 1))
-    assert not set(seen[arm]) & set(seen[ALONE])
+    train(load_recipe(study.recipe, [*study.arms[BASELINE], "training.seed=1"]), study.run_folder(BASELINE, 1))
+    assert not set(seen[arm]) & set(seen[BASELINE])
 
 
 def digest(tensors) -> str:
@@ -148,11 +148,11 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, teacher, tmp_path, 
     first = capsys.readouterr().out
     assert first.count("done") == 4
     content = json.loads((out / "comparison.json").read_text())
-    assert [arm["name"] for arm in content["arms"]] == ["alone", "ima"]
+    assert [arm["name"] for arm in content["arms"]] == ["baseline", "ima"]
     ima = content["arms"][1]
-    alone = content["arms"][0]["metrics"]
+    baseline = content["arms"][0]["metrics"]
     assert ima["paired"]["differences"] == {
-        seed: pytest.approx(100 * (ima["metrics"][seed]["AP"] - alone[seed]["AP"])) for seed in ("0", "1")
+        seed: pytest.approx(100 * (ima["metrics"][seed]["AP"] - baseline[seed]["AP"])) for seed in ("0", "1")
     }
     assert "| ima |" in (out / "table.md").read_text()
     assert "<svg" in (out / "report.html").read_text()
@@ -169,7 +169,7 @@ def test_comparison_runs_once_resumes_and_reads_back(recipe, teacher, tmp_path, 
     # what is there must not be passed off as runs with other settings
     assert main([*command, "training.optimizer.lr=0.5"]) == 2
     told = capsys.readouterr().err
-    assert "alone/0 (training.optimizer.lr)" in told
+    assert "baseline/0 (training.optimizer.lr)" in told
     assert "another --out" in told
     assert main([*command, "training.optimizer.lr=0.5", "--table"]) == 0
     assert "warning: " in capsys.readouterr().err
@@ -245,7 +245,7 @@ def test_a_failed_run_is_told_and_the_rest_goes_on(recipe, tmp_path, capsys) -> 
     assert main(["compare", str(recipe), "none", "mimic", "--seeds", "1", "--out", str(out)]) == 2
     printed = capsys.readouterr().out
     assert "mimic, seed 0: failed" in printed
-    assert "alone, seed 0: done" in printed
+    assert "baseline, seed 0: done" in printed
     assert "failed" in (out / "table.md").read_text()
 
 
@@ -258,7 +258,7 @@ def test_allowed_inequality_is_written_in_the_table(recipe, tmp_path) -> None:
 
 def test_arms_that_start_from_their_teacher_are_told(recipe, tmp_path) -> None:
     file = tmp_path / "study.yaml"
-    arms = {"alone": None, "ima": "ima", "inheriting": ["inherit=true", "methods=[ima]"]}
+    arms = {"baseline": None, "ima": "ima", "inheriting": ["inherit=true", "methods=[ima]"]}
     file.write_text(json.dumps({"recipe": str(recipe), "seeds": 1, "arms": arms}))
     study = read_study(file)
     for arm in study.arms:
@@ -307,7 +307,7 @@ def test_a_metric_that_no_run_has_is_an_error(tmp_path, recipe) -> None:
 def test_a_study_file_names_arms_as_methods_lists_or_nothing(recipe, tmp_path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text(
-        f"recipe: {recipe}\nseeds: [3]\narms:\n  alone: null\n  fgd: {{fgd: {{weight: 0.1}}}}\n"
+        f"recipe: {recipe}\nseeds: [3]\narms:\n  baseline: null\n  fgd: {{fgd: {{weight: 0.1}}}}\n"
         "  long: [training.max_steps=9]\n"
     )
     study = read_study(file)
@@ -368,13 +368,13 @@ def test_what_an_arm_cannot_be_is_said_before_any_runs(recipe, tmp_path, capsys,
 
 def test_damaged_runs_and_those_of_another_version_are_told_in_a_line(recipe, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    folder = RunFolder(out / "alone" / "0")
+    folder = RunFolder(out / "baseline" / "0")
     folder.begin(load_recipe(recipe, ("teacher=null", "methods=[]")))
     folder.write_result("finished", {"AP": 0.1}, {})
     command = ["compare", str(recipe), "none", "mimic", "--seeds", "1", "--out", str(out)]
     folder.recipe_file.write_text(folder.recipe_file.read_text() + "obsolete: 3\n")
     assert main(command) == 2
-    assert "alone/0 (" in (told := capsys.readouterr().err)
+    assert "baseline/0 (" in (told := capsys.readouterr().err)
     assert "unknown key 'obsolete'" in told
     assert "choose another --out" in told
     assert main([*command, "--table"]) == 0

@@ -77,7 +77,7 @@ def test_masks_of_real_nuclei(few_images, tmp_path):
 
 
 def test_a_real_loss_falls(few_images, tmp_path):
-    recipe = ROOT / "recipes/deeppcb/alone.yaml"
+    recipe = ROOT / "recipes/deeppcb/baseline.yaml"
     budget = ["training.max_steps=60", "training.batch_size=8", "training.evaluate_every=0", "student.size=128"]
     train(recipe, [*budget, *few_images(recipe, images=100)], out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -86,6 +86,6 @@ def test_a_real_loss_falls(few_images, tmp_path):
 
 
 @pytest.mark.usefixtures("_real_data")
-@pytest.mark.parametrize("name", ["deeppcb/alone", "coco-mini/alone", "nuclei/teacher"])
+@pytest.mark.parametrize("name", ["deeppcb/baseline", "coco-mini/baseline", "nuclei/teacher"])
 def test_check_finds_nothing_to_refuse(name):
     assert check(load_recipe(ROOT / "recipes" / f"{name}.yaml")).ok

@@ -48,7 +48,7 @@ def page() -> Page:
     )
     sections = (
         Section("Numbers", (word,), (word,), charts, (Table(word, ("name", "AP"), rows, word), wide)),
-        Section("Pictures", sides=("alone", word), slides=tuple(Slide(word, word, pair) for pair in pairs),
+        Section("Pictures", sides=("baseline", word), slides=tuple(Slide(word, word, pair) for pair in pairs),
                 swatches=(("#aa2200", word), ("#00aa22", "b")),
                 pictures=(Picture(word, pairs[0][0]),)),
         Section("Recipe", codes=(Code(word, word), Code("folded", "x" * 500, folded=True))),

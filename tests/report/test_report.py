@@ -22,7 +22,7 @@ from detdistill.recipe import dump_recipe, parse_recipe
 from detdistill.report.report import try_report
 
 CPU = {"device": "cpu", "workers": 0}
-AP = {"alone": {0: 0.10, 1: 0.12, 2: 0.11}, "ima": {0: 0.20, 1: 0.24, 2: 0.22}}
+AP = {"baseline": {0: 0.10, 1: 0.12, 2: 0.11}, "ima": {0: 0.20, 1: 0.24, 2: 0.22}}
 EVIL = "<script>alert(1)</script>"
 
 
@@ -67,7 +67,7 @@ def make_comparison(folder: Path, numbers=AP, weights: bool = False, unequal=())
     for arm, by_seed in numbers.items():
         for seed, ap in by_seed.items():
             make_run(folder / arm / str(seed), ap, seed, weights and seed == 0)
-    arms = {arm: ("methods=[]",) if arm == "alone" else (f"methods=[{arm}]",) for arm in numbers}
+    arms = {arm: ("methods=[]",) if arm == "baseline" else (f"methods=[{arm}]",) for arm in numbers}
     seeds = tuple(dict.fromkeys(seed for by_seed in numbers.values() for seed in by_seed))
     write_comparison(read_comparison(Study(Path("student.yaml"), arms, seeds, folder, unequal)))
     return folder
@@ -96,7 +96,7 @@ def test_a_comparison_is_told_whole(tmp_path, capsys):
     assert main(["report", str(folder), "--teacher", str(teacher), "--device", "cpu", "--workers", "0"]) == 0
     file = folder / "report.html"
     assert capsys.readouterr().out == f"report: {file}\n"
-    assert "ima is better than alone: +11.0 AP, from 11.0 to 22.0" in head(file)
+    assert "ima is better than baseline: +11.0 AP, from 11.0 to 22.0" in head(file)
     # Differences of 10, 12 and 10 or 11 points: their t-interval (df 2) by hand.
     reach = 4.302653 * math.sqrt((1 + 0 + 1) / 2) / math.sqrt(3)
     assert f"95% interval +{11 - reach:.1f} to +{11 + reach:.1f}, 3 seeds" in head(file)
@@ -109,7 +109,7 @@ def test_a_comparison_is_told_whole(tmp_path, capsys):
     assert "TIDE" in section(file, "kinds-of-error")
     assert "fewer parameters" in section(file, "cost")
     assert "torch 2.8.0" in section(file, "machine")
-    assert "alone: 'methods=[]' ima: 'methods=[ima]'" in section(file, "recipe")
+    assert "baseline: 'methods=[]' ima: 'methods=[ima]'" in section(file, "recipe")
     assert "detdistill train student.yaml 'methods=[ima]' training.seed=2 --out" in section(file, "reproduce")
     assert EVIL not in text
     assert f"{EVIL} 5.5 11.0 25.0 +5.5" in section(file, "by-class")
@@ -135,12 +135,12 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path):
     assert "gone, seed 1: no run in" in said
     assert "gone, seed 0: no metrics.jsonl to read" in said
     assert "ima, seed 0: no result.json to read, so not in the means by class" in said
-    assert "alone: seed 2 without AP in the result" in said
-    assert "gone: better than alone; +19.0 AP" in said  # by 20 and 18 points
+    assert "baseline: seed 2 without AP in the result" in said
+    assert "gone: better than baseline; +19.0 AP" in said  # by 20 and 18 points
     assert "student.safetensors" in section(file, "kinds-of-error")  # not there
     assert "the runs have no pictures" in section(file, "pictures")
     assert "Missing" in section(file, "cost")
-    assert "alone 10.0 12.0 11.0" in section(file, "results")
+    assert "baseline 10.0 12.0 11.0" in section(file, "results")
     assert "failed" in section(file, "results")
     assert "AP on the validation images" in section(file, "training")
 
@@ -151,20 +151,20 @@ def test_unequal_budgets_are_the_first_thing_told(tmp_path):
     )
     assert "Not a fair comparison: ima has +11.0 AP" in head(file)
     assert "The arms differ in training.epochs" in head(file)
-    assert "is better than alone: +" not in words(file, "<h1>", "</h1>")
+    assert "is better than baseline: +" not in words(file, "<h1>", "</h1>")
 
 
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
         (
-            {"alone": {0: 0.2, 1: 0.2, 2: 0.3}, "ima": {0: 0.3, 1: 0.1, 2: 0.3}},
+            {"baseline": {0: 0.2, 1: 0.2, 2: 0.3}, "ima": {0: 0.3, 1: 0.1, 2: 0.3}},
             "No measurable gain: ima has +0.0",
         ),
-        ({"alone": {0: 0.2, 1: 0.2}, "ima": {0: 0.3, 1: 0.1}}, "Two seeds cannot tell: ima has"),
-        ({"alone": {0: 0.2}, "ima": {0: 0.3}}, "One seed, no verdict: ima has +10.0 AP"),
-        ({"alone": {0: 0.3, 1: 0.32}, "ima": {0: 0.1, 1: 0.12}}, "ima is worse than alone: −20.0 AP"),
-        ({"alone": {0: 0.3}, "ima": {1: 0.1}}, "Nothing to compare yet"),
+        ({"baseline": {0: 0.2, 1: 0.2}, "ima": {0: 0.3, 1: 0.1}}, "Two seeds cannot tell: ima has"),
+        ({"baseline": {0: 0.2}, "ima": {0: 0.3}}, "One seed, no verdict: ima has +10.0 AP"),
+        ({"baseline": {0: 0.3, 1: 0.32}, "ima": {0: 0.1, 1: 0.12}}, "ima is worse than baseline: −20.0 AP"),
+        ({"baseline": {0: 0.3}, "ima": {1: 0.1}}, "Nothing to compare yet"),
     ],
 )
 def test_the_verdict_in_plain_words(tmp_path, numbers, said):
@@ -173,16 +173,16 @@ def test_the_verdict_in_plain_words(tmp_path, numbers, said):
 
 
 def test_two_runs_are_a_comparison_of_one_seed(tmp_path):
-    alone = make_run(tmp_path / "a", 0.1, weights=True)
+    baseline = make_run(tmp_path / "a", 0.1, weights=True)
     run = make_run(tmp_path / "b", 0.2, weights=True, student={
         "backbone": "mobilenetv3_small_050", "channels": 16, "head_depth": 1, "strides": [16, 32],
     })  # fmt: skip
-    file = detdistill.write_report(run, alone=alone, **CPU)
+    file = detdistill.write_report(run, baseline=baseline, **CPU)
     assert "Not a fair comparison: distilled has +10.0 AP, from 10.0 to 20.0" in head(file)
     assert "student.channels" in head(file)
     assert file.read_text().count('class="slide"') == 3
-    assert f"alone is {alone}; distilled is {run}" in section(file, "kinds-of-error")
-    assert f"--alone {alone}" in section(file, "reproduce")
+    assert f"baseline is {baseline}; distilled is {run}" in section(file, "kinds-of-error")
+    assert f"--baseline {baseline}" in section(file, "reproduce")
 
 
 def test_one_run_beside_the_truth(tmp_path):
@@ -237,10 +237,10 @@ def test_the_teacher_is_told_with_its_number_and_hash(tmp_path):
     taught = {"teacher": {"weights": str(teacher)}, "methods": ["ima"]}
     folder = tmp_path / "study"
     for seed in (0, 1):
-        make_run(folder / "alone" / str(seed), 0.1, seed)
+        make_run(folder / "baseline" / str(seed), 0.1, seed)
         make_run(folder / "ima" / str(seed), 0.2, seed, **taught)
         (folder / "ima" / str(seed) / "teacher.sha256").write_text(known)
-    study = Study(Path("student.yaml"), {"alone": ("methods=[]",), "ima": ()}, (0, 1), folder)
+    study = Study(Path("student.yaml"), {"baseline": ("methods=[]",), "ima": ()}, (0, 1), folder)
     (folder / "study.yaml").write_text(study_text(study))
     write_comparison(read_comparison(study))
     content = json.loads((folder / "comparison.json").read_text())
@@ -281,7 +281,7 @@ def test_what_is_no_run_is_refused_in_a_line(tmp_path, capsys):
         ([tmp_path / "nowhere"], "not there"),
         ([tmp_path / "empty"], "neither a comparison"),
         ([tmp_path / "broken"], "damaged"),
-        ([study, "--alone", study / "alone" / "0"], "leave --alone out"),
+        ([study, "--baseline", study / "baseline" / "0"], "leave --baseline out"),
         ([study, "--teacher", tmp_path / "empty"], "no run folder"),
     ):
         assert main(["report", *map(str, arguments)]) == 2

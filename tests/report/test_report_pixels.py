@@ -52,7 +52,7 @@ def make_run(folder: Path, data: Path, seed: int = 0) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("segmenters")
     data = write_data(write_data(root / "data", CLASSES), CLASSES, "train")
-    return make_run(root / "alone", data, seed=0), make_run(root / "distilled", data, seed=1)
+    return make_run(root / "baseline", data, seed=0), make_run(root / "distilled", data, seed=1)
 
 
 def section(page: str, anchor: str) -> str:
@@ -67,8 +67,8 @@ def rows_of(html: str) -> list[list[str]]:
 
 
 def test_mistakes_are_those_of_the_models(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    alone, distilled = runs
-    file = detdistill.write_report(distilled, alone=alone, out=tmp_path / "report.html", **HOW)
+    baseline, distilled = runs
+    file = detdistill.write_report(distilled, baseline=baseline, out=tmp_path / "report.html", **HOW)
     page = file.read_text(encoding="utf-8")
     found: dict[str, np.ndarray] = {}
     for run in runs:
@@ -82,9 +82,9 @@ def test_mistakes_are_those_of_the_models(runs: tuple[Path, Path], tmp_path: Pat
             total += confusion_matrix(true[keep], given[keep], labels=[0, 1, 2])
         found[run.name] = total
     rows = {row[0]: row[1:] for row in rows_of(section(page, "kinds-of-error"))}
-    assert rows["mistake"] == ["alone", "distilled"]
+    assert rows["mistake"] == ["baseline", "distilled"]
     mistakes = {name: row for name, row in rows.items() if " as " in name}
-    wrong = found["alone"] * (1 - np.eye(3))
+    wrong = found["baseline"] * (1 - np.eye(3))
     assert len(mistakes) == (wrong > 0).sum()
     pixels = []
     for name, row in mistakes.items():
@@ -96,11 +96,11 @@ def test_mistakes_are_those_of_the_models(runs: tuple[Path, Path], tmp_path: Pat
 
 
 def test_label_maps_side_by_side(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    alone, distilled = runs
-    file = detdistill.write_report(distilled, alone=alone, out=tmp_path / "report.html", **HOW)
+    baseline, distilled = runs
+    file = detdistill.write_report(distilled, baseline=baseline, out=tmp_path / "report.html", **HOW)
     pictures = section(file.read_text(encoding="utf-8"), "pictures")
     assert pictures.count('<figure class="slide">') == 3
-    assert pictures.count("<span>alone</span>") == pictures.count("<span>distilled</span>") == 3
+    assert pictures.count("<span>baseline</span>") == pictures.count("<span>distilled</span>") == 3
     assert "&lt;b&gt;sky&lt;/b&gt;" in pictures
     assert "<b>sky" not in pictures
     changes = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) → ([\d.]+)% of the pixels", pictures)]

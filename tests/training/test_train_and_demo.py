@@ -45,7 +45,7 @@ def test_mistakes_are_told_in_the_words_of_the_arguments(tmp_path):
 @pytest.mark.slow
 def test_the_demo_runs_to_its_pictures_and_goes_on(tmp_path):
     result = demo(tmp_path, seeds=(0, 1), fast=True)
-    assert set(result.alone) == set(result.distilled) == {0, 1}
+    assert set(result.baseline) == set(result.distilled) == {0, 1}
     assert len(result.gains) == 2
     for name in ("table.md", "curves.png", "gallery.png", "comparison.json", "report.html"):
         assert (tmp_path / name).stat().st_size > 0

@@ -147,7 +147,7 @@ def _tell(comparison: Comparison, report: bool, devices: Sequence[str] | None) -
 @app.command()
 def analyze(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a comparison's folder.")],
-    alone: Annotated[Path | None, typer.Option(help="The baseline run, to show what changed.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="The baseline run, to show what changed.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="The teacher's run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for analysis.json. Default: RUN/analysis.")] = None,
     threshold: Annotated[
@@ -163,7 +163,7 @@ def analyze(
 
     with progress_bar("detecting") as progress:
         analysis = analyze_runs(
-            run, alone=alone, teacher=teacher, out=out, threshold=threshold, batch_size=batch_size,
+            run, baseline=baseline, teacher=teacher, out=out, threshold=threshold, batch_size=batch_size,
             workers=workers, device=device, progress=progress,
         )  # fmt: skip
     print_analysis(analysis)
@@ -173,7 +173,7 @@ def analyze(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a comparison or a run.")],
-    alone: Annotated[Path | None, typer.Option(help="For a run: its baseline run.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="For a run: its baseline run.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="The teacher's run. Default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output file. Default: FOLDER/report.html.")] = None,
     models: Annotated[
@@ -190,7 +190,7 @@ def report(
 
     with progress_bar("detecting") as progress:
         file = write_report(
-            folder, alone=alone, teacher=teacher, out=out, models=models, threshold=threshold,
+            folder, baseline=baseline, teacher=teacher, out=out, models=models, threshold=threshold,
             batch_size=batch_size, workers=workers, device=device, progress=progress,
         )  # fmt: skip
     say(f"report: {file}")

@@ -178,7 +178,7 @@ def print_analysis(analysis: Analysis) -> None:
         say("the classes have no supercategories: Sim is Loc")
     if analysis.differences is not None:
         changed = [(kind, str(count)) for kind, count in analysis.changes.items()]
-        show((f"distilled against alone, score ≥ {analysis.threshold:g}", "count"), changed)
+        show((f"distilled against the baseline, score ≥ {analysis.threshold:g}", "count"), changed)
         say(f"{len(analysis.differences)} of {len(analysis.split)} images differ")
 
 
@@ -201,7 +201,7 @@ def print_ranking(ranking: TeacherRanking) -> None:
     show(("teacher", *columns), rows, text_columns=2)
     for teacher, why in ranking.refused:
         say(f"error: {why if teacher in why else f'{teacher}: {why}'}", style=STYLES["error"])
-    say(f"CKA on {ranking.images} images; steps with {' + '.join(ranking.methods)}, over the student's alone")
+    say(f"CKA on {ranking.images} images; steps with {' + '.join(ranking.methods)}, over the baseline's")
     say(ranking.recommendation)
 
 

@@ -1,4 +1,4 @@
-"""The demo: a teacher, a student alone, and the same student with IMA, on generated digits.
+"""The demo: a teacher, a baseline, and the same student with IMA, on generated digits.
 
 Student and student-with-teacher share budget, initialisation, data order and augmentation: they differ in one
 thing. Nothing is stored beforehand; everything is trained while you wait.
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from detdistill.comparison.compare import read_comparison
 from detdistill.comparison.result import write_comparison
-from detdistill.comparison.study import ALONE, Study
+from detdistill.comparison.study import BASELINE, Study
 from detdistill.data.loading import DetectionDataset, open_data
 from detdistill.evaluation.detector import evaluate_detector
 from detdistill.evaluation.evaluate import as_detector
@@ -60,17 +60,17 @@ class DemoResult:
     """
 
     teacher: TrainResult
-    alone: dict[int, TrainResult]
+    baseline: dict[int, TrainResult]
     distilled: dict[int, TrainResult]
 
     @property
     def gains(self) -> list[float]:
         """Paired differences of AP, in points."""
-        return [100 * (self.distilled[s].metrics["AP"] - self.alone[s].metrics["AP"]) for s in self.alone]
+        return [100 * (self.distilled[s].metrics["AP"] - self.baseline[s].metrics["AP"]) for s in self.baseline]
 
 
 def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool = False) -> DemoResult:
-    """Train teacher, student alone and distilled student, and write a table, curves and a gallery.
+    """Train teacher, baseline and distilled student, and write a table, curves and a gallery.
 
     Args:
         out: folder of the runs and pictures; an interrupted demo goes on where it stopped.
@@ -81,17 +81,17 @@ def demo(out: str | Path = "runs/demo", seeds: Sequence[int] = (0,), fast: bool 
     console = Console(highlight=False, markup=False, emoji=False)
     console.print("1. A teacher: ResNet-18, trained on the digits")
     teacher = train(_recipe("teacher", TEACHER, epochs=12, lr=0.02, seed=0, fast=fast), out / "teacher")
-    alone, distilled = {}, {}
+    baseline, distilled = {}, {}
     for seed in seeds:
-        console.print(f"2. The student alone (seed {seed})")
-        recipe = _recipe("alone", STUDENT, epochs=10, lr=0.04, seed=seed, fast=fast)
-        alone[seed] = train(recipe, out / ALONE / str(seed))
+        console.print(f"2. The baseline (seed {seed})")
+        recipe = _recipe("baseline", STUDENT, epochs=10, lr=0.04, seed=seed, fast=fast)
+        baseline[seed] = train(recipe, out / BASELINE / str(seed))
         console.print(f"3. The same student with IMA (seed {seed})")
         taught = {"name": "distilled", "teacher": str(teacher.student), "methods": ["ima"]}
         distilled[seed] = train(
             parse_recipe({**recipe.model_dump(mode="json"), **taught}), out / DISTILLED / str(seed)
         )
-    result = DemoResult(teacher, alone, distilled)
+    result = DemoResult(teacher, baseline, distilled)
     _show(console, result, out)
     _report(console, result, out)
     return result
@@ -108,8 +108,8 @@ def _recipe(name: str, model: dict[str, Any], *, epochs: int, lr: float, seed: i
 
 def _rows(result: DemoResult) -> list[tuple[str, ...]]:
     runs = [("teacher", result.teacher)]
-    for seed in result.alone:
-        runs.append((f"student alone, seed {seed}", result.alone[seed]))
+    for seed in result.baseline:
+        runs.append((f"baseline, seed {seed}", result.baseline[seed]))
         runs.append((f"student + IMA, seed {seed}", result.distilled[seed]))
     rows: list[tuple[str, ...]] = []
     for name, run in runs:
@@ -121,14 +121,14 @@ def _rows(result: DemoResult) -> list[tuple[str, ...]]:
 
 
 def _show(console: Console, result: DemoResult, out: Path) -> None:
-    first = next(iter(result.alone))
+    first = next(iter(result.baseline))
     gains = result.gains
-    verdict = f"IMA against alone, paired: {statistics.mean(gains):+.1f} AP" + (
+    verdict = f"IMA against the baseline, paired: {statistics.mean(gains):+.1f} AP" + (
         f" (seeds: {', '.join(f'{gain:+.1f}' for gain in gains)})" if len(gains) > 1 else ""
     )
     rows = _rows(result)
     write_atomically(out / "table.md", f"{markdown_table([COLUMNS, *rows])}\n\n{verdict}\n")
-    runs = {"teacher": result.teacher, "alone": result.alone[first], "distilled": result.distilled[first]}
+    runs = {"teacher": result.teacher, "baseline": result.baseline[first], "distilled": result.distilled[first]}
     plot_comparison({name: RunFolder(run.run).metrics() for name, run in runs.items()}, out / "curves.png")
     _gallery(runs, out / "gallery.png")
 
@@ -142,9 +142,11 @@ def _show(console: Console, result: DemoResult, out: Path) -> None:
 
 def _report(console: Console, result: DemoResult, out: Path) -> None:
     """``comparison.json``, as ``compare`` writes it, and the page made of it."""
-    recipe = next(iter(result.alone.values())).run / "recipe.yaml"
+    recipe = next(iter(result.baseline.values())).run / "recipe.yaml"
     taught = (f"teacher={result.teacher.student}", 'methods=["ima"]')
-    study = Study(recipe, {ALONE: ("teacher=null", "methods=[]"), DISTILLED: taught}, tuple(result.alone), out)
+    study = Study(
+        recipe, {BASELINE: ("teacher=null", "methods=[]"), DISTILLED: taught}, tuple(result.baseline), out
+    )
     write_comparison(read_comparison(study))
     try_report(out, lambda line: console.print(line, soft_wrap=True))
 

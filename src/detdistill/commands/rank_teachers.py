@@ -46,11 +46,11 @@ class TeacherScore:
         teacher: the run folder or file, as it was given.
         what: family and backbone.
         quality: by the ranking's metric, on the validation split, in [0, 1].
-        gap: ``quality`` less that of the student alone, where that is known.
+        gap: ``quality`` less that of the baseline, where that is known.
         cka_start: by the student's stride, linear CKA of its matched level and the teacher's; of the student as
             the run would start it, with BatchNorm in training mode, as the first step sees it.
-        cka_trained: the same of the student trained alone, in evaluation mode, where there is one.
-        step_cost: time of a training step with this teacher over that of the student alone.
+        cka_trained: the same of the trained baseline, in evaluation mode, where there is one.
+        step_cost: time of a training step with this teacher over that of the baseline.
         parameters: of the whole model.
         parameter_ratio: over the student's.
     """
@@ -77,7 +77,7 @@ class TeacherRanking:
         images: of the validation split, on which features were compared.
         metric: what quality is measured by: "AP", of segmenters "mIoU".
         measured_images, val_images: on how many of its images it was measured.
-        student_quality: of the student trained alone, on the same images, or None.
+        student_quality: of the trained baseline, on the same images, or None.
     """
 
     scores: tuple[TeacherScore, ...]
@@ -105,7 +105,7 @@ class TeacherRanking:
                 f"compare the two"
             )
         if best.gap is not None and best.gap <= 0:
-            lines.append("no candidate is better than the student alone: a gain is less likely, not impossible")
+            lines.append("no candidate is better than the baseline: a gain is less likely, not impossible")
         lines.append(
             f"by {self.metric} on {self.measured_images} of {self.val_images} validation images, and by the "
             f"cost of a step within {100 * TIE:.0f} {self.metric} of the best (docs/choosing-a-teacher.md)"
@@ -181,7 +181,7 @@ def rank_teachers(
     student_quality = None
     if trained is not None:
         student_quality = measure.quality(trained)
-        say(f"student alone: {measure.metric} {100 * student_quality:.1f}")
+        say(f"baseline: {measure.metric} {100 * student_quality:.1f}")
     scores = []
     for name, pair in pairs.items():
         scores.append(measure.score(name, pair, costs[name], student_quality))
@@ -284,7 +284,7 @@ def step_costs(
     config: TrainingConfig,
     rounds: int = 5,
 ) -> dict[str, float]:
-    """Time of each pair's training step over that of the student alone, without loading.
+    """Time of each pair's training step over that of the baseline, without loading.
 
     All take turns, so that a machine whose speed drifts treats them alike; of the ratios of one round's steps
     the median over the rounds. The pairs are trained by it.

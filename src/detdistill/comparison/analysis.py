@@ -1,4 +1,4 @@
-"""``analyze``: what kinds of error a teacher, a student alone and a distilled one make on the same images.
+"""``analyze``: what kinds of error a teacher, a baseline and a distilled one make on the same images.
 
 What a run detects on the images is kept in its folder (``detections.json``, COCO results, beside a stamp of the
 weights and images they came from), so that a model is run once.
@@ -52,7 +52,7 @@ class ModelErrors:
     """One model's numbers on the split.
 
     Attributes:
-        role: ``teacher``, ``alone`` or ``distilled``; ``run`` where a single run was given.
+        role: ``teacher``, ``baseline`` or ``distilled``; ``run`` where a single run was given.
         run: its folder.
         coco, curves, tide: AP, the decomposition of precision, TIDE's errors.
     """
@@ -119,7 +119,7 @@ class Analysis:
 def analyze(
     run: Path | str,
     *,
-    alone: Path | str | None = None,
+    baseline: Path | str | None = None,
     teacher: Path | str | None = None,
     out: Path | str | None = None,
     threshold: float = 0.3,
@@ -133,7 +133,7 @@ def analyze(
     Args:
         run: a run's folder, or that of a comparison: then its baseline and, of the first seed that both have
             finished, its best arm are taken.
-        alone: the run of the student without distillation: what changed from it is listed image by image.
+        baseline: the run of the student without distillation: what changed from it is listed image by image.
         teacher: the teacher's run.
         out: where ``analysis.json``, ``errors.png``, ``errors_by_class.png`` and ``difference.png`` go;
             ``RUN/analysis`` unless given.
@@ -147,12 +147,12 @@ def analyze(
     run = Path(run)
     folder = output_path(out) if out is not None else run / "analysis"
     if (run / "comparison.json").is_file():
-        baseline, run = _from_comparison(run)
-        alone = alone or baseline
+        of_comparison, run = _from_comparison(run)
+        baseline = baseline or of_comparison
     runs = {
         "teacher": teacher and Path(teacher),
-        "alone": alone and Path(alone),
-        "distilled" if alone or teacher else "run": run,
+        "baseline": baseline and Path(baseline),
+        "distilled" if baseline or teacher else "run": run,
     }
     given = {role: path for role, path in runs.items() if path}
     for path in given.values():
@@ -160,8 +160,8 @@ def analyze(
     split = open_split(run, "val")
     if not split.records:
         raise UserError(f"{split.source}: split {split.name!r} has no images to analyze; check its file")
-    if alone:
-        _require_same(split, open_split(Path(alone), "val"), run, Path(alone))
+    if baseline:
+        _require_same(split, open_split(Path(baseline), "val"), run, Path(baseline))
     found = {
         role: detections_of(
             path, split, batch_size=batch_size, workers=workers, device=device, progress=progress
@@ -180,8 +180,8 @@ def analyze(
         for role, path in given.items()
     )
     changed = None
-    if alone:
-        changed = tuple(difference(split, found["alone"], found["distilled"], threshold=threshold))
+    if baseline:
+        changed = tuple(difference(split, found["baseline"], found["distilled"], threshold=threshold))
     analysis = Analysis(split, models, changed, threshold)
     folder.mkdir(parents=True, exist_ok=True)
     _draw(analysis, folder)
@@ -281,11 +281,11 @@ def _require_finished(run: Path) -> None:
         raise UserError(f"{run}: not finished (it has no result.json); go on with `detdistill train`")
 
 
-def _require_same(split: Split, other: Split, run: Path, alone: Path) -> None:
+def _require_same(split: Split, other: Split, run: Path, baseline: Path) -> None:
     if split.classes != other.classes:
-        raise UserError(f"{run} and {alone} have other classes: give runs of one dataset")
+        raise UserError(f"{run} and {baseline} have other classes: give runs of one dataset")
     if [record.path.resolve() for record in split.records] != [r.path.resolve() for r in other.records]:
-        raise UserError(f"{run} and {alone} have other validation images: give runs of one dataset")
+        raise UserError(f"{run} and {baseline} have other validation images: give runs of one dataset")
 
 
 def _images_hash(split: Split) -> str:

@@ -14,7 +14,15 @@ from pathlib import Path
 
 from detdistill.comparison.launcher import launch, train_missing
 from detdistill.comparison.result import Comparison, arms_of, write_comparison
-from detdistill.comparison.study import ALONE, STUDY_FILE, Study, is_study, plan_methods, read_study, study_text
+from detdistill.comparison.study import (
+    BASELINE,
+    STUDY_FILE,
+    Study,
+    is_study,
+    plan_methods,
+    read_study,
+    study_text,
+)
 from detdistill.comparison.teachers import teachers_of
 from detdistill.errors import UserError, nearest
 from detdistill.models.checkpoints.weights import STUDENT_FILE
@@ -42,7 +50,7 @@ def compare(
 
     Args:
         recipe: the file of a recipe with a teacher, or of a study, which names its own arms, seeds and teacher.
-        methods: an arm each; ``none`` is the student alone; that and ``ima`` unless given.
+        methods: an arm each; ``none`` is the baseline; that and ``ima`` unless given.
         seeds: how many.
         overrides: of the recipe, as ``training.epochs=12``, for all arms.
         teacher: instead of the recipe's: a run, a weights file, or a recipe to train first, once.
@@ -63,7 +71,7 @@ def compare(
         folder = folder or Path("runs/compare") / recipe.stem
         if teacher is not None:
             overrides = [*overrides, f"teacher={teacher_weights(Path(teacher), folder, train=train)}"]
-        study = plan_methods(recipe, methods or (ALONE, "ima"), overrides, range(seeds), folder)
+        study = plan_methods(recipe, methods or (BASELINE, "ima"), overrides, range(seeds), folder)
     return run_study(
         study, jobs=jobs, devices=devices, metric=metric, allow_unequal=allow_unequal, train=train, say=say
     )

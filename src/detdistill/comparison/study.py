@@ -15,7 +15,7 @@ from detdistill.recipe import load_recipe
 from detdistill.recipe.reading import read_yaml
 from detdistill.text import require_folder_name
 
-ALONE = "alone"
+BASELINE = "baseline"
 STUDY_FILE = "study.yaml"
 """In a comparison's folder: what was compared, as a study that can be read again."""
 
@@ -90,23 +90,23 @@ def _folder_name(arm: str) -> str:
 def plan_methods(
     recipe: Path, methods: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path
 ) -> Study:
-    """One arm for each method; ``none`` is the student alone, and comes first as the baseline.
+    """One arm for each method; ``none`` is the baseline, and comes first.
 
     Raises:
         UserError: a method twice, or no method.
     """
-    names = [ALONE if name in ("none", ALONE) else name for name in methods]
-    if len(set(names)) < len(names) or set(names) <= {ALONE}:
+    names = [BASELINE if name in ("none", "alone", BASELINE) else name for name in methods]
+    if len(set(names)) < len(names) or set(names) <= {BASELINE}:
         raise UserError(f"--methods {' '.join(methods)}: name at least one method, and each once")
-    names.sort(key=lambda name: name != ALONE)
-    arms = {name: (*overrides, *_arm_overrides(None if name == ALONE else name)) for name in names}
+    names.sort(key=lambda name: name != BASELINE)
+    arms = {name: (*overrides, *_arm_overrides(None if name == BASELINE else name)) for name in names}
     return Study(recipe, arms, tuple(seeds), out)
 
 
 def plan_sweep(
     recipe: Path, key: str, values: Sequence[str], overrides: Sequence[str], seeds: Sequence[int], out: Path
 ) -> Study:
-    """The student alone, and one arm for each value of a setting (Table 8 sweeps ``distill.weight``).
+    """The baseline, and one arm for each value of a setting (Table 8 sweeps ``distill.weight``).
 
     ``distill.KEY`` is a setting of the recipe's only method. A setting of the training gives no common
     baseline: the first value is it.
@@ -125,22 +125,22 @@ def plan_sweep(
         own = setting in type(base.methods[0]).model_fields
         key = f"methods.{name}.{setting}" if own else f"methods.{name}.options.{setting}"
     if key.startswith("methods."):
-        arms[ALONE] = (*overrides, *_arm_overrides(None))
+        arms[BASELINE] = (*overrides, *_arm_overrides(None))
     short = key.rpartition(".")[2]
     arms |= {f"{short} {value}": (*overrides, f"{key}={value}") for value in values}
     return Study(recipe, arms, tuple(seeds), out)
 
 
 def plan_ablation(recipe: Path, overrides: Sequence[str], seeds: Sequence[int], out: Path) -> Study:
-    """Table 5: the student alone, imitation, and IMA's parts one after another."""
-    arms = {ALONE: _arm_overrides(None), **{name: _arm_overrides(arm) for name, arm in ABLATION.items()}}
+    """Table 5: the baseline, imitation, and IMA's parts one after another."""
+    arms = {BASELINE: _arm_overrides(None), **{name: _arm_overrides(arm) for name, arm in ABLATION.items()}}
     return Study(recipe, {name: (*overrides, *changes) for name, changes in arms.items()}, tuple(seeds), out)
 
 
 def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Study:
     """A study file: ``recipe``, ``arms``, ``seeds`` (a list, or how many); ``teacher`` is laid over the recipe.
 
-    An arm is an entry of ``methods``, null for the student alone, or a list of overrides. Paths are relative to
+    An arm is an entry of ``methods``, null for the baseline, or a list of overrides. Paths are relative to
     the working folder. Its runs are in ``runs/studies/STEM`` unless given; a ``study.yaml`` that a comparison
     has written goes on in its own folder.
 

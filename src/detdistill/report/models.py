@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detdistill.comparison.analysis import Analysis, ModelErrors, analyze, detections_of
 from detdistill.comparison.result import DAMAGED
-from detdistill.comparison.study import ALONE
+from detdistill.comparison.study import BASELINE
 from detdistill.data.loading import DetectionDataset
 from detdistill.data.records import Split
 from detdistill.errors import UserError
@@ -34,7 +34,7 @@ from detdistill.report.pixels import label_map_section, mistakes_section
 from detdistill.report.source import DISTILLED, TEACHER_COLOR, Subject
 
 PICTURES = 24
-COLORS_OF = {ALONE: 0, "run": 0, DISTILLED: 1, "teacher": TEACHER_COLOR}
+COLORS_OF = {BASELINE: 0, "run": 0, DISTILLED: 1, "teacher": TEACHER_COLOR}
 TIMED_RUNS, WARMUP = 5, 1
 COSTS = "costs.json"  # of `detdistill benchmark --json`, beside the runs
 FAILURES = (UserError, RuntimeError, *DAMAGED)
@@ -64,7 +64,7 @@ def model_sections(
     detecting: dict[str, Any] = {
         "batch_size": batch_size, "workers": workers, "device": device, "progress": progress,
     }  # fmt: skip
-    run, alone = next(reversed(shown.values())), shown.get(ALONE)
+    run, baseline = next(reversed(shown.values())), shown.get(BASELINE)
     if _is_segmenter(run):
         return [*_pixel_sections(subject, detecting), _cost_section(subject, folder, run, device)]
     notes: tuple[str, ...] = ()
@@ -73,7 +73,12 @@ def model_sections(
     for teacher in dict.fromkeys((subject.teacher, None)):
         try:
             analysis = analyze(
-                run, alone=alone, teacher=teacher, out=folder / "analysis", threshold=threshold, **detecting
+                run,
+                baseline=baseline,
+                teacher=teacher,
+                out=folder / "analysis",
+                threshold=threshold,
+                **detecting,
             )
             break
         except FAILURES as error:
@@ -166,7 +171,7 @@ def _error_section(analysis: Analysis, notes: tuple[str, ...]) -> Section:
         changes = analysis.changes
         text.append(
             f"From a score of {analysis.threshold:g} on, the distilled student finds {changes['found']} "
-            f"objects that the student alone misses, and loses {changes['lost']}. Of false alarms, "
+            f"objects that the baseline misses, and loses {changes['lost']}. Of false alarms, "
             f"{changes['new false alarm']} are new and {changes['gone false alarm']} are gone."
         )
     return Section("Kinds of error", tuple(text), notes, tuple(charts), tables)
@@ -229,8 +234,8 @@ def _picture_section(
                 [{name: torch.from_numpy(value) for name, value in of[i].items()} for i in captions]
                 for of in found.values()
             ]
-        sides = (ALONE, DISTILLED) if analysis.differences is not None else ("ground truth", "found")
-        first = answers[0] if ALONE in sides else truths
+        sides = (BASELINE, DISTILLED) if analysis.differences is not None else ("ground truth", "found")
+        first = answers[0] if BASELINE in sides else truths
         pairs = draw_pairs(zip(images, first, answers[-1], strict=True), split.classes, threshold=threshold)
         names = [split.records[i].path.name for i in captions]
     except FAILURES as error:

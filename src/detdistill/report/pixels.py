@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from detdistill.comparison.study import ALONE
+from detdistill.comparison.study import BASELINE
 from detdistill.data.loading import DetectionDataset
 from detdistill.evaluation.segmentation import SegmentationEvaluation, evaluate_segmenter
 from detdistill.models.base import Segmenter
@@ -28,7 +28,7 @@ def mistakes_section(found: Mapping[str, SegmentationEvaluation], notes: tuple[s
         found: by role, of one split; the last is the one that the report is about.
         notes: what is missing.
     """
-    subject = list(found.values())[-1] if ALONE not in found else found[ALONE]
+    subject = list(found.values())[-1] if BASELINE not in found else found[BASELINE]
     split = subject.split
     shares = {role: _shares(one.confusion) for role, one in found.items()}
     names = (*split.classes, "a class that the data do not have")
@@ -47,7 +47,7 @@ def mistakes_section(found: Mapping[str, SegmentationEvaluation], notes: tuple[s
         "Kinds of error",
         (
             f"On {len(split)} validation images. Of the pixels of a class, so many in a hundred are taken for "
-            f"another one: the {len(rows)} mistakes of which {'the student alone' if ALONE in found else 'it'} "
+            f"another one: the {len(rows)} mistakes of which {'the baseline' if BASELINE in found else 'it'} "
             "makes most, by pixels.",
         ),
         notes,
@@ -71,7 +71,7 @@ def label_map_section(
     batch_size: int,
     workers: int,
 ) -> Section:
-    """Pictures of the student alone and the distilled one, or of truth and answer.
+    """Pictures of the baseline and the distilled one, or of truth and answer.
 
     Args:
         models, found: by role, without the teacher: what answers, and how it did on the split.

@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 def write_report(
     folder: Path | str,
     *,
-    alone: Path | str | None = None,
+    baseline: Path | str | None = None,
     teacher: Path | str | None = None,
     out: Path | str | None = None,
     models: bool = True,
@@ -47,7 +47,7 @@ def write_report(
 
     Args:
         folder: a comparison's (``compare``, ``sweep``, ``ablate``, ``demo``), or a run's.
-        alone: the run of the student without distillation, beside a single run.
+        baseline: the run of the student without distillation, beside a single run.
         teacher: the teacher's run; the one that the recipes name unless given.
         out: the file; ``FOLDER/report.html`` unless given.
         models: run the models where their detections are not kept yet, and measure what they cost. Without, the
@@ -64,7 +64,7 @@ def write_report(
     """
     folder = Path(folder)
     subject = read_subject(
-        folder, None if alone is None else Path(alone), None if teacher is None else Path(teacher)
+        folder, None if baseline is None else Path(baseline), None if teacher is None else Path(teacher)
     )
     sections = [*_result_sections(subject), curve_section(subject), class_section(subject)]
     if models:
@@ -302,7 +302,7 @@ def _commands_section(subject: Subject, folder: Path) -> Section:
         codes.insert(0, Code("The teacher", "\n".join(map(shlex.join, trainings))))
     command = ["detdistill", "report", str(folder)]
     if len(comparison.arms) == 2 and not any(study.arms.values()):
-        command += ["--alone", str(subject.shown["alone"])] if "alone" in subject.shown else []
+        command += ["--baseline", str(subject.shown["baseline"])] if "baseline" in subject.shown else []
     if subject.teacher is not None:
         command += ["--teacher", str(subject.teacher)]
     codes.append(Code("This page", shlex.join(command)))

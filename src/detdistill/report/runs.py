@@ -132,7 +132,7 @@ def _few(curve: Curve) -> bool:
 
 
 def class_section(subject: Subject) -> Section:
-    """The main number by class: the student alone, distilled, and the teacher."""
+    """The main number by class: the baseline, distilled, and the teacher."""
     base, best = subject.comparison.arms[0], subject.best
     sides = {base.name: (0, _by_class(subject.runs[base.name].values()))}
     if best is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from detdistill.comparison.compare import unequal_budgets
 from detdistill.comparison.result import Arm, Comparison, Runs, arms_of, load_comparison
-from detdistill.comparison.study import ALONE, Study
+from detdistill.comparison.study import BASELINE, Study
 from detdistill.comparison.teachers import teachers_of
 from detdistill.data.text import read_file
 from detdistill.errors import UserError
@@ -46,12 +46,12 @@ class Subject:
 
     @property
     def shown(self) -> dict[str, Path]:
-        """The runs to look into: ``alone`` and ``distilled`` of the first seed that both have, or ``run``."""
+        """``baseline`` and ``distilled`` of the first seed that both have, or ``run``."""
         base, best = self.comparison.arms[0], self.best
         if best is not None and best.paired is not None:
             for seed in best.paired.differences:
                 if seed in self.runs[base.name] and seed in self.runs[best.name]:
-                    return {ALONE: self.runs[base.name][seed], DISTILLED: self.runs[best.name][seed]}
+                    return {BASELINE: self.runs[base.name][seed], DISTILLED: self.runs[best.name][seed]}
         found = [run for arm in self.runs.values() for run in arm.values()]
         return {"run": found[0]} if found else {}
 
@@ -70,8 +70,8 @@ def _merit(arm: Arm) -> tuple[bool, float]:
     return arm.paired.verdict == "better", arm.paired.mean
 
 
-def read_subject(folder: Path, alone: Path | None = None, teacher: Path | None = None) -> Subject:
-    """Read a comparison's folder, or a run's, perhaps with the run of the student alone.
+def read_subject(folder: Path, baseline: Path | None = None, teacher: Path | None = None) -> Subject:
+    """Read a comparison's folder, or a run's, perhaps with the run of the baseline.
 
     Raises:
         UserError: it is neither, ``comparison.json`` is damaged, or a run that was named is none.
@@ -79,17 +79,17 @@ def read_subject(folder: Path, alone: Path | None = None, teacher: Path | None =
     if not folder.is_dir():
         kind = "a file" if folder.exists() else "not there"
         raise UserError(f"{folder}: {kind}; give the folder that `compare`, `demo` or `train` wrote")
-    for given in (alone, teacher):
+    for given in (baseline, teacher):
         if given is not None and not is_run(given):
             raise UserError(
                 f"{given}: no run folder (it has no recipe.yaml); give the folder that `train` wrote"
             )
     if (folder / "comparison.json").is_file():
-        if alone is not None:
-            raise UserError(f"{folder} is a comparison, which has its baseline: leave --alone out")
+        if baseline is not None:
+            raise UserError(f"{folder} is a comparison, which has its baseline: leave --baseline out")
         comparison, runs = load_comparison(folder)
     elif is_run(folder):
-        comparison, runs = _of_runs(folder, alone)
+        comparison, runs = _of_runs(folder, baseline)
     else:
         raise UserError(
             f"{folder}: neither a comparison (comparison.json) nor a run (recipe.yaml); give the folder that "
@@ -148,9 +148,9 @@ def json_of(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _of_runs(run: Path, alone: Path | None) -> tuple[Comparison, Runs]:
+def _of_runs(run: Path, baseline: Path | None) -> tuple[Comparison, Runs]:
     """A run by itself, or a comparison of one seed."""
-    folders = {run.resolve().name: run} if alone is None else {ALONE: alone, DISTILLED: run}
+    folders = {run.resolve().name: run} if baseline is None else {BASELINE: baseline, DISTILLED: run}
     recipes = {name: recipe for name, path in folders.items() if (recipe := recipe_of(path)) is not None}
     seed = next((recipe.training.seed for recipe in recipes.values()), 0)
     numbers: dict[str, dict[int, dict[str, float]]] = {}
@@ -160,7 +160,7 @@ def _of_runs(run: Path, alone: Path | None) -> tuple[Comparison, Runs]:
         numbers[name] = {} if result is None else {seed: result["metrics"]}
         main = main if result is None else result["main"]
     unequal = unequal_budgets(recipes) if len(recipes) == 2 else []
-    if len(recipes) == 2 and recipes[ALONE].training.seed != recipes[DISTILLED].training.seed:
+    if len(recipes) == 2 and recipes[BASELINE].training.seed != recipes[DISTILLED].training.seed:
         unequal.append("training.seed")
     study = Study(run / "recipe.yaml", dict.fromkeys(folders, ()), (seed,), run, tuple(unequal))
     runs = {name: {seed: path} for name, path in folders.items()}

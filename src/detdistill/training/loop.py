@@ -1,4 +1,4 @@
-"""Train one recipe: a student alone, or with its teacher. The same loop serves both."""
+"""Train one recipe: a baseline, or with its teacher. The same loop serves both."""
 
 from __future__ import annotations
 

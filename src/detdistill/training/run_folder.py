@@ -8,7 +8,7 @@
     RUN/curves.png, samples.png
     RUN/checkpoints/last.pt    to resume (tensors and plain values only); previous.pt is the one before
     RUN/data.sha256, teacher.sha256   what it began with, wherever that lies now
-    RUN/student.safetensors    the student alone: what is deployed
+    RUN/student.safetensors    the baseline: what is deployed
     RUN/best.safetensors       the student at its best evaluation
     RUN/result.json            status and final metrics; only a finished run has it
 """
