@@ -116,8 +116,6 @@ def test_what_would_be_inherited_is_told(folder: Path, tmp_path: Path) -> None:
     [
         ({"student": {**STUDENT, "backbone": "resnet_18"}}, "student: timm knows no backbone 'resnet_18'"),
         ({"teacher": "nowhere", "methods": ["ima"]}, "teacher: nowhere: no such weights file or run folder"),
-        ({"teacher": "TEACHER", "methods": ["imo"]}, "pair: no method 'imo'; did you mean 'ima'?"),
-        ({"teacher": "TEACHER", "methods": [{"ima": {"alhpa": 3}}]}, "pair: ima has no option 'alhpa'"),
         ({"data": "nowhere"}, "nowhere"),
         ({"teacher": "TEACHER", "inherit": True, "student": {**STUDENT, "channels": 16}}, "16 and 16 channels"),
     ],

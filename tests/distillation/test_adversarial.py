@@ -70,7 +70,7 @@ def test_every_part_is_optimised_and_moves():
     still = {name for name in before if name.endswith(("key.bias", "score.bias"))}
     assert moved | still == set(before)
     names = pair.state_dict()
-    assert all(f"methods.{name}" in names for name in before)
+    assert all("terms." + name.replace(".", ".method.", 1) in names for name in before)
 
 
 def test_the_students_gradient_is_not_the_discriminators():

@@ -90,7 +90,8 @@ def test_every_part_is_optimised_moved_and_saved_and_the_teacher_stays(method, f
     }
     allowed = {name for name in parts if method in STILL and name.endswith(STILL[method])}
     assert still <= allowed
-    assert {f"methods.{name}" for name in snapshot(pair.methods)} <= set(pair.state_dict())
+    saved = {name.replace(".", ".method.", 1) for name in snapshot(pair.methods)}
+    assert {f"terms.{name}" for name in saved} <= set(pair.state_dict())
 
 
 @everywhere

@@ -38,7 +38,7 @@ def test_margins_are_saved_with_the_pair():
     take_steps(pair, steps=1)
     state = pair.state_dict()
     for stride in (8, 16, 32):
-        saved = state[f"methods.cofd.margins.{stride}.margin"]
+        saved = state[f"terms.cofd.method.margins.{stride}.margin"]
         assert (saved < 0).any()
         assert saved.shape == (24,)
 

@@ -13,15 +13,14 @@ from detdistill.errors import UserError
 from .pairs import assert_same, batch, detector, snapshot, take_steps
 
 
-def test_teacher_is_no_part_of_the_pair_but_follows_it():
+def test_teacher_is_no_part_of_the_pair_and_stays_in_evaluation_mode():
     student, teacher = detector(), detector(channels=24, seed=1)
     pair = Pair(student, teacher, ["ima"])
     of_teacher = {id(p) for p in teacher.parameters()}
     assert not any(id(p) in of_teacher for p in pair.parameters())
-    assert not any(name.startswith("_teacher") for name in pair.state_dict())
-    pair.double()
-    assert next(teacher.parameters()).dtype == torch.float64
-    pair.float().train()
+    assert {name.split(".")[0] for name in pair.state_dict()} == {"student", "terms"}
+    teacher.train()  # as a careless user leaves it
+    pair.train()(*batch())
     assert not teacher.training
 
 
@@ -200,7 +199,7 @@ def test_the_micro_batches_of_a_step_draw_apart_and_auto_looks_at_the_first():
     pair.methods["ima"].register_forward_pre_hook(
         lambda _, args: masked.append(args[0].generator.initial_seed())
     )
-    pair.auto["ima"].update = lambda *_: measured.append(pair.step)
+    pair.terms["ima"].auto.update = lambda *_: measured.append(pair.step)
     for step in (0, 1, 0):
         pair.at_step(step, 100)
         pair(*batch())

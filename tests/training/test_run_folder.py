@@ -313,7 +313,7 @@ def test_pipes_in_a_run_folder_are_refused_instead_of_waited_for(tmp_path):
     [
         {"student": {"backbone": "nonsense"}},
         {"teacher": "nowhere", "methods": ["mimic"]},
-        {"methods": ["fgdx"]},
+        {"methods": [{"crosskd": {"depth": 9}}]},
         {"data": {"root": "nowhere"}},
         {"student": {"size": (30000, 30000)}},
     ],
