@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detdistill.distillation.matching import Overlay
+from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.method import Method, Signals
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
-from detdistill.distillation.signals import Method, Signals
 from detdistill.errors import UserError
 from detdistill.models import build_model
 from detdistill.models.base import Batch, DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from detdistill.distillation.method import Method, Signals
 from detdistill.distillation.pair import Pair
-from detdistill.distillation.signals import Method, Signals
 from detdistill.distillation.weighting import AUTO_EVERY
 from detdistill.models import build_model
 from detdistill.recipe import ModelConfig, model_config

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from detdistill.comparison.compare import compare
     from detdistill.deployment.export import export
     from detdistill.deployment.quantize import quantize
-    from detdistill.distillation.matching import LevelAligner
+    from detdistill.distillation.adapters import LevelAligner
+    from detdistill.distillation.method import Method, Setting, Signals
     from detdistill.distillation.methods.ima import IMALoss
     from detdistill.distillation.methods.mimic import MimicLoss
     from detdistill.distillation.pair import Pair
-    from detdistill.distillation.signals import Method, Setting, Signals
     from detdistill.errors import UserError
     from detdistill.evaluation.evaluate import evaluate
     from detdistill.models import build_model
@@ -72,16 +72,16 @@ __all__ = [
 _HOMES = {
     "Callback": "training.callbacks",
     "IMALoss": "distillation.methods.ima",
-    "LevelAligner": "distillation.matching",
+    "LevelAligner": "distillation.adapters",
     "METHODS": "recipe.methods",
-    "Method": "distillation.signals",
+    "Method": "distillation.method",
     "MethodOptions": "recipe.methods",
     "MimicLoss": "distillation.methods.mimic",
     "Pair": "distillation.pair",
     "Preprocess": "models.base",
     "Recipe": "recipe",
-    "Setting": "distillation.signals",
-    "Signals": "distillation.signals",
+    "Setting": "distillation.method",
+    "Signals": "distillation.method",
     "UserError": "errors",
     "analyze": "comparison.analysis",
     "build_model": "models",

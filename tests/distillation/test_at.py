@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import resize_like
+from detdistill.distillation.alignment import resize_like
 from detdistill.distillation.methods.at import ATLoss
 
 from .pairs import STRIDES, batch, make_pair

@@ -10,9 +10,9 @@ from typing import get_args
 import pytest
 
 from detdistill.distillation import methods as room
+from detdistill.distillation.method import Setting
 from detdistill.distillation.methods import METHODS, build_method
 from detdistill.distillation.pair import Pair
-from detdistill.distillation.signals import Setting
 from detdistill.errors import UserError
 from detdistill.models.base import Kind
 from detdistill.recipe.methods import MaskOptions, descriptions, option_table, read_options

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from detdistill.distillation.matching import resize_like
+from detdistill.distillation.alignment import resize_like
 from detdistill.distillation.methods.cofd import COFDLoss, Connector, Margin, batch_norm_margin
 from detdistill.distillation.pair import Pair
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from detdistill.distillation.matching import resize_like
+from detdistill.distillation.alignment import resize_like
 from detdistill.distillation.methods.fgd import FGDLoss, GlobalContext, focal_masks
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError

@@ -7,13 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detdistill.distillation.matching import (
-    LevelAligner,
-    input_scale,
-    match_classes,
-    match_levels,
-    resize_like,
-)
+from detdistill.distillation.adapters import LevelAligner
+from detdistill.distillation.alignment import resize_like
+from detdistill.distillation.classes import match_classes
+from detdistill.distillation.levels import input_scale, match_levels
 from detdistill.errors import UserError
 from detdistill.models import Preprocess
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import detection
 
-from detdistill.distillation.matching import Overlay, read_at, resize_like
+from detdistill.distillation.alignment import Overlay, read_at, resize_like
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import boxes_in_cells
 from detdistill.errors import UserError

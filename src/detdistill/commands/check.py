@@ -15,9 +15,10 @@ from detdistill.data.box_checks import small_objects
 from detdistill.data.inspect import Inspection, inspect_data
 from detdistill.data.records import Finding, Split
 from detdistill.data.transforms import build_augment
+from detdistill.distillation.classes import ClassMatch
 from detdistill.distillation.distiller import distiller_of
 from detdistill.distillation.inheriting import inherit
-from detdistill.distillation.matching import ClassMatch, Matching, describe_input
+from detdistill.distillation.levels import Matching, describe_input
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
 from detdistill.models import build_model, load_teacher

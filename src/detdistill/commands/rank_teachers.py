@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detdistill.data.loading import DetectionDataset, collate, make_loader, usable_splits
 from detdistill.data.records import Split
-from detdistill.distillation.matching import match_classes
+from detdistill.distillation.classes import match_classes
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.teachers import Samples
 from detdistill.errors import UserError

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import Matching, Overlay, input_scale, match_levels
+from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.levels import Matching, input_scale, match_levels
+from detdistill.distillation.method import Method, Need, Setting, Signals
 from detdistill.distillation.methods import build_method
-from detdistill.distillation.responses import SharedClasses, require_readable
-from detdistill.distillation.signals import Method, Need, Setting, Signals
+from detdistill.distillation.outputs import SharedClasses, require_readable
 from detdistill.distillation.teachers import (
     HEAD,
     LiveTeacher,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from detdistill.distillation.classes import ClassMatch, match_classes
 from detdistill.distillation.distiller import Distiller, MethodLike, Trainable, require_apart
-from detdistill.distillation.matching import ClassMatch, Matching, match_classes
+from detdistill.distillation.levels import Matching
 from detdistill.distillation.teachers import LiveTeacher, Samples
 from detdistill.errors import UserError
 from detdistill.models.base import Model, Target

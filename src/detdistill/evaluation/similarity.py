@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from detdistill.distillation.matching import Matching, Overlay
+from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.levels import Matching
 from detdistill.models.base import Model
 
 

@@ -35,7 +35,7 @@ from detdistill.recipe.reading import describe, expand_method, merge, sections_i
 from detdistill.recipe.sections import Section, refuse_unknown_keys
 
 if TYPE_CHECKING:
-    from detdistill.distillation.signals import Method, Setting
+    from detdistill.distillation.method import Method, Setting
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class MethodOptions(OptionGroup):
     """What every method's options have. ``@register`` gives a method's class its name and what it builds."""
 
     target: ClassVar[str | Callable[..., Any]]
-    """The :class:`~detdistill.distillation.signals.Method` as ``module:class``, imported when one is built, or
+    """The :class:`~detdistill.distillation.method.Method` as ``module:class``, imported when one is built, or
     the class itself: called with a ``Setting`` and these options."""
     tasks: ClassVar[frozenset[Task]] = DETECTION
     """What it can be used for. One that needs boxes, anchors or proposals is for detection alone."""

@@ -14,6 +14,7 @@ from detdistill.errors import UserError
 from detdistill.recipe.methods import METHODS, MethodOptions, methods, read_options
 
 if TYPE_CHECKING:
+    from detdistill.distillation.method import Method, Setting
     from detdistill.distillation.methods.adversarial import Adversarial, AdversarialLoss
     from detdistill.distillation.methods.at import AT, ATLoss
     from detdistill.distillation.methods.cirkd import CIRKD, CIRKDLoss
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from detdistill.distillation.methods.scalekd import ScaleKD, ScaleKDLoss
     from detdistill.distillation.methods.skd import SKD, SKDLoss
     from detdistill.distillation.methods.skds import SKDS, SKDSLoss
-    from detdistill.distillation.signals import Method, Setting
 
 __all__ = [
     "AT",

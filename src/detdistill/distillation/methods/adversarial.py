@@ -35,9 +35,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import SharedClasses, pixel_logits
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import SharedClasses, pixel_logits
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import AdversarialOptions
 
 WIDTHS = (64, 128, 256, 512)

@@ -34,9 +34,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from detdistill.data.records import UNLABELLED
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.layers.heads import normaliser
 from detdistill.recipe.methods import CIRKDOptions
 

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.adapters import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import COFDOptions
 
 MOMENTUM = 0.1  # of the measured margin, as of a BatchNorm's statistics

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import Overlay
+from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import INSTEAD, SharedClasses, tempered_kl
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, SharedClasses, tempered_kl
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw
 from detdistill.models.families.fcos import centerness_of

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.adapters import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import SEGMENTATION, SharedClasses, pixel_logits
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import SEGMENTATION, SharedClasses, pixel_logits
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.recipe.methods import CWDOptions
 

@@ -33,17 +33,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import LevelAligner, conv3x3
-from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
-from detdistill.distillation.responses import (
+from detdistill.distillation.adapters import LevelAligner, conv3x3
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import (
     SharedClasses,
     region_responses,
     teacher_region_responses,
     tempered_kl,
     two_stage,
 )
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
 from detdistill.models.base import Batch
 from detdistill.models.layers.heads import normaliser
 from detdistill.recipe.methods import DeFeatOptions

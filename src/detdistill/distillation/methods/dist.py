@@ -27,8 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import (
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import (
     SEGMENTATION,
     SharedClasses,
     pixel_logits,
@@ -36,7 +36,7 @@ from detdistill.distillation.responses import (
     require_alike_heads,
     two_stage,
 )
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.precision import in_full_precision
 from detdistill.models.base import DenseRaw
 from detdistill.recipe.methods import DISTOptions
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from detdistill.distillation.adapters import LevelAligner, one_over
 from detdistill.distillation.correlation import channel_parts
-from detdistill.distillation.matching import LevelAligner, one_over
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, touched_cells
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.base import Batch
 from detdistill.recipe.methods import FGDOptions
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from detdistill.distillation.matching import LevelAligner, conv3x3
+from detdistill.distillation.adapters import LevelAligner, conv3x3
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import object_mask
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.models.families.faster_rcnn import FasterRCNN
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import normaliser

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import LevelAligner, conv1x1
+from detdistill.distillation.adapters import LevelAligner, conv1x1
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import FKDOptions
 
 REDUCTIONS = (4, 4)  # channels over a non-local block's own, from the finest level; 2 on the others

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import LevelAligner, conv3x3
+from detdistill.distillation.adapters import LevelAligner, conv3x3
+from detdistill.distillation.method import Method, Need, Setting, Signals
+from detdistill.distillation.outputs import INSTEAD, SharedClasses, require_alike_heads
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads
-from detdistill.distillation.signals import Method, Need, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import dense
 from detdistill.models.families.faster_rcnn import FasterRCNN

@@ -31,10 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
-from detdistill.distillation.matching import LevelAligner, conv3x3
-from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.regions import in_cells, stride_of_boxes
-from detdistill.distillation.responses import (
+from detdistill.distillation.adapters import LevelAligner, conv3x3
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import (
     INSTEAD,
     SharedClasses,
     box_outputs,
@@ -42,7 +41,8 @@ from detdistill.distillation.responses import (
     require_alike_heads,
     require_same_grid,
 )
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import in_cells, stride_of_boxes
 from detdistill.errors import UserError
 from detdistill.models.base import Batch, DenseRaw, Model, Raw
 from detdistill.models.families.one_stage import OneStage

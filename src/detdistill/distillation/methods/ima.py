@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from detdistill.data.records import UNLABELLED
+from detdistill.distillation.adapters import LevelAligner
 from detdistill.distillation.correlation import covariances
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.regions import boxes_in_cells, class_labels
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
 from detdistill.errors import UserError
 from detdistill.models.base import Task

@@ -33,9 +33,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.regions import valid_mask
-from detdistill.distillation.responses import (
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import (
     SEGMENTATION,
     SharedClasses,
     box_outputs,
@@ -47,7 +46,8 @@ from detdistill.distillation.responses import (
     tempered_kl,
     two_stage,
 )
-from detdistill.distillation.signals import Method, Setting, Signals
+from detdistill.distillation.precision import in_full_precision
+from detdistill.distillation.regions import valid_mask
 from detdistill.models.base import DenseRaw
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import normaliser

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou
 
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import INSTEAD, SharedClasses, require_alike_heads, tempered_kl
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, SharedClasses, require_alike_heads, tempered_kl
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw
 from detdistill.models.families.one_stage import OneStage

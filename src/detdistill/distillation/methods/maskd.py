@@ -41,10 +41,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.adapters import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.outputs import INSTEAD, SEGMENTATION, SharedClasses, own_draws, pixel_logits
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, SEGMENTATION, SharedClasses, own_draws, pixel_logits
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import SegmentationRaw
 from detdistill.recipe.methods import MasKDOptions

@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import LevelAligner, conv3x3
+from detdistill.distillation.adapters import LevelAligner, conv3x3
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import MGDOptions
 
 

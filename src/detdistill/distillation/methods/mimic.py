@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.adapters import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import MimicOptions
 
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from detdistill.distillation.adapters import LevelAligner
 from detdistill.distillation.correlation import covariances
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import PKDOptions
 
 EPS = 1e-6  # added to the std

@@ -37,11 +37,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import LevelAligner
+from detdistill.distillation.adapters import LevelAligner
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.methods.kd import KDLoss
+from detdistill.distillation.outputs import INSTEAD, box_outputs, class_logits, own_draws
 from detdistill.distillation.precision import in_full_precision
-from detdistill.distillation.responses import INSTEAD, box_outputs, class_logits, own_draws
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw, Pyramid, TwoStageRaw
 from detdistill.models.families.faster_rcnn import FasterRCNN, RoIHead

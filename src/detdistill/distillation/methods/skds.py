@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detdistill.distillation.method import Method, Setting, Signals
 from detdistill.distillation.methods.kd import KDLoss
+from detdistill.distillation.outputs import SEGMENTATION, SharedClasses, pixel_logits
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import valid_mask
-from detdistill.distillation.responses import SEGMENTATION, SharedClasses, pixel_logits
-from detdistill.distillation.signals import Method, Setting, Signals
 from detdistill.recipe.methods import SKDSOptions
 
 

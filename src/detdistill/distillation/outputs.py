@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.matching import describe_input, same_grid
+from detdistill.distillation.levels import describe_input, same_grid
+from detdistill.distillation.method import Setting, Signals
 from detdistill.distillation.regions import from_input_to_input
-from detdistill.distillation.signals import Setting, Signals
 from detdistill.errors import UserError
 from detdistill.models.base import DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
 from detdistill.models.families.detr import DETR

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.matching import ClassMatch, Matching, Overlay, match_classes
+from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.classes import ClassMatch, match_classes
+from detdistill.distillation.levels import Matching
 from detdistill.models.base import Batch, Model, Pyramid, Raw
 
 Need = Literal["student_raw", "raw", "hidden", "labels"]
