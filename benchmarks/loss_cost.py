@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detdistill.distillation.alignment import Overlay
-from detdistill.distillation.method import Method, Signals
+from detdistill.distillation.alignment import Alignment
+from detdistill.distillation.method import Method, StepOutputs
 from detdistill.distillation.methods import METHODS
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
 from detdistill.models import build_model
-from detdistill.models.base import Batch, DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
+from detdistill.models.base import Batch, DenseOutputs, Model, SegmentationOutputs, Target, TwoStageOutputs
 from detdistill.models.families.one_stage import OneStage
 from detdistill.recipe import model_config
 
@@ -58,7 +58,7 @@ def make_targets(task: str, args: argparse.Namespace, generator: torch.Generator
     return [{"boxes": b, "labels": k} for b, k in zip(boxes, labels, strict=True)]
 
 
-def make_signals(student: Model, teacher: Model, args: argparse.Namespace, device: torch.device) -> Signals:
+def make_signals(student: Model, teacher: Model, args: argparse.Namespace, device: torch.device) -> StepOutputs:
     height, width = args.size
     generator = torch.Generator().manual_seed(0)
     targets = [
@@ -71,18 +71,26 @@ def make_signals(student: Model, teacher: Model, args: argparse.Namespace, devic
     maps[0] = {stride: x.requires_grad_() for stride, x in maps[0].items()}
     with torch.no_grad():
         kept = isinstance(student, OneStage)
-        student_raw = student.predict(maps[0], batch, hidden=True) if kept else student.predict(maps[0], batch)
-        teacher_raw = teacher.predict(maps[1], batch, hidden=True) if kept else teacher.predict(maps[1], batch)
-    for x in tensors_in(student_raw):
+        student_outputs = (
+            student.forward_head(maps[0], batch, tower_features=True)
+            if kept
+            else student.forward_head(maps[0], batch)
+        )
+        teacher_outputs = (
+            teacher.forward_head(maps[1], batch, tower_features=True)
+            if kept
+            else teacher.forward_head(maps[1], batch)
+        )
+    for x in tensors_in(student_outputs):
         x.requires_grad_()
-    return Signals(
+    return StepOutputs(
         student=maps[0],
         teacher=maps[1],
         student_batch=batch,
         teacher_batch=batch,
-        overlay=Overlay(batch, batch),
-        student_raw=student_raw,
-        teacher_raw=teacher_raw,
+        alignment=Alignment(batch, batch),
+        student_outputs=student_outputs,
+        teacher_outputs=teacher_outputs,
         student_model=student,
         teacher_model=teacher,
         generator=torch.Generator(device).manual_seed(0),
@@ -101,34 +109,36 @@ def make_maps(
     }
 
 
-def tensors_in(raw: Any) -> list[Tensor]:
+def tensors_in(head_outputs: Any) -> list[Tensor]:
     """Every head output that can carry gradient."""
-    if isinstance(raw, Tensor):
-        return [raw] if raw.is_floating_point() else []
-    if isinstance(raw, DenseRaw | TwoStageRaw | SegmentationRaw):
-        outputs = [getattr(raw, field.name) for field in fields(raw) if field.name != "proposals"]
+    if isinstance(head_outputs, Tensor):
+        return [head_outputs] if head_outputs.is_floating_point() else []
+    if isinstance(head_outputs, DenseOutputs | TwoStageOutputs | SegmentationOutputs):
+        outputs = [
+            getattr(head_outputs, field.name) for field in fields(head_outputs) if field.name != "proposals"
+        ]
         return [x for value in outputs for x in tensors_in(value)]
-    if isinstance(raw, dict):
-        raw = raw.values()
-    return [x for value in raw or () for x in tensors_in(value)]
+    if isinstance(head_outputs, dict):
+        head_outputs = head_outputs.values()
+    return [x for value in head_outputs or () for x in tensors_in(value)]
 
 
-def run(method: Method, signals: Signals) -> float:
+def run(method: Method, step: StepOutputs) -> float:
     """Seconds of one forward and backward."""
     start = time.perf_counter()
-    inputs = [*signals.student.values(), *tensors_in(signals.student_raw), *method.parameters()]
-    torch.autograd.grad(method(signals), inputs, allow_unused=True)
-    if next(iter(signals.student.values())).is_cuda:
+    inputs = [*step.student.values(), *tensors_in(step.student_outputs), *method.parameters()]
+    torch.autograd.grad(method(step), inputs, allow_unused=True)
+    if next(iter(step.student.values())).is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def peak_mib(method: Method, signals: Signals) -> float:
+def peak_mib(method: Method, step: StepOutputs) -> float:
     """MiB that one forward and backward needs over what was there before."""
-    if next(iter(signals.student.values())).is_cuda:
+    if next(iter(step.student.values())).is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(method, signals)
+        run(method, step)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     libc = ctypes.CDLL(None)
     libc.mallopt(
@@ -138,7 +148,7 @@ def peak_mib(method: Method, signals: Signals) -> float:
     status = Path("/proc/self/status")
     before = int(status.read_text().split("VmRSS:")[1].split()[0])
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    run(method, signals)
+    run(method, step)
     return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 2**10
 
 
@@ -167,15 +177,15 @@ def main() -> None:
             print(f"{name}: {error}\n")
             continue
         methods[name] = pair.methods[name]  # type: ignore[assignment]
-    signals = make_signals(student, teacher, args, device)
+    step = make_signals(student, teacher, args, device)
 
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(args.rounds + 1):
         for name, method in methods.items():
-            value = run(method, signals)
+            value = run(method, step)
             if turn:  # the first round warms up
                 seconds[name].append(value)
-    memory = {name: peak_mib(method, signals) for name, method in methods.items()}
+    memory = {name: peak_mib(method, step) for name, method in methods.items()}
 
     height, width = args.size
     print(

@@ -97,8 +97,8 @@ def outline(rng: np.random.Generator) -> tuple[str, list[float]]:
     """A polygon as JSON, anywhere in the image, and its box."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(8, 43)))
     radii = rng.uniform(10, 60, (len(angles), 1))
-    centre = rng.uniform(70, [WIDTH - 70, HEIGHT - 70])
-    corners = centre + radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    center = rng.uniform(70, [WIDTH - 70, HEIGHT - 70])
+    corners = center + radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     low, high = corners.min(axis=0), corners.max(axis=0)
     return json.dumps([corners.round(2).ravel().tolist()]), [*low.tolist(), *(high - low).tolist()]
 

@@ -63,7 +63,7 @@ TABLES = {
         "ima_digits",
         ("digits/teacher",),
         read="`mimic` is the first row of the paper's table (KD), `mask alone` the second; then come\n"
-        "standardisation (`with mask, without importance`) and scale deflation (`with mask`), at α = 100; "
+        "standardization (`with mask, without importance`) and scale deflation (`with mask`), at α = 100; "
         "`paper`\nis the last row at the published α = 10. What the numbers say: [ima.md](ima.md).",
     ),
     "7": Table(

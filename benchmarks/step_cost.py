@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from detdistill.distillation.method import Method, Signals
+from detdistill.distillation.method import Method, StepOutputs
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.weighting import AUTO_EVERY
 from detdistill.models import build_model
@@ -35,8 +35,8 @@ VARIANTS = ("baseline", *METHODS)
 class Floor(Method):
     """Asks for the teacher's pyramid and does nothing with it."""
 
-    def forward(self, signals: Signals) -> Tensor:
-        return next(iter(signals.student.values())).new_zeros(())
+    def forward(self, step_outputs: StepOutputs) -> Tensor:
+        return next(iter(step_outputs.student.values())).new_zeros(())
 
 
 def make_pair(variant: str, args: argparse.Namespace, device: torch.device) -> Pair:

@@ -146,7 +146,7 @@ def test_a_transformer() -> None:
         batch = teacher.preprocess([torch.rand(3, 64, 96)])
         with torch.no_grad():
             tokens = detr.model(batch.images_N3HW).encoder_last_hidden_state
-            x_NCHW = teacher.pyramid(batch)[32]
+            x_NCHW = teacher.forward_features(batch)[32]
         assert x_NCHW.shape == (1, 16, 2, 3)
         torch.testing.assert_close(x_NCHW[0, :, 1, 2], tokens[0, 5])
 

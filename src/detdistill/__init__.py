@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detdistill.deployment.export import export
     from detdistill.deployment.quantize import quantize
     from detdistill.distillation.adapters import LevelAligner
-    from detdistill.distillation.method import Method, Setting, Signals
+    from detdistill.distillation.method import Method, PairContext, StepOutputs
     from detdistill.distillation.methods.ima import IMALoss
     from detdistill.distillation.methods.mimic import MimicLoss
     from detdistill.distillation.pair import Pair
@@ -44,10 +44,10 @@ __all__ = [
     "MethodOptions",
     "MimicLoss",
     "Pair",
+    "PairContext",
     "Preprocess",
     "Recipe",
-    "Setting",
-    "Signals",
+    "StepOutputs",
     "UserError",
     "__version__",
     "analyze",
@@ -80,8 +80,8 @@ _HOMES = {
     "Pair": "distillation.pair",
     "Preprocess": "models.base",
     "Recipe": "recipe",
-    "Setting": "distillation.method",
-    "Signals": "distillation.method",
+    "PairContext": "distillation.method",
+    "StepOutputs": "distillation.method",
     "UserError": "errors",
     "analyze": "comparison.analysis",
     "build_model": "models",

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def mix_seed(*numbers: int) -> int:
-    """A 63-bit seed that is unrelated for neighbouring numbers; the same on every machine and Python.
+    """A 63-bit seed that is unrelated for neighboring numbers; the same on every machine and Python.
 
     Args:
         numbers: not negative: seed, epoch, step, process, … Zeros at the end add nothing.

@@ -235,7 +235,7 @@ def test_train_from_outside_is_plain_text_and_resumes(recipe: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signalled_run(recipe: Path, sent: signal.Signals, code: int) -> None:
+def test_a_signalled_run(recipe: Path, sent: signal.StepOutputs, code: int) -> None:
     arguments = ["train", "tiny.yaml", "training.epochs=100000", "--out", "run"]
     process = subprocess.Popen(
         [sys.executable, "-m", "detdistill", *arguments],
@@ -335,7 +335,7 @@ def test_predict_writes_pictures_and_a_file(weights: Path, recipe: Path, capsys:
     folder = recipe.parent / "images"
     (folder / "sub").mkdir(parents=True)
     for name in ("7.png", "sub/b.jpg"):
-        Image.new("RGB", (70, 50), "grey").save(folder / name)
+        Image.new("RGB", (70, 50), "gray").save(folder / name)
     assert main(["predict", str(weights), str(folder), "--out", "drawn", "--threshold", "0.4"]) == 0
     assert "2 images, " in capsys.readouterr().out
     assert Path("drawn/7.png").is_file()

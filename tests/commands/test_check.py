@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     """A COCO set of one class and one image in each part."""
     for name in ("train", "val"):
         image = f"{name}.png"
-        Image.new("RGB", (64, 48), "grey").save(tmp_path / image)
+        Image.new("RGB", (64, 48), "gray").save(tmp_path / image)
         content = {
             "images": [{"id": 1, "file_name": image, "width": 64, "height": 48}],
             "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [4, 4, 20, 20], "area": 400}],
@@ -163,7 +163,7 @@ def test_images_without_labels_are_counted_and_methods_that_cannot_use_them_refu
     folder: Path, tmp_path: Path
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors", channels=16)
-    data = {"root": str(folder), "unlabelled": "train.json"}
+    data = {"root": str(folder), "unlabeled": "train.json"}
     bf16 = {"precision": "bf16", "channels_last": True}
     result = checking.check(
         recipe(folder, data=data, teacher=str(teacher), methods=["ima", "fgd"], training=bf16)
@@ -171,12 +171,12 @@ def test_images_without_labels_are_counted_and_methods_that_cannot_use_them_refu
     assert result.ok
     assert result.step is not None
     assert result.inspection is not None
-    assert "unlabelled: 1 images" in result.inspection.lines()
+    assert "unlabeled: 1 images" in result.inspection.lines()
     assert "images without labels: ima teaches from them" in result.notes
     refused = check(recipe(folder, data=data, teacher=str(teacher), methods=["fgd"]))
     assert not refused.ok
     assert ["needs labels" in problem for problem in refused.problems] == [True]
-    lost = check(recipe(folder, data={**data, "unlabelled": "nowhere"}))
+    lost = check(recipe(folder, data={**data, "unlabeled": "nowhere"}))
     assert ["no such folder or file 'nowhere'" in problem for problem in lost.problems] == [True]
 
 

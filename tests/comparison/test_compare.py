@@ -27,7 +27,7 @@ from detdistill.errors import UserError
 from detdistill.recipe import load_recipe
 from detdistill.training.loop import train
 from detdistill.training.run_folder import RunFolder
-from detdistill.training.step import optimisation_step
+from detdistill.training.step import optimization_step
 
 RECIPE = """
 name: tiny
@@ -80,7 +80,7 @@ def test_sweep_of_the_weight_of_the_only_method(recipe, tmp_path) -> None:
 
 def test_ablation_has_the_rows_of_table_5(recipe, tmp_path) -> None:
     study = plan_ablation(recipe, (), range(1), tmp_path)
-    assert list(study.arms) == [BASELINE, "KD", "+ mask", "+ standardisation", "+ scale deflation"]
+    assert list(study.arms) == [BASELINE, "KD", "+ mask", "+ standardization", "+ scale deflation"]
     options = [resolved(study, arm).methods[0].options for arm in list(study.arms)[1:]]
     assert options[0]["mask"] == {"ratio": 0}
     assert options[1]["mask"] == {"ratio": 0.5, "keep_dc": True}
@@ -107,7 +107,7 @@ def test_unequal_budgets_are_refused_before_anything_runs(recipe, tmp_path, chan
 
 @pytest.mark.slow
 def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe, tmp_path, monkeypatch) -> None:
-    """Seen at the optimiser's door: the student's bytes before the first step, each step's images and boxes."""
+    """Seen at the optimizer's door: the student's bytes before the first step, each step's images and boxes."""
     seen: dict[str, list[str]] = {}
 
     def watched(accelerator, model, optimizer, micro_batches, step, config):
@@ -117,9 +117,9 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe,
         targets = [target for micro_batch in micro_batches for target in micro_batch.targets]
         told = [value for target in targets for value in target.values()]
         seen[arm].append(digest([*shown, *(value for value in told if torch.is_tensor(value))]))
-        return optimisation_step(accelerator, model, optimizer, micro_batches, step, config)
+        return optimization_step(accelerator, model, optimizer, micro_batches, step, config)
 
-    monkeypatch.setattr("detdistill.training.loop.optimisation_step", watched)
+    monkeypatch.setattr("detdistill.training.loop.optimization_step", watched)
     methods = ["none", "mimic", "ima", "fgd", "crosskd"]
     study = plan_methods(recipe, methods, ("training.max_steps=2", "training.ema=0.9"), (0,), tmp_path)
     for arm, changes in study.arms.items():

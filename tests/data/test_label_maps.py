@@ -153,12 +153,12 @@ def test_voc_with_boxes_too_stays_a_set_of_boxes(tmp_path: Path) -> None:
 
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
-    grey = np.repeat(np.arange(6).reshape(2, 3, 1), 3, axis=2)
-    write(tmp_path / "grey.png", grey)
-    assert read_numbers(tmp_path / "grey.png").tolist() == [[0, 1, 2], [3, 4, 5]]
-    write(tmp_path / "colours.png", picture())
-    with pytest.raises(UserError, match="holds colours, not class numbers"):
-        read_numbers(tmp_path / "colours.png")
+    gray = np.repeat(np.arange(6).reshape(2, 3, 1), 3, axis=2)
+    write(tmp_path / "gray.png", gray)
+    assert read_numbers(tmp_path / "gray.png").tolist() == [[0, 1, 2], [3, 4, 5]]
+    write(tmp_path / "colors.png", picture())
+    with pytest.raises(UserError, match="holds colors, not class numbers"):
+        read_numbers(tmp_path / "colors.png")
     Image.fromarray(np.array([[1, 255]], np.uint16)).save(tmp_path / "wide.png")
     assert read_numbers(tmp_path / "wide.png").tolist() == [[1, 255]]
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
@@ -212,7 +212,7 @@ def test_the_doctor_reads_the_numbers(folders: Path) -> None:
     text = "\n".join(found.lines())
     assert "3 images with label maps in 3 classes" in text
     write(folders / "labels" / "train" / "b.png", picture())
-    assert "holds colours" in str(inspect_data(data(folders)).errors[0])
+    assert "holds colors" in str(inspect_data(data(folders)).errors[0])
 
 
 @pytest.mark.parametrize("number", [7, 300])
@@ -340,7 +340,7 @@ def test_more_classes_than_a_label_map_has_numbers(folders: Path, named: bool) -
 
 @pytest.fixture
 def telling(tmp_path: Path) -> Path:
-    """Images whose colour says the class: a pixel of class i is 40·i."""
+    """Images whose color says the class: a pixel of class i is 40·i."""
     (tmp_path / "classes.json").write_text(json.dumps({"classes": list("abcde")}))
     for part in ("train", "val"):
         for i in range(4):
@@ -370,7 +370,7 @@ def test_label_maps_stay_in_step_with_their_images(telling: Path, augment: dict[
                 assert tuple(labels.shape) == augment["crop_size"]
             inside = labels != 255
             off = (image[0][inside].float() - 40 * labels[inside].float()).abs()
-            # Interpolation mixes colours at the borders of blocks; elsewhere the colour is the class's.
+            # Interpolation mixes colors at the borders of blocks; elsewhere the color is the class's.
             assert (off < 1).float().mean() > 0.75
             assert (image[:, ~inside] == 114).all()
             again = DetectionDataset(split, AugmentConfig(**augment), seed=3)[(epoch, i)]

@@ -75,7 +75,7 @@ def test_the_dataset_can_be_sent_to_a_worker(digits):
     seed=st.integers(0, 2**62),
 )
 def test_boxes_labels_and_masks_stay_on_their_pixels(boxes, seed):
-    """Each object is a filled rectangle of its own grey; after augmentation box and mask still enclose it."""
+    """Each object is a filled rectangle of its own gray; after augmentation box and mask still enclose it."""
     image = torch.zeros(3, 60, 60, dtype=torch.uint8)
     masks = torch.zeros(len(boxes), 60, 60, dtype=torch.bool)
     for k, (x, y, w, h) in enumerate(boxes):
@@ -95,9 +95,9 @@ def test_boxes_labels_and_masks_stay_on_their_pixels(boxes, seed):
         inside = torch.zeros_like(mask)
         inside[y1:y2, x1:x2] = True
         assert torch.equal(mask, inside)
-        grey = out[0, y1:y2, x1:x2]
-        hidden = sum((grey == 40 * (k + 1)).sum() for k in range(int(label) + 1, len(boxes)))
-        assert (grey == 40 * (label + 1)).sum() + hidden == grey.numel()
+        gray = out[0, y1:y2, x1:x2]
+        tower_features = sum((gray == 40 * (k + 1)).sum() for k in range(int(label) + 1, len(boxes)))
+        assert (gray == 40 * (label + 1)).sum() + tower_features == gray.numel()
 
 
 def test_crowds_and_difficult_objects_are_no_targets(tmp_path, write_coco):

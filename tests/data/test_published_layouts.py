@@ -156,7 +156,7 @@ def test_image_sets_in_any_case(tmp_path, write_voc, voc_object):
 def test_xml_files_of_another_kind_are_not_taken_for_voc(tmp_path, write_image):
     write_image(tmp_path / "images" / "a.jpg")
     (tmp_path / "annotations.xml").write_text("<annotations><version>1.1</version></annotations>")  # CVAT's own
-    with pytest.raises(UserError, match=r"no dataset is recognised here\. Seen: annotations\.xml, images/"):
+    with pytest.raises(UserError, match=r"no dataset is recognized here\. Seen: annotations\.xml, images/"):
         open_data(DataConfig(root=tmp_path))
 
 

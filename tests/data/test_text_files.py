@@ -16,7 +16,7 @@ from detdistill.data.formats.label_maps import read_numbers
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import open_data, usable_splits
 from detdistill.data.text import distinct_names, read_class_names, read_lines, read_text
-from detdistill.data.unlabelled import find_unlabelled
+from detdistill.data.unlabeled import find_unlabeled
 from detdistill.errors import UserError
 from detdistill.recipe import DataConfig
 
@@ -186,10 +186,10 @@ def test_marks_in_classes_json_and_lists_without_labels(tmp_path):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / part / "a.png")
     (tmp_path / "classes.json").write_bytes(codecs.BOM_UTF8 + json.dumps({"classes": ["a", "b"]}).encode())
     assert open_data(DataConfig(root=tmp_path))["train"].classes == ("a", "b")
-    config = DataConfig(root=tmp_path, unlabelled="more.txt")
+    config = DataConfig(root=tmp_path, unlabeled="more.txt")
     (tmp_path / "more.txt").write_bytes(codecs.BOM_UTF8 + b"images\\train\\a.png\r\n")
-    assert find_unlabelled(config) == [tmp_path / "images" / "train" / "a.png"]
-    assert inspect_data(config).unlabelled == 1
+    assert find_unlabeled(config) == [tmp_path / "images" / "train" / "a.png"]
+    assert inspect_data(config).unlabeled == 1
     for name, what in (("more.txt", config), ("classes.json", config)):
         (tmp_path / name).write_bytes("ß".encode("cp1252"))
         with pytest.raises(UserError, match=rf"{name}: is not UTF-8"):
@@ -240,9 +240,9 @@ def test_names_that_no_file_has_are_missing_files(tmp_path, write_yolo, write_vo
     with pytest.raises(UserError, match="does not exist"):
         usable_splits(config, ["train"])
     with pytest.raises(UserError, match="which is missing"):
-        find_unlabelled(config.model_copy(update={"unlabelled": "list.txt"}))
+        find_unlabeled(config.model_copy(update={"unlabeled": "list.txt"}))
     with pytest.raises(UserError, match="no such folder or file"):
-        find_unlabelled(config.model_copy(update={"unlabelled": name + ".gone"}))
+        find_unlabeled(config.model_copy(update={"unlabeled": name + ".gone"}))
     with pytest.raises(UserError, match="no such images"):
         usable_splits(config.model_copy(update={"train": name + ".gone"}), ["train"])
 

@@ -42,7 +42,7 @@ def detector(family: str = "fcos", **options: object) -> Detector:
 
 
 def pictures(folder: Path) -> Path:
-    """Smooth colours, higher, wider and larger than the graph's input."""
+    """Smooth colors, higher, wider and larger than the graph's input."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i, (height, width) in enumerate(((80, 40), (50, 120), (200, 170))):

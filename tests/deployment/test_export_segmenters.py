@@ -37,7 +37,7 @@ def segmenter(family: str = "pspnet", **options: object) -> torch.nn.Module:
     with torch.no_grad():
         images = torch.rand(2, 3, 32, 48).repeat_interleave(4, 2).repeat_interleave(4, 3)
         batch = model.preprocess(list(images))
-        means_Q = model.predict(model.pyramid(batch), batch).logits_NQHW.mean(dim=(0, 2, 3))
+        means_Q = model.forward_head(model.forward_features(batch), batch).logits_NQHW.mean(dim=(0, 2, 3))
         model.head.cls.bias -= means_Q
     return model
 

@@ -92,9 +92,9 @@ def test_a_segmenter(folder: Path, tmp_path: Path) -> None:
 def test_the_ranges_are_those_of_the_images(exported: Path, tmp_path: Path) -> None:
     """The first convolution's input is 255 levels over what the images hold, and no more."""
     scales = {}
-    for name, grey in (("dark", 50), ("bright", 255)):
+    for name, gray in (("dark", 50), ("bright", 255)):
         (tmp_path / name).mkdir()
-        pixels = np.full((SIZE[0], SIZE[1], 3), grey, np.uint8)
+        pixels = np.full((SIZE[0], SIZE[1], 3), gray, np.uint8)
         pixels[:8] = 0
         Image.fromarray(pixels).save(tmp_path / name / "x.png")
         path = quantize(exported, tmp_path / name, tmp_path / f"{name}.onnx").path
@@ -102,10 +102,10 @@ def test_the_ranges_are_those_of_the_images(exported: Path, tmp_path: Path) -> N
         numbers = {array.name: onnx.numpy_helper.to_array(array) for array in graph.initializer}
         first = next(node for node in graph.node if node.op_type == "QuantizeLinear")
         scales[name] = float(numbers[first.input[1]])
-    # Normalised pixels go from -mean / std (0) to (grey / 255 - mean) / std, the widest channel deciding.
+    # Normalized pixels go from -mean / std (0) to (gray / 255 - mean) / std, the widest channel deciding.
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    for name, grey in (("dark", 50), ("bright", 255)):
-        high = max(0, ((grey / 255 - mean) / std).max())
+    for name, gray in (("dark", 50), ("bright", 255)):
+        high = max(0, ((gray / 255 - mean) / std).max())
         assert scales[name] == pytest.approx((high - (-mean / std).min()) / 255, rel=1e-3)
 
 

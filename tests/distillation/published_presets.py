@@ -133,17 +133,17 @@ PUBLISHED: dict[tuple[str, str | None], Published] = {
     ("crosskd", "anchor"): Published(
         "jbwang1997/CrossKD", f"{CROSSKD}retinanet_r101_fpn_2x_coco.py",
         "4faccfd6228b08d552163076329524faece95a8c",
-        {"cls_weight": 1.0, "box_weight": 1.0, "beta": 1.0, "box_loss": "giou", "normalise": "positives"},
+        {"cls_weight": 1.0, "box_weight": 1.0, "beta": 1.0, "box_loss": "giou", "normalize": "positives"},
     ),
     ("crosskd", "anchor_free"): Published(
         "jbwang1997/CrossKD", f"{CROSSKD}fcos_r101-2x-ms_caffe_fpn_gn-head_2x_ms_coco.py",
         "4faccfd6228b08d552163076329524faece95a8c",
-        {"cls_weight": 0.4, "box_weight": 0.75, "beta": 1.0, "box_loss": "iou", "normalise": "centerness"},
+        {"cls_weight": 0.4, "box_weight": 0.75, "beta": 1.0, "box_loss": "iou", "normalize": "centerness"},
     ),
     ("crosskd", "gfl"): Published(
         "jbwang1997/CrossKD", f"{CROSSKD}gflv1_r101-2x-ms_fpn_1x_coco.py",
         "b0c5a76092ac42be37099651b067227615de0b28",
-        {"cls_weight": 1.0, "box_weight": 4.0, "beta": 1.0, "temperature": 1.0, "normalise": "positives"},
+        {"cls_weight": 1.0, "box_weight": 4.0, "beta": 1.0, "temperature": 1.0, "normalize": "positives"},
         how="at the later commit 9f695b4e the weight is 3, beside a GIoU of weight 2, which is not taken over",
     ),
     ("cwd", None): Published(

@@ -56,7 +56,7 @@ def test_the_discriminator_learns_to_tell_them_apart_and_the_student_to_be_taken
     assert discriminator(ours).mean() > of_student + 0.5
 
 
-def test_every_part_is_optimised_and_moves():
+def test_every_part_is_optimized_and_moves():
     pair = Pair(student(), teacher(), [{"adversarial": {"kind": "hinge"}}]).train()
     optimizer = build_optimizer(pair, OptimizerConfig(name="adamw", lr=1e-3))
     before = {name: value.clone() for name, value in pair.methods.named_parameters()}

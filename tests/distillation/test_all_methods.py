@@ -26,7 +26,7 @@ REFUSED = {
 """(method, student's family) that make no sense, and say so."""
 
 STILL = {
-    # Standardised maps, and softmaxes over a map, do not see a constant: the adapter's bias has no say.
+    # Standardized maps, and softmaxes over a map, do not see a constant: the adapter's bias has no say.
     "ima": ".bias",
     "pkd": ".bias",
     "cwd": ".bias",
@@ -66,15 +66,15 @@ def test_a_pair_that_makes_no_sense_is_refused_with_what_would(method, family):
 
 
 @everywhere
-def test_every_part_is_optimised_moved_and_saved_and_the_teacher_stays(method, family):
+def test_every_part_is_optimized_moved_and_saved_and_the_teacher_stays(method, family):
     pair = make_pair([method], family)
     assert pair.teacher is not None
     pair.teacher.train()  # as a careless user leaves it
     teacher_before, parts_before = snapshot(pair.teacher), snapshot(pair.methods)
-    optimised = {
+    optimized = {
         id(p) for group in build_optimizer(pair, OptimizerConfig()).param_groups for p in group["params"]
     }
-    assert all(id(p) in optimised for p in pair.methods.parameters())
+    assert all(id(p) in optimized for p in pair.methods.parameters())
     losses = take_steps(pair)
     assert losses[method].isfinite()
     assert losses[method].requires_grad
@@ -143,7 +143,7 @@ def test_finite_values_and_gradients(method, family, case):
 def test_weight_zero_is_free(method):
     teacher = detector(channels=24, seed=1)
     pair = Pair(detector(), teacher, [{method: {"weight": 0}}]).train()
-    teacher.pyramid = None  # would fail if it were called
+    teacher.forward_features = None  # would fail if it were called
     assert method not in pair(*batch())
     assert not list(pair.methods.parameters())
 

@@ -28,7 +28,7 @@ def test_strides_that_differ_are_resized():
         SimpleNamespace(
             student=dict.fromkeys(STRIDES, student),
             teacher=dict.fromkeys(STRIDES, teacher),
-            overlay=resize_like,
+            alignment=resize_like,
         )
     )
     torch.testing.assert_close(value, 3 * ATLoss()(resized, teacher))

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from detdistill.distillation import methods as room
-from detdistill.distillation.method import Setting
+from detdistill.distillation.method import PairContext
 from detdistill.distillation.methods import METHODS, build_method
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
@@ -39,7 +39,7 @@ NAMED = {
 @lru_cache
 def setting_of(family, **options):
     pair = make_pair([], family, **options)
-    return Setting(pair.student, pair.teacher, pair.matching)
+    return PairContext(pair.student, pair.teacher, pair.matching)
 
 
 def test_a_name_alone_is_the_published_setting_for_the_students_kind():
@@ -54,17 +54,17 @@ def test_a_name_alone_is_the_published_setting_for_the_students_kind():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_preset_for_a_family_comes_before_that_for_its_kind(family, monkeypatch):
     if family in SEGMENTERS:
-        setting = setting_of(family)
+        context = setting_of(family)
     else:
         pair = Pair(build(family, 16), build(family, 24, seed=1), [])
-        setting = Setting(pair.student, pair.teacher, pair.matching)
-    student = setting.student
+        context = PairContext(pair.student, pair.teacher, pair.matching)
+    student = context.student
     assert student.family == family
     presets = {student.kind: {"alpha": 2.0}, "recommended": {"alpha": 1.0}}
     monkeypatch.setattr(METHODS["mimic"], "presets", presets)
-    assert build_method("mimic", setting).loss.alpha == 2
+    assert build_method("mimic", context).loss.alpha == 2
     monkeypatch.setitem(presets, family, {"alpha": 3.0})
-    assert build_method("mimic", setting).loss.alpha == 3
+    assert build_method("mimic", context).loss.alpha == 3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -75,19 +75,19 @@ def test_no_preset_is_out_of_reach(name):
 
 
 def test_a_preset_and_options_over_it():
-    setting = setting_of("retinanet")
-    assert build_method("fgd", setting, {"preset": "yolox"}).loss.foreground_weight == 2e-3
-    over = build_method("fgd", setting, {"preset": "yolox", "tau": 0.7}).loss
+    context = setting_of("retinanet")
+    assert build_method("fgd", context, {"preset": "yolox"}).loss.foreground_weight == 2e-3
+    over = build_method("fgd", context, {"preset": "yolox", "tau": 0.7}).loss
     assert (over.foreground_weight, over.tau) == (2e-3, 0.7)
-    assert build_method("ima", setting).loss.mask.ratio == 0
-    assert build_method("ima", setting, {"preset": "paper"}).loss.mask.ratio == 0.5
+    assert build_method("ima", context).loss.mask.ratio == 0
+    assert build_method("ima", context, {"preset": "paper"}).loss.mask.ratio == 0.5
 
 
 def test_levels_can_be_chosen():
-    setting = setting_of("fcos")
-    chosen = build_method("pkd", setting, {"strides": [16, 32]}).align.levels
+    context = setting_of("fcos")
+    chosen = build_method("pkd", context, {"strides": [16, 32]}).align.levels
     assert [level.student_stride for level in chosen] == [16, 32]
-    assert [level.student_stride for level in build_method("cwd", setting, {"finest": 1}).align.levels] == [8]
+    assert [level.student_stride for level in build_method("cwd", context, {"finest": 1}).align.levels] == [8]
 
 
 @pytest.mark.parametrize(
@@ -138,17 +138,17 @@ def test_the_loss_has_the_options_defaults(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_needs_labels_where_its_options_say_so(name):
     module, _, method = METHODS[name].target.partition(":")
-    assert METHODS[name].needs_labels == ("labels" in getattr(import_module(module), method).needs)
+    assert METHODS[name].needs_labels == ("labels" in getattr(import_module(module), method).requires)
 
 
 def test_a_group_of_options_keeps_the_presets_other_keys():
-    setting = setting_of("fcos")
-    literal = build_method("ima", setting, {"mask": {"ratio": 0.2}, "preset": "paper"}).loss
+    context = setting_of("fcos")
+    literal = build_method("ima", context, {"mask": {"ratio": 0.2}, "preset": "paper"}).loss
     assert literal.mask == MaskOptions(ratio=0.2)
-    recommended = build_method("ima", setting, {"mask": {"sharing": "batch"}}).loss
+    recommended = build_method("ima", context, {"mask": {"sharing": "batch"}}).loss
     assert recommended.mask == MaskOptions(ratio=0.0, sharing="batch")
-    assert build_method("ima", setting, {"mask": MaskOptions(sharing="batch")}).loss.mask == recommended.mask
-    assert build_method("ima", setting, METHODS["ima"](mask={"sharing": "batch"})).loss.alpha == 100
+    assert build_method("ima", context, {"mask": MaskOptions(sharing="batch")}).loss.mask == recommended.mask
+    assert build_method("ima", context, METHODS["ima"](mask={"sharing": "batch"})).loss.alpha == 100
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,6 @@ def test_a_preset_for_a_kind_builds_for_it(name):
 def test_detectors_are_not_kept():
     """A method that kept a detector would train, save and export it."""
     for name in METHODS.keys() - {"ld"}:
-        setting = setting_of("fcos" if name in DETECTION else "pspnet")
-        kept = {type(setting.student), type(setting.teacher)}
-        assert not any(type(module) in kept for module in build_method(name, setting).modules()), name
+        context = setting_of("fcos" if name in DETECTION else "pspnet")
+        kept = {type(context.student), type(context.teacher)}
+        assert not any(type(module) in kept for module in build_method(name, context).modules()), name

@@ -51,8 +51,8 @@ def normed_teacher():
         nn.init.normal_(norm.weight, 1.0, 0.3)
         nn.init.normal_(norm.bias, 0.0, 0.5)
     teacher.pyramid_norms = {int(stride): norm for stride, norm in teacher.norms.items()}
-    plain = teacher.pyramid
-    teacher.pyramid = lambda inputs: {s: teacher.pyramid_norms[s](x) for s, x in plain(inputs).items()}
+    plain = teacher.forward_features
+    teacher.forward_features = lambda inputs: {s: teacher.pyramid_norms[s](x) for s, x in plain(inputs).items()}
     return teacher
 
 
@@ -97,9 +97,9 @@ def test_each_level_counts_twice_the_next_finer_one():
     value = pair(images, targets)["cofd"]
     with torch.no_grad():
         inputs = pair.student.preprocess(images)
-        student, teacher = pair.student.pyramid(inputs), pair.teacher.pyramid(inputs)
-        signals = SimpleNamespace(student=student, teacher=teacher, overlay=resize_like)
-        terms = [cofd.loss(s, t, torch.zeros(24)) for _, s, t in cofd.align(signals)]
+        student, teacher = pair.student.forward_features(inputs), pair.teacher.forward_features(inputs)
+        step = SimpleNamespace(student=student, teacher=teacher, alignment=resize_like)
+        terms = [cofd.loss(s, t, torch.zeros(24)) for _, s, t in cofd.align(step)]
     torch.testing.assert_close(value.detach(), terms[0] / 4 + terms[1] / 2 + terms[2])
 
 

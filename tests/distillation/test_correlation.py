@@ -19,11 +19,11 @@ def maps(mean=3.0, dtype=torch.float64):
 def test_values_and_gradients(over, dims):
     student, teacher = maps()
     var_s, var_t, covariance = covariances(student, teacher, over)
-    centred = [x - x.mean(dims, keepdim=True) for x in (student, teacher)]
+    centered = [x - x.mean(dims, keepdim=True) for x in (student, teacher)]
     plain = (
         student.var(dims, correction=0),
         teacher.var(dims, correction=0),
-        (centred[0] * centred[1]).mean(dims),
+        (centered[0] * centered[1]).mean(dims),
     )
     for ours, theirs in zip((var_s, var_t, covariance), plain, strict=True):
         torch.testing.assert_close(ours.flatten(), theirs.flatten())

@@ -129,7 +129,7 @@ def test_n_is_the_number_of_positive_anchors_and_ignored_ones_are_left_out():
     images, targets = batch(n=2)
     loss = record(pair, images, targets)
     inputs = pair.teacher.preprocess(images, targets)
-    anchors = pair.teacher.anchors(pair.teacher.pyramid(inputs), inputs)
+    anchors = pair.teacher.anchors(pair.teacher.forward_features(inputs), inputs)
     matched = torch.stack([pair.teacher.match(target["boxes"], anchors) for target in targets])
     assert loss.count.item() == (matched >= 0).sum().item() > 1
     assert loss.valid_NP.tolist() == (matched != -2).tolist()
@@ -146,7 +146,7 @@ def test_n_is_the_sum_of_centerness_without_anchors():
     images, targets = batch(n=1)
     targets[0] = {"boxes": torch.tensor([[8.0, 4.0, 48.0, 52.0]]), "labels": torch.tensor([0])}
     inputs = pair.teacher.preprocess(images, targets)
-    cells = torch.cat(pair.teacher.anchors(pair.teacher.pyramid(inputs), inputs))
+    cells = torch.cat(pair.teacher.anchors(pair.teacher.forward_features(inputs), inputs))
     matched = pair.teacher.match(targets[0]["boxes"], [cells[:64], cells[64:80], cells[80:]])
     wanted = 0.0
     for cell in cells[matched >= 0]:

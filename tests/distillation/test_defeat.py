@@ -85,8 +85,8 @@ def test_the_teacher_is_asked_about_the_students_regions():
     predict = pair.student.predict
     pair.student.predict = lambda *args: seen.append(predict(*args)) or seen[-1]
     pair(*batch())
-    raw, proposals = seen
-    assert all(torch.equal(a, b) for a, b in zip(raw.proposals, proposals, strict=True))
+    outputs, proposals = seen
+    assert all(torch.equal(a, b) for a, b in zip(outputs.proposals, proposals, strict=True))
 
 
 def head_alone(regions, **options):

@@ -78,7 +78,7 @@ for family, methods in PAIRS.items():
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= world
         first = pair.student.backbone.body.conv1[0].weight.grad
-        # Not the biases: behind them stands a standardisation, which leaves rounding alone.
+        # Not the biases: behind them stands a standardization, which leaves rounding alone.
         parts = [p.grad.flatten() for p in pair.methods.parameters() if p.ndim > 1 and p.grad is not None]
         gradients[f"{family}, {method}"] = first
         if any(part.any() for part in parts):

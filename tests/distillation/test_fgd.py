@@ -157,7 +157,7 @@ def test_unit_makes_the_scale_of_both_no_matter():
             SimpleNamespace(
                 student={stride: scale * s for stride, (s, _) in maps.items()},
                 teacher={stride: scale * t for stride, (_, t) in maps.items()},
-                overlay=resize_like, teacher_batch=inputs,
+                alignment=resize_like, teacher_batch=inputs,
             )
         )  # fmt: skip
 

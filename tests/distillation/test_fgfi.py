@@ -21,7 +21,7 @@ def masks_of(teacher_family):
     method, seen = pair.methods["fgfi"], {}
     assert isinstance(method, FGFI)
     masks = method._masks
-    method._masks = lambda signals: seen.update(signals=signals, masks=masks(signals)) or seen["masks"]
+    method._masks = lambda step: seen.update(step=step, masks=masks(step)) or seen["masks"]
     pair(*batch())
     return seen["masks"], seen["signals"].teacher_batch, seen["signals"].teacher
 

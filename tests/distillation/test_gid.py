@@ -21,43 +21,43 @@ def signals_of(pair, inputs):
     return method, seen[0]
 
 
-def quiet(raw, spots=(), distance=2.0):
+def quiet(outputs, spots=(), distance=2.0):
     """No scores but at the spots (image, stride, row, column, logit), and boxes of one size all over."""
-    for maps, value in ((raw.cls, -20.0), (raw.box, distance)):
+    for maps, value in ((outputs.cls, -20.0), (outputs.box, distance)):
         for stride in maps:
             maps[stride] = torch.full_like(maps[stride], value)
     for image, stride, row, column, logit in spots:
-        raw.cls[stride][image, 0, row, column] = logit
+        outputs.cls[stride][image, 0, row, column] = logit
 
 
 def test_the_more_confident_model_gives_the_box():
-    method, signals = signals_of(make_pair(["gid"]), batch())
-    quiet(signals.student_raw, [(1, 8, 3, 3, 3.0)], distance=1.5)
-    quiet(signals.teacher_raw, [(0, 8, 4, 2, 3.0)], distance=1.0)
-    first, second = method._choose(signals)
+    method, step = signals_of(make_pair(["gid"]), batch())
+    quiet(step.student_outputs, [(1, 8, 3, 3, 3.0)], distance=1.5)
+    quiet(step.teacher_outputs, [(0, 8, 4, 2, 3.0)], distance=1.0)
+    first, second = method._choose(step)
     torch.testing.assert_close(first[0], torch.tensor([8.0, 24.0, 24.0, 40.0]))  # 8 from (16, 32)
     torch.testing.assert_close(second[0], torch.tensor([12.0, 12.0, 36.0, 36.0]))  # 12 from (24, 24)
 
 
 def test_instances_are_cut_at_the_image_limited_and_large_enough():
     pair = make_pair([{"gid": {"instances": 3}}])
-    method, signals = signals_of(pair, batch())
-    quiet(signals.student_raw, distance=1.0)
-    quiet(signals.teacher_raw, [(0, 8, row, column, 1.0 + row) for row in range(0, 8, 2) for column in (0, 4)])
-    quiet_boxes = method._choose(signals)
+    method, step = signals_of(pair, batch())
+    quiet(step.student_outputs, distance=1.0)
+    quiet(step.teacher_outputs, [(0, 8, row, column, 1.0 + row) for row in range(0, 8, 2) for column in (0, 4)])
+    quiet_boxes = method._choose(step)
     assert [len(boxes) for boxes in quiet_boxes] == [3, 3]
     assert all(((boxes >= 0) & (boxes <= 64)).all() for boxes in quiet_boxes)
     method.min_side = 100.0
-    assert [len(boxes) for boxes in method._choose(signals)] == [0, 0]
+    assert [len(boxes) for boxes in method._choose(step)] == [0, 0]
 
 
 def test_boxes_that_overlap_are_suppressed_whatever_their_class():
-    method, signals = signals_of(make_pair(["gid"]), batch())
-    quiet(signals.student_raw)
-    quiet(signals.teacher_raw)
-    signals.teacher_raw.cls[8][0, 0, 3, 3] = 3.0
-    signals.teacher_raw.cls[8][0, 1, 3, 4] = 2.0  # 8 pixels beside it, boxes of 32
-    boxes = method._choose(signals)[0]
+    method, step = signals_of(make_pair(["gid"]), batch())
+    quiet(step.student_outputs)
+    quiet(step.teacher_outputs)
+    step.teacher_outputs.cls[8][0, 0, 3, 3] = 3.0
+    step.teacher_outputs.cls[8][0, 1, 3, 4] = 2.0  # 8 pixels beside it, boxes of 32
+    boxes = method._choose(step)[0]
     torch.testing.assert_close(boxes[0], torch.tensor([8.0, 8.0, 40.0, 40.0]))
     assert not (boxes == torch.tensor([16.0, 8.0, 48.0, 40.0])).all(dim=1).any()
 
@@ -71,12 +71,12 @@ def test_no_gradient_flows_through_the_boxes():
 
 def test_regions_are_pooled_from_the_level_of_their_size():
     pair = Pair(detector(seed=1), detector(), ["gid"])
-    method, signals = signals_of(pair, batch())
-    for maps in (signals.student, signals.teacher):
+    method, step = signals_of(pair, batch())
+    for maps in (step.student, step.teacher):
         for stride in maps:
             maps[stride] = torch.full_like(maps[stride], float(stride))
     small, middle = torch.tensor([[0.0, 0.0, 30.0, 30.0]]), torch.tensor([[0.0, 0.0, 250.0, 250.0]])
-    student, teacher = method._pool(signals, [small, torch.cat([small, middle])])
+    student, teacher = method._pool(step, [small, torch.cat([small, middle])])
     assert student.shape == (3, 16, 10, 10)
     # The large box leaves the map; what it sees of it has the value of stride 16.
     assert [x.max().item() for x in teacher] == [8.0, 8.0, 16.0]
@@ -95,22 +95,22 @@ def test_unlike_heads_need_response_weights_of_zero():
     without = {"gid": {"cls_weight": 0, "box_weight": 0}}
     for student, teacher in (("fcos", "retinanet"), ("retinanet", "fcos")):
         pair = make_pair([without], student, teacher)
-        method, signals = signals_of(pair, batch())
+        method, step = signals_of(pair, batch())
         assert not method.by_anchor
-        assert all(1 <= len(boxes) <= 10 for boxes in method._choose(signals))
+        assert all(1 <= len(boxes) <= 10 for boxes in method._choose(step))
         assert take_steps(pair, steps=1)["gid"].item() > 0
     assert make_pair([without], "retinanet").methods["gid"].by_anchor
 
 
 def test_a_cells_best_anchor_speaks_for_it():
     pair = make_pair([{"gid": {"cls_weight": 0, "box_weight": 0}}], "fcos", "retinanet")
-    method, signals = signals_of(pair, batch())
-    quiet(signals.student_raw, distance=0.0)
-    quiet(signals.teacher_raw, distance=0.0)
-    signals.teacher_raw.cls[16][0, 3 * 4 + 1, 2, 1] = 3.0  # class 1 of anchor 4 at cell (2, 1)
-    anchors = signals.teacher_model.anchors(signals.teacher_raw.cls, signals.teacher_batch)[1]
+    method, step = signals_of(pair, batch())
+    quiet(step.student_outputs, distance=0.0)
+    quiet(step.teacher_outputs, distance=0.0)
+    step.teacher_outputs.cls[16][0, 3 * 4 + 1, 2, 1] = 3.0  # class 1 of anchor 4 at cell (2, 1)
+    anchors = step.teacher_model.anchors(step.teacher_outputs.cls, step.teacher_batch)[1]
     wanted = anchors[(2 * 4 + 1) * 9 + 4].clamp(0, 64)
-    torch.testing.assert_close(method._choose(signals)[0][0], wanted)
+    torch.testing.assert_close(method._choose(step)[0][0], wanted)
 
 
 def test_other_pairs_that_are_refused():

@@ -11,13 +11,13 @@ SIZE = 60.0  # root mean square: the square of a value of 256 is more than float
 
 
 def with_large_maps(model):
-    pyramid = model.pyramid
+    pyramid = model.forward_features
 
     def large(inputs):
         maps = {stride: x.float() for stride, x in pyramid(inputs).items()}
         return {stride: (x * (SIZE / x.detach().square().mean().sqrt())).half() for stride, x in maps.items()}
 
-    model.pyramid = model.pyramid_alone = large
+    model.forward_features = model.forward_features_only = large
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ LADDER = {
         "importance": {"kind": "none"},
         "mask": {"keep_dc": True},
     },
-    "+ standardisation": {"alpha": 100.0, "importance": {"kind": "none"}},
+    "+ standardization": {"alpha": 100.0, "importance": {"kind": "none"}},
     "+ scale deflation": {"alpha": 100.0},
 }
 PLAIN = LADDER["plain imitation"]
@@ -63,13 +63,13 @@ def test_without_mask_and_alignment_it_is_plain_mse(domain):
 
 
 # 2
-def test_standardised_without_mask_it_is_twice_pkd():
+def test_standardized_without_mask_it_is_twice_pkd():
     student, teacher = maps(n=1)
 
-    def standardised(x):  # PKD: per channel over N·H·W, unbiased
+    def standardized(x):  # PKD: per channel over N·H·W, unbiased
         return (x - x.mean((0, 2, 3), keepdim=True)) / (x.std((0, 2, 3), keepdim=True) + 1e-6)
 
-    pkd = F.mse_loss(standardised(student), standardised(teacher)) / 2
+    pkd = F.mse_loss(standardized(student), standardized(teacher)) / 2
     loss = IMALoss(mask={"ratio": 0}, importance={"kind": "none"}, alpha=1)(student, teacher)
     n = student.shape[-1] * student.shape[-2]
     assert loss.item() == pytest.approx(2 * pkd.item() * n / (n - 1), rel=1e-4)
@@ -77,7 +77,7 @@ def test_standardised_without_mask_it_is_twice_pkd():
     by_batch = IMALoss(mask={"ratio": 0}, importance={"kind": "none"}, alpha=1, standardize={"stats": "batch"})(
         *batch
     )
-    assert by_batch.item() == pytest.approx(2 * F.mse_loss(*map(standardised, batch)).item() / 2, rel=1e-2)
+    assert by_batch.item() == pytest.approx(2 * F.mse_loss(*map(standardized, batch)).item() / 2, rel=1e-2)
 
 
 # 3
@@ -113,12 +113,12 @@ def test_expected_masked_mse():
 
 
 # 5
-def test_real_part_of_asymmetric_mask_is_the_symmetrised_filter():
+def test_real_part_of_asymmetric_mask_is_the_symmetrized_filter():
     x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
     keep = torch.rand(2, 1, 8, 7, generator=seeded()) >= 0.5
     mirrored = keep.flip(-2, -1).roll((1, 1), (-2, -1))
-    symmetrised = (keep.double() + mirrored.double()) / 2
-    expected = torch.fft.ifft2(torch.fft.fft2(x) * symmetrised)
+    symmetrized = (keep.double() + mirrored.double()) / 2
+    expected = torch.fft.ifft2(torch.fft.fft2(x) * symmetrized)
     assert expected.imag.abs().max() < 1e-12
     torch.testing.assert_close(IMALoss(mask={"hermitian": False})._filter(x, keep), expected.real)
 
@@ -209,7 +209,7 @@ def test_teacher_gets_no_gradient():
 
 
 def test_closed_form():
-    """Both sides standardised: L = 1 + γ² - 2γr, with r the mean correlation over channels."""
+    """Both sides standardized: L = 1 + γ² - 2γr, with r the mean correlation over channels."""
     student, teacher = maps()
     x, y = student.detach().double().flatten(2).numpy(), teacher.double().flatten(2).numpy()
     r = np.array([[np.corrcoef(x[n, c], y[n, c])[0, 1] for c in range(5)] for n in range(3)]).mean(1)
@@ -248,10 +248,10 @@ def test_importance_sources_and_clamp():
         importance={"kind": "shifted", "gamma_min": None},
     )
     assert shifted(student, -student.detach()).item() == pytest.approx(1, rel=1e-4)
-    raw = IMALoss(mask={"ratio": 0}, importance={"source": "raw"})(student, teacher)
+    outputs = IMALoss(mask={"ratio": 0}, importance={"source": "raw"})(student, teacher)
     masked = IMALoss(mask={"ratio": 0}, importance={"source": "masked"})(student, teacher)
-    assert raw.item() == pytest.approx(masked.item())
-    assert raw.item() != pytest.approx(IMALoss(mask={"ratio": 0})(student, teacher).item(), rel=1e-3)
+    assert outputs.item() == pytest.approx(masked.item())
+    assert outputs.item() != pytest.approx(IMALoss(mask={"ratio": 0})(student, teacher).item(), rel=1e-3)
 
 
 def test_scaling_both_sides_has_no_floor():

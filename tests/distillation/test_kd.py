@@ -18,7 +18,7 @@ def test_presets_follow_the_encoding_of_boxes():
 @pytest.mark.parametrize("name", ["kd", "dist"])
 def test_two_stage_runs_only_the_teachers_second_stage(name):
     pair = make_pair([name], "faster_rcnn")
-    assert "raw" not in pair.methods[name].needs
+    assert "outputs" not in pair.methods[name].requires
     pair.teacher.rpn = None  # would fail if it were called
     assert pair.train()(*batch())[name].isfinite()
 
@@ -49,12 +49,14 @@ def test_of_distributions_the_means_are_compared():
     pair = gfl_pair([{"kd": {"cls_weight": 0, "box_weight": 1}}], bins=9).eval()  # the teacher has 17
     images, targets = batch(n=1)
     inputs = pair.student.preprocess(images, targets)
-    raws = [model.predict(model.pyramid(inputs), inputs) for model in (pair.student, pair.teacher)]
+    all_outputs = [
+        model.forward_head(model.forward_features(inputs), inputs) for model in (pair.student, pair.teacher)
+    ]
     weights, sides = [], [[], []]
-    for stride in raws[0].box:
-        weights.append(raws[1].cls[stride].sigmoid().amax(dim=1).flatten())
-        for raw, bins, found in zip(raws, (9, 17), sides, strict=True):
-            shares = raw.box[stride][0].unflatten(0, (4, bins)).softmax(dim=1)
+    for stride in all_outputs[0].box:
+        weights.append(all_outputs[1].cls[stride].sigmoid().amax(dim=1).flatten())
+        for outputs, bins, found in zip(all_outputs, (9, 17), sides, strict=True):
+            shares = outputs.box[stride][0].unflatten(0, (4, bins)).softmax(dim=1)
             found.append((shares * torch.arange(bins)[:, None, None]).sum(dim=1).flatten(1))
     weight, student, teacher = torch.cat(weights), *(torch.cat(found, dim=1) for found in sides)
     wanted = (weight * (student - teacher).abs().sum(dim=0)).sum() / weight.sum().clamp(min=1)
@@ -73,11 +75,15 @@ def test_methods_on_boxes_teach_heads_with_distributions(name):
 @pytest.mark.parametrize("name", ["kd", "dist"])
 def test_levels_can_be_left_out(name):
     pair = make_pair([{name: {"finest": 1}}])
-    pyramid = pair.teacher.pyramid
+    pyramid = pair.teacher.forward_features
     before = pair.train()(*batch())[name].item()
-    pair.teacher.pyramid = lambda inputs: {s: x if s == 8 else 5 * x for s, x in pyramid(inputs).items()}
+    pair.teacher.forward_features = lambda inputs: {
+        s: x if s == 8 else 5 * x for s, x in pyramid(inputs).items()
+    }
     assert pair(*batch())[name].item() == before
-    pair.teacher.pyramid = lambda inputs: {s: 5 * x if s == 8 else x for s, x in pyramid(inputs).items()}
+    pair.teacher.forward_features = lambda inputs: {
+        s: 5 * x if s == 8 else x for s, x in pyramid(inputs).items()
+    }
     assert pair(*batch())[name].item() != before
 
 

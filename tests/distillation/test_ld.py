@@ -11,7 +11,7 @@ import torch
 from detdistill.distillation.methods.ld import LDLoss, valuable_region
 from detdistill.distillation.pair import Pair
 from detdistill.errors import UserError
-from detdistill.models.layers.heads import take_objects
+from detdistill.models.layers.heads import gather_matched_boxes
 from detdistill.recipe.methods import LDOptions
 
 from .pairs import batch, detector, gfl_detector, gfl_pair, make_pair, take_steps
@@ -94,11 +94,11 @@ def test_positive_anchors_are_the_students_own_and_inside_excludes_them():
     pair(images, targets)
     positive, weight = (torch.cat([args[i] for args in pair.methods["ld"].loss.seen], dim=1)[0] for i in (4, 5))
     inputs = pair.student.preprocess(images, targets)
-    anchors = pair.student.anchors(pair.student.pyramid(inputs), inputs)
+    anchors = pair.student.anchors(pair.student.forward_features(inputs), inputs)
     matched = pair.student.match(targets[0]["boxes"], anchors)
     assert positive.tolist() == (matched >= 0).tolist()
     assert positive.any()
-    point = take_objects(torch.full_like(matched, -1), torch.zeros(0, 4), torch.cat(anchors))
+    point = gather_matched_boxes(torch.full_like(matched, -1), torch.zeros(0, 4), torch.cat(anchors))
     x, y = (point[:, 0] + point[:, 2]) / 2, (point[:, 1] + point[:, 3]) / 2
     inside = torch.zeros_like(positive)
     for left, top, right, bottom in targets[0]["boxes"]:
@@ -107,7 +107,7 @@ def test_positive_anchors_are_the_students_own_and_inside_excludes_them():
     assert (weight > 0).any()
 
 
-def test_localisation_does_not_grow_with_the_batch():
+def test_localization_does_not_grow_with_the_batch():
     pair = gfl_pair([{"ld": {"kd_weight": 0}}]).eval()
     images, targets = batch(n=1)
     once, twice = pair(images, targets)["ld"], pair(images * 2, targets * 2)["ld"]

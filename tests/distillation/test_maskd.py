@@ -102,7 +102,7 @@ def test_the_first_stage_lowers_the_teachers_loss_on_masked_maps():
     method = pair.methods["maskd"]
     seen = []
     stage_1 = method._stage_1
-    method._stage_1 = lambda signals: seen.append(stage_1(signals)) or seen[-1]
+    method._stage_1 = lambda step_outputs: seen.append(stage_1(step_outputs)) or seen[-1]
     optimizer = torch.optim.Adam(method.parameters(), lr=0.05)
     for step in range(12):
         pair.at_step(step, 100)
@@ -148,8 +148,8 @@ def test_tokens_in_use_are_no_parameters():
     assert not list(parts(pair)[1].parameters())
     assert parts(pair)[0].state_dict().keys() == parts(pair)[1].state_dict().keys()
     optimizer = build_optimizer(pair, OptimizerConfig())
-    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert all(id(p) in optimised for p in parts(pair)[0].parameters())
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert all(id(p) in optimized for p in parts(pair)[0].parameters())
 
 
 def test_tokens_without_shares():

@@ -32,7 +32,7 @@ def test_without_a_common_stride_the_nearest_meet_and_are_resized():
     matching = match_levels({4: 8}, {8: 16, 16: 16})
     assert [(m.student_stride, m.teacher_stride) for m in matching.levels] == [(4, 8)]
     maps = {"student": {4: torch.randn(2, 8, 12, 16)}, "teacher": {8: torch.randn(2, 16, 6, 8)}}
-    (_, s, t), *rest = LevelAligner(matching)(SimpleNamespace(**maps, overlay=resize_like))
+    (_, s, t), *rest = LevelAligner(matching)(SimpleNamespace(**maps, alignment=resize_like))
     assert not rest
     assert s.shape == t.shape == (2, 16, 6, 8)
 
@@ -127,7 +127,7 @@ def test_unit_maps_have_the_teachers_size_taken_out_of_both():
 
     def aligned(factor):
         ((_, ours, theirs),) = align(
-            SimpleNamespace(student={8: factor * s}, teacher={8: factor * t}, overlay=resize_like)
+            SimpleNamespace(student={8: factor * s}, teacher={8: factor * t}, alignment=resize_like)
         )
         return ours, theirs
 

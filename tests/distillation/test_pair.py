@@ -39,7 +39,7 @@ def test_weight_zero_is_plain_training_bit_for_bit(methods):
     assert_same(snapshot(plain), snapshot(distilled))
     take_steps(Pair(plain), steps=3)
     teacher = detector(channels=24, seed=1)
-    teacher.pyramid = None  # weight 0 is free: this would fail
+    teacher.forward_features = None  # weight 0 is free: this would fail
     take_steps(Pair(distilled, teacher, methods), steps=3)
     assert_same(snapshot(plain), snapshot(distilled))
 
@@ -241,7 +241,7 @@ def test_auto_weight_passes_over_a_gradient_of_zero_or_nan():
 def test_a_loss_term_of_the_student_is_not_replaced_by_a_method_of_its_name():
     student = detector()
     losses = student.losses
-    student.losses = lambda raw, batch: {"ima": sum(losses(raw, batch).values())}
+    student.losses = lambda outputs, batch: {"ima": sum(losses(outputs, batch).values())}
     pair = Pair(student, detector(channels=24, seed=1), ["ima"]).train()
     with pytest.raises(UserError, match="have a term 'ima', as a method is called"):
         pair(*batch())

@@ -22,7 +22,7 @@ from .test_segmentation_pairs import batch, student, teacher
 
 def raw_of(model, images, targets=None):
     inputs = model.preprocess(images, targets)
-    return model.predict(model.pyramid(inputs), inputs)
+    return model.forward_head(model.forward_features(inputs), inputs)
 
 
 def test_kd_is_the_divergence_of_the_logits() -> None:
@@ -85,7 +85,7 @@ def test_queues_hold_the_teachers_pixels_of_their_own_class() -> None:
     pair(images, targets)
     with torch.no_grad():
         inputs = pair.teacher.preprocess(images, targets)
-        feature = torch.nn.functional.normalize(pair.teacher.pyramid(inputs)[8], dim=1)
+        feature = torch.nn.functional.normalize(pair.teacher.forward_features(inputs)[8], dim=1)
     labels = torch.stack([target["semantic"] for target in targets])[:, 4::8, 4::8]
     memories = pair.methods["cirkd"].memories
     added = memories["pixel"].next_Q.tolist()
@@ -110,7 +110,7 @@ def test_a_memory_goes_by_the_cells_of_the_teacher() -> None:
     labels_HW[:, 88:] = 1  # from column 105.6 of the teacher's 120: the cells 13 and 14 of 15
     with torch.no_grad():
         pair.eval()
-        feature = pair.teacher.pyramid(pair.teacher.preprocess(images))[8][0]
+        feature = pair.teacher.forward_features(pair.teacher.preprocess(images))[8][0]
         assert feature.shape[-2:] == (12, 15)
         # One image is too little for the BatchNorm of a student in training.
         pair.methods.train()

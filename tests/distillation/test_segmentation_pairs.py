@@ -62,7 +62,7 @@ def test_it_teaches_a_segmenter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_finite_where_nothing_is_labelled(name: str) -> None:
+def test_finite_where_nothing_is_labeled(name: str) -> None:
     losses = Pair(student(), teacher(), [name]).train()(*batch(ignored=True))
     assert all(loss.isfinite() for loss in losses.values())
 
@@ -100,16 +100,16 @@ def test_the_name_alone_means_the_preset_for_segmentation() -> None:
 
 
 def test_ima_sees_the_regions_of_the_labels() -> None:
-    """The method's term is the loss of the same maps and of labels taken from the cells' centres."""
+    """The method's term is the loss of the same maps and of labels taken from the cells' centers."""
     pair = Pair(student(), teacher(), [{"ima": {"min_region": 2}}]).eval()
     images, targets = batch()
     with torch.no_grad():
         term = pair(images, targets)["ima"]
-        maps = [model.pyramid(model.preprocess(images))[8] for model in (pair.student, pair.teacher)]
+        maps = [model.forward_features(model.preprocess(images))[8] for model in (pair.student, pair.teacher)]
         adapted = pair.methods["ima"].align.adapters["8"](maps[0])
-        centres = torch.stack([target["semantic"] for target in targets])[:, 4::8, 4::8]
+        centers = torch.stack([target["semantic"] for target in targets])[:, 4::8, 4::8]
         options = {"instance": "class_region", "mask": {"ratio": 0.0}, "alpha": 100.0, "min_region": 2}
-        expected = IMALoss(**options)(adapted, maps[1], labels_NHW=centres)
+        expected = IMALoss(**options)(adapted, maps[1], labels_NHW=centers)
     torch.testing.assert_close(term, expected)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import detection
 
-from detdistill.distillation.alignment import Overlay, read_at, resize_like
+from detdistill.distillation.alignment import Alignment, read_at, resize_like
 from detdistill.distillation.pair import Pair
 from detdistill.distillation.regions import boxes_in_cells
 from detdistill.errors import UserError
@@ -44,12 +44,12 @@ def examples(sizes=((61, 90), (80, 50)), classes=3, empty=False):
     return images, targets
 
 
-def step(pair, inputs=None, zoom=1.0):
-    """One optimisation step; the loss terms."""
+def step(pair, inputs=None, scale_factor=1.0):
+    """One optimization step; the loss terms."""
     pair.train()
     optimizer = torch.optim.SGD(pair.parameters(), lr=1e-4)
     torch.manual_seed(0)
-    losses = pair(*(inputs or examples()), zoom)
+    losses = pair(*(inputs or examples()), scale_factor)
     sum(losses.values()).backward()
     optimizer.step()
     return losses
@@ -124,7 +124,7 @@ def test_a_refusal_is_one_line_that_says_what_to_do(found):
 
 
 def coordinates(batch: Batch, stride: int) -> torch.Tensor:
-    """(N, 2, H, W): of each cell's centre, y and x as shares of the image; above 1 in the padding."""
+    """(N, 2, H, W): of each cell's center, y and x as shares of the image; above 1 in the padding."""
     height, width = batch.padded_size
     y = (torch.arange(height // stride, dtype=torch.float64) + 0.5) * stride
     x = (torch.arange(width // stride, dtype=torch.float64) + 0.5) * stride
@@ -147,16 +147,16 @@ def coordinates(batch: Batch, stride: int) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("zoom", [1.0, 0.83])
-def test_cells_see_the_same_part_of_each_image(student, teacher, strides, zoom):
+def test_cells_see_the_same_part_of_each_image(student, teacher, strides, scale_factor):
     """Maps whose values are coordinates: after the overlay they differ by a thousandth of a cell at most."""
     images = [torch.zeros(3, *size) for size in ((97, 130), (200, 61), (128, 128), (75, 211))]
-    batches = [preprocess(images, zoom=zoom) for preprocess in (student, teacher)]
+    batches = [preprocess(images, scale_factor=scale_factor) for preprocess in (student, teacher)]
     ours, theirs = (coordinates(batch, stride) for batch, stride in zip(batches, strides, strict=True))
-    laid = Overlay(*batches)(ours, theirs)
+    laid = Alignment(*batches)(ours, theirs)
     assert laid.shape == theirs.shape
     sizes = torch.tensor(batches[1].sizes, dtype=torch.float64)[:, :, None, None]
     cells = (laid - theirs).abs() * sizes / strides[1]
-    # Beyond the centre of its first or last cell a map is not known: there interpolation repeats that cell.
+    # Beyond the center of its first or last cell a map is not known: there interpolation repeats that cell.
     inside = (theirs > ours[:, :, :1, :1]) & (theirs < ours[:, :, -1:, -1:])
     assert inside.all(dim=1).flatten(1).sum(dim=1).min() > 20  # of each image
     assert cells[inside].max() < 1e-3
@@ -166,10 +166,10 @@ def test_equal_inputs_cost_nothing():
     images = [torch.zeros(3, 97, 130), torch.zeros(3, 64, 200)]
     batch, other = Preprocess((64, 96))(images), Preprocess((64, 96), mean=(0, 0, 0))(images)
     x = torch.randn(2, 4, 5, 6)
-    for overlay in (Overlay(batch, batch), Overlay(batch, other)):
-        assert overlay(x, torch.zeros(2, 8, 5, 6)) is x
+    for alignment in (Alignment(batch, batch), Alignment(batch, other)):
+        assert alignment(x, torch.zeros(2, 8, 5, 6)) is x
     twice = Preprocess((64, 64))([torch.zeros(3, 64, 64)]), Preprocess((128, 128))([torch.zeros(3, 64, 64)])
-    assert torch.equal(Overlay(*twice)(x, torch.zeros(2, 4, 8, 8)), resize_like(x, torch.zeros(2, 4, 8, 8)))
+    assert torch.equal(Alignment(*twice)(x, torch.zeros(2, 4, 8, 8)), resize_like(x, torch.zeros(2, 4, 8, 8)))
 
 
 class NoWaiting(TorchDispatchMode):
@@ -192,10 +192,10 @@ def test_the_host_never_waits(family, method):
     seen = []
     pair.methods[method].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     pair(*examples())
-    signals = seen[0]
+    step_outputs = seen[0]
     with NoWaiting():
-        signals.overlay = Overlay(signals.student_batch, signals.teacher_batch)
-        value = pair.methods[method](signals)
+        step_outputs.alignment = Alignment(step_outputs.student_batch, step_outputs.teacher_batch)
+        value = pair.methods[method](step_outputs)
     assert value.isfinite()
 
 
@@ -251,11 +251,11 @@ def test_two_stage_detectors_of_unequal_inputs(method, student):
 
 
 @pytest.mark.parametrize("zoom", [0.7, 1.3])
-def test_zoom_and_stretched_inputs(zoom):
+def test_zoom_and_stretched_inputs(scale_factor):
     student, teacher = build("fcos", 16), build("retinanet", 24, seed=1)
     teacher.preprocessor = STRETCHED
     pair = Pair(student, teacher, ["ima", "crosskd"])
-    assert all(value.isfinite() for value in step(pair, zoom=zoom).values())
+    assert all(value.isfinite() for value in step(pair, scale_factor=scale_factor).values())
 
 
 @pytest.mark.parametrize("method", ["kd", "dist", "gid", "ld", "frs"])
@@ -281,9 +281,11 @@ def test_regions_are_where_they_are_in_the_teachers_input():
     pair.teacher.classify = lambda maps, *rest: seen.append(rest) or classify(maps, *rest)
     pair.student.predict = lambda maps, batch: seen.append((predict(maps, batch), batch)) or seen[-1][0]
     pair(*examples())
-    (raw, ours), (regions, theirs) = seen
+    (outputs, ours), (regions, theirs) = seen
     assert ours.sizes != theirs.sizes
-    for mine, other, (h, w), (h_t, w_t) in zip(raw.proposals, regions, ours.sizes, theirs.sizes, strict=True):
+    for mine, other, (h, w), (h_t, w_t) in zip(
+        outputs.proposals, regions, ours.sizes, theirs.sizes, strict=True
+    ):
         shares = mine / torch.tensor([w, h, w, h])
         torch.testing.assert_close(other / torch.tensor([w_t, h_t, w_t, h_t]), shares, rtol=1e-5, atol=1e-6)
 
@@ -427,10 +429,10 @@ def test_objects_get_the_teachers_labels_and_those_it_does_not_know_are_left_out
     teacher = build("fcos", 24, seed=1, classes=("x", "c", "a"))
     classes = Pair(build("fcos", 16), teacher, ["maskd"]).methods["maskd"].classes
     _, targets = examples()
-    relabelled = classes.teacher_targets([{**targets[0], "labels": torch.tensor([0, 1])}])[0]
-    assert relabelled["labels"].tolist() == [2]
-    assert torch.equal(relabelled["boxes"], targets[0]["boxes"][:1])
-    assert len(relabelled["masks"]) == 1
+    relabeled = classes.teacher_targets([{**targets[0], "labels": torch.tensor([0, 1])}])[0]
+    assert relabeled["labels"].tolist() == [2]
+    assert torch.equal(relabeled["boxes"], targets[0]["boxes"][:1])
+    assert len(relabeled["masks"]) == 1
     assert targets[0]["labels"].tolist() == [0, 1]
 
 

@@ -1,4 +1,4 @@
-"""A split of plain images, and a detector that knows the answer from an image's grey value."""
+"""A split of plain images, and a detector that knows the answer from an image's gray value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detdistill.data.records import Record, Split
-from detdistill.models.base import Batch, DenseRaw, Detections, Detector, Preprocess, Pyramid, Raw
+from detdistill.models.base import Batch, DenseOutputs, Detections, Detector, HeadOutputs, Preprocess, Pyramid
 
 CLASSES = ("ball", "box", "cone")
 
@@ -65,7 +65,7 @@ def _random_detections(split: Split, seed: int) -> list[dict[str, np.ndarray]]:
 
 
 class OracleDetector(Detector):
-    """Looks an image's grey value up in a table of detections; otherwise a detector like any other."""
+    """Looks an image's gray value up in a table of detections; otherwise a detector like any other."""
 
     def __init__(self, answers: dict[int, Detections], classes: tuple[str, ...] = CLASSES) -> None:
         super().__init__()
@@ -77,31 +77,31 @@ class OracleDetector(Detector):
         nn.init.constant_(self.pool.weight, 1 / 32**2)
         self.norm = nn.BatchNorm2d(3)
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         return {32: self.norm(self.pool(batch.images_N3HW))}
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> Raw:
-        return DenseRaw(cls=pyramid, box=pyramid)
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> HeadOutputs:
+        return DenseOutputs(cls=pyramid, box=pyramid)
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
         return {}
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
+    def decode(self, outputs: HeadOutputs, batch: Batch) -> list[Detections]:
         assert not self.training
         assert not torch.is_grad_enabled()
-        assert isinstance(raw, DenseRaw)
-        greys = (raw.cls[32][:, 0, 0, 0] * 255).round().int().tolist()
-        return [self.answers[grey] for grey in greys]
+        assert isinstance(outputs, DenseOutputs)
+        grays = (outputs.cls[32][:, 0, 0, 0] * 255).round().int().tolist()
+        return [self.answers[gray] for gray in grays]
 
 
 def build_oracle(folder: Path, images: int) -> tuple[OracleDetector, Split]:
     records, answers = [], {}
     for i, record in enumerate(_random_split(0, images, crowds=False).records):
         path = folder / f"{i}.png"
-        grey = 10 * i
-        Image.new("RGB", (record.width, record.height), (grey, grey, grey)).save(path)
+        gray = 10 * i
+        Image.new("RGB", (record.width, record.height), (gray, gray, gray)).save(path)
         records.append(_record(i, record.boxes_K4, record.labels_K, path=path))
-        answers[grey] = {
+        answers[gray] = {
             "boxes": torch.from_numpy(record.boxes_K4),
             "labels": torch.from_numpy(record.labels_K),
             "scores": torch.linspace(0.9, 0.5, len(record.labels_K)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detdistill.evaluation.efficiency import efficiency
-from detdistill.models.base import DenseRaw, Detector, Preprocess
+from detdistill.models.base import DenseOutputs, Detector, Preprocess
 
 
 class OneConvolution(Detector):
@@ -18,17 +18,17 @@ class OneConvolution(Detector):
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 8, 5, stride=32, padding=2)
 
-    def pyramid(self, batch):
+    def forward_features(self, batch):
         assert not self.training
         return {32: self.conv(batch.images_N3HW)}
 
-    def predict(self, pyramid, batch):
-        return DenseRaw(cls=pyramid, box=pyramid)
+    def forward_head(self, pyramid, batch):
+        return DenseOutputs(cls=pyramid, box=pyramid)
 
-    def losses(self, raw, batch):
+    def losses(self, outputs, batch):
         return {}
 
-    def decode(self, raw, batch):
+    def decode(self, outputs, batch):
         return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}]
 
 
@@ -55,7 +55,7 @@ def test_macs_of_a_known_network():
     model = OneConvolution()
     model.preprocessor = Preprocess()
     model.conv = create_feature_extractor(resnet50(), {"layer4": "map"})
-    model.pyramid = lambda batch: {32: model.conv(batch.images_N3HW)["map"]}
+    model.forward_features = lambda batch: {32: model.conv(batch.images_N3HW)["map"]}
     costs = efficiency({"resnet50": model}, size=(224, 224), runs=1, warmup=0)
     assert costs["resnet50"].macs / 1e9 == pytest.approx(4.09, abs=0.01)
 
@@ -65,7 +65,7 @@ def test_memory_of_a_big_map_is_seen():
     model = OneConvolution()
     model.preprocessor = Preprocess()
     model.conv = torch.nn.Conv2d(3, 16, 1, bias=False)
-    model.pyramid = lambda batch: {1: model.conv(batch.images_N3HW)}
+    model.forward_features = lambda batch: {1: model.conv(batch.images_N3HW)}
     peak = efficiency({"model": model}, size=(1024, 1024), runs=1, warmup=0)["model"].peak_memory_bytes
     if peak is not None:  # not Linux
         assert 64 * 2**20 <= peak < 400 * 2**20

@@ -20,7 +20,7 @@ OBJECT = [20.0, 20, 60, 60]  # 40 × 40: medium
 
 
 def bands(under):
-    """What each kind of error costs: the differences of neighbouring curves, those that are not 0."""
+    """What each kind of error costs: the differences of neighboring curves, those that are not 0."""
     steps = {KINDS[0]: under[KINDS[0]]} | {b: under[b] - under[a] for a, b in pairwise(KINDS)}
     return {kind: pytest.approx(cost) for kind, cost in steps.items() if abs(cost) > 1e-9}
 

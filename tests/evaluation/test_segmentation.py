@@ -69,7 +69,7 @@ def test_a_class_that_is_only_given_counts_as_zero() -> None:
     assert evaluation.numbers()["mean_accuracy"] == 0.5
 
 
-def test_nothing_labelled_is_not_a_number() -> None:
+def test_nothing_labeled_is_not_a_number() -> None:
     numbers = measured(confusion_of(torch.full((4, 4), 255), torch.zeros(4, 4), 2)).numbers()
     assert all(math.isnan(value) for value in numbers.values())
 

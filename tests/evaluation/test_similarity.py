@@ -41,9 +41,9 @@ def test_equals_the_definition_however_it_is_cut(offset, parts) -> None:
     cka = LinearCKA()
     for x_part, y_part in zip(torch.from_numpy(x).split(parts), torch.from_numpy(y).split(parts), strict=True):
         cka.update(x_part, y_part)
-    centred = cka_by_kernels(x - x.mean(0), y - y.mean(0))
-    assert cka.value() == pytest.approx(centred, rel=1e-9)
-    assert 0.1 < centred < 0.9
+    centered = cka_by_kernels(x - x.mean(0), y - y.mean(0))
+    assert cka.value() == pytest.approx(centered, rel=1e-9)
+    assert 0.1 < centered < 0.9
 
 
 def test_identical_rotated_and_scaled_features_agree_wholly() -> None:
@@ -92,7 +92,7 @@ def expected(student, teacher, images, strides):
         for image in images:
             batches = [model.preprocess([image]) for model in (student, teacher)]
             s, t = (
-                model.pyramid(batch)[stride].detach()
+                model.forward_features(batch)[stride].detach()
                 for model, batch, stride in zip((student, teacher), batches, (s_stride, t_stride), strict=True)
             )
             if s.shape[2:] != t.shape[2:]:

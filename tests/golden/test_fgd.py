@@ -54,10 +54,10 @@ def context(image, block):
     parts = {name: value.detach().numpy() for name, value in block.named_parameters()}
     pixels = image.reshape(len(image), -1)
     pooled = pixels @ softmax(parts["key_C"] @ pixels)
-    hidden = parts["transform.0.weight"] @ pooled + parts["transform.0.bias"]
-    hidden = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-5)
-    hidden = np.maximum(hidden * parts["transform.1.weight"] + parts["transform.1.bias"], 0)
-    return parts["transform.3.weight"] @ hidden + parts["transform.3.bias"]
+    tower_features = parts["transform.0.weight"] @ pooled + parts["transform.0.bias"]
+    tower_features = (tower_features - tower_features.mean()) / np.sqrt(tower_features.var() + 1e-5)
+    tower_features = np.maximum(tower_features * parts["transform.1.weight"] + parts["transform.1.bias"], 0)
+    return parts["transform.3.weight"] @ tower_features + parts["transform.3.bias"]
 
 
 def blocks():

@@ -69,7 +69,7 @@ def test_without_a_label_there_is_nothing():
     assert not student.grad.any()
 
 
-def test_what_unlabelled_pixels_hold_does_not_matter():
+def test_what_unlabeled_pixels_hold_does_not_matter():
     student, teacher = (torch.randn(2, 3, 4, 5) for _ in range(2))
     labels = torch.tensor(LABELS)
     before = IFVDLoss()(student, teacher, labels, 3)

@@ -26,8 +26,8 @@ def conv3x3(x, weight, bias):
 
 def mgd(student, teacher, alpha=2e-5):
     """alpha ||T - G(S M)||² / N."""
-    hidden = np.maximum(conv3x3(student * MASK, WEIGHTS[0], BIASES[0]), 0)
-    generated = conv3x3(hidden, WEIGHTS[1], BIASES[1])
+    tower_features = np.maximum(conv3x3(student * MASK, WEIGHTS[0], BIASES[0]), 0)
+    generated = conv3x3(tower_features, WEIGHTS[1], BIASES[1])
     return alpha * ((teacher - generated) ** 2).sum() / len(student)
 
 

@@ -11,7 +11,7 @@ from detdistill.distillation.methods.pkd import PKDLoss
 from .differences import assert_golden, random_maps
 
 
-def standardised(feature):
+def standardized(feature):
     """(x - mean) / (std + 1e-6) for each channel over N·H·W, std unbiased."""
     result = np.empty_like(feature)
     for c in range(feature.shape[1]):
@@ -21,7 +21,7 @@ def standardised(feature):
 
 
 def pkd(student, teacher, alpha=10.0):
-    return alpha * np.mean((standardised(student) - standardised(teacher)) ** 2) / 2
+    return alpha * np.mean((standardized(student) - standardized(teacher)) ** 2) / 2
 
 
 def test_value_and_gradient():

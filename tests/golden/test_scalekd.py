@@ -22,7 +22,7 @@ def pointwise(conv, x):
 
 
 def around(x, i, j, step):
-    """The 3×3 neighbours of a cell, ``step`` cells apart; 0 outside the map."""
+    """The 3×3 neighbors of a cell, ``step`` cells apart; 0 outside the map."""
     patch = np.zeros((len(x), 3, 3))
     for a, b in np.ndindex(3, 3):
         row, column = i + (a - 1) * step, j + (b - 1) * step

@@ -76,8 +76,8 @@ DETECTION = {
     "cascade_mask_rcnn": case(detector("cascade_mask_rcnn"), "faster_rcnn", ["pkd"], clip_norm=1.0),
     "rtdetr_v2": case(detector("rtdetr_v2", 32, norm="batch"), "fcos", ["ima"], **ADAMW),
     "d_fine": case(detector("d_fine", 32, norm="batch"), "rtdetr_v2", ["pkd"], **ADAMW),
-    "unlabelled": case(
-        detector("fcos"), "retinanet", ["ima"], unlabelled_batch=2, augment={"multi_scale": [0.8, 1.2]},
+    "unlabeled": case(
+        detector("fcos"), "retinanet", ["ima"], unlabeled_batch=2, augment={"multi_scale": [0.8, 1.2]},
     ),
     "unequal": case(detector("fcos", size=48), "retinanet", ["ima", "mimic"]),
     "inherit": case(detector("fcos", 24), "fcos", ["mimic"]) | {"inherit": True},
@@ -126,8 +126,8 @@ class Workshop:
         """The recipe file of a case, with its teacher trained."""
         tree = dict(CASES[name])
         tree["data"] = self._data(tree["student"]["family"])
-        if name == "unlabelled":
-            tree["data"] = {**tree["data"], "unlabelled": str(self._images())}
+        if name == "unlabeled":
+            tree["data"] = {**tree["data"], "unlabeled": str(self._images())}
         if "teacher" in tree:
             tree["teacher"] = str(self._teacher(tree["teacher"]))
         return self._write(name, tree)
@@ -154,7 +154,7 @@ class Workshop:
         return {"root": str(self._label_maps)}
 
     def _images(self) -> Path:
-        folder = self.folder / "unlabelled"
+        folder = self.folder / "unlabeled"
         if not folder.exists():
             folder.mkdir()
             rng = np.random.default_rng(1)

@@ -32,7 +32,7 @@ class _Concat(nn.Module):
 
 
 class _Detect(nn.Module):
-    """For each level (N, 4 + Q, H, W); in evaluation also (N, 4 + Q, P): centre, size in pixels, scores."""
+    """For each level (N, 4 + Q, H, W); in evaluation also (N, 4 + Q, P): center, size in pixels, scores."""
 
     stride = (8, 16, 32)
 
@@ -52,8 +52,8 @@ class _Detect(nn.Module):
         found = []
         for x, stride in zip(levels, self.stride, strict=True):
             rows, columns = (torch.arange(side, device=x.device) + 0.5 for side in x.shape[-2:])
-            centre = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))[None] * stride
-            box = torch.cat([centre + x[:, :2] * stride, x[:, 2:4].exp() * 2 * stride], 1)
+            center = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))[None] * stride
+            box = torch.cat([center + x[:, :2] * stride, x[:, 2:4].exp() * 2 * stride], 1)
             found.append(torch.cat([box, x[:, 4:].sigmoid()], 1).flatten(2))
         return torch.cat(found, 2)
 

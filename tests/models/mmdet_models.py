@@ -331,7 +331,7 @@ def extractor(side: int) -> dict[str, Any]:
 
 
 def picture() -> Tensor:
-    """(3, 150, 200) uint8 RGB: soft blots, sharp edges, each colour its own."""
+    """(3, 150, 200) uint8 RGB: soft blots, sharp edges, each color its own."""
     y, x = torch.meshgrid(torch.arange(150.0), torch.arange(200.0), indexing="ij")
     red = 127 + 120 * torch.sin(x / 17) * torch.cos(y / 23)
     green = 127 + 100 * torch.sign(torch.sin(x / 31 + y / 19))

@@ -21,7 +21,7 @@ def iou(a, b):
     return sides.prod() / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - sides.prod())
 
 
-def centre(box):
+def center(box):
     return (box[:2] + box[2:]) / 2
 
 
@@ -31,13 +31,13 @@ def by_hand(boxes, levels, topk):
     for k, box in enumerate(boxes):
         candidates, start = [], 0
         for level in levels:
-            far = [np.linalg.norm(centre(anchor) - centre(box)) for anchor in level]
+            far = [np.linalg.norm(center(anchor) - center(box)) for anchor in level]
             candidates += [start + i for i in np.argsort(far)[:topk]]
             start += len(level)
         ious = [iou(box, anchors[i]) for i in candidates]
         threshold = np.mean(ious) + (np.std(ious, ddof=1) if len(ious) > 1 else 0)
         for i, value in zip(candidates, ious, strict=True):
-            x, y = centre(anchors[i])
+            x, y = center(anchors[i])
             depth = min(x - box[0], y - box[1], box[2] - x, box[3] - y)
             if value >= threshold and depth > 0.01 and value > best[i]:
                 best[i], owner[i] = value, k

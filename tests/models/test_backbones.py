@@ -183,7 +183,7 @@ class TestBackboneWeights:
         with pytest.raises(UserError, match=r"other\.pth: .*fit"):
             self.built("resnet18", tmp_path / "other.pth")
 
-    def test_input_normalisation_follows_the_backbone(self, tmp_path: Path) -> None:
+    def test_input_normalization_follows_the_backbone(self, tmp_path: Path) -> None:
         name = "mobilenetv3_large_100.miil_in21k_ft_in1k"  # trained without mean and std
         torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
         assert self.built(name, tmp_path / "weights.pth").preprocessor.std == (1.0, 1.0, 1.0)
@@ -200,7 +200,7 @@ def test_extra_levels_may_come_from_the_backbones_last_map() -> None:
     assert (p6 < 0).any()
 
 
-def test_a_pyramid_may_be_normalised_in_groups() -> None:
+def test_a_pyramid_may_be_normalized_in_groups() -> None:
     pyramid = FeaturePyramid({16: 6, 32: 12}, 32, (16, 32, 64), extra="linear", group_norm=True)
     convolutions = [m for m in pyramid.modules() if isinstance(m, nn.Conv2d)]
     norms = [m for m in pyramid.modules() if isinstance(m, nn.GroupNorm)]

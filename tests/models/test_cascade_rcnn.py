@@ -45,16 +45,16 @@ def target(count=2):
 def predicted(model, targets):
     model.training = True  # the detector itself; BatchNorm stays in evaluation mode
     batch = model.preprocess([image(i) for i in range(len(targets))], targets)
-    return model.predict(model.pyramid(batch), batch), batch
+    return model.forward_head(model.forward_features(batch), batch), batch
 
 
 def decoded(boxes, deltas, stds):
     """(R, 4) float64: Ren et al. 2015, Eq. 2, backwards."""
     boxes, deltas = (np.asarray(x, dtype=np.float64) for x in (boxes, deltas))
     side = boxes[:, 2:] - boxes[:, :2]
-    centre = boxes[:, :2] + side / 2 + deltas[:, :2] * stds[:2] * side
+    center = boxes[:, :2] + side / 2 + deltas[:, :2] * stds[:2] * side
     side = side * np.exp(deltas[:, 2:] * stds[2:])
-    return np.concatenate([centre - side / 2, centre + side / 2], axis=1)
+    return np.concatenate([center - side / 2, center + side / 2], axis=1)
 
 
 def encoded(boxes, objects, stds):
@@ -84,8 +84,8 @@ def by_rows(boxes):
 
 def test_each_stage_learns_from_the_boxes_of_the_one_before_as_published():
     model = small(roi_samples=10**6)  # all proposals, so that sampling decides nothing
-    raw, _ = predicted(model, [target()])
-    stages = [raw, *raw.later]
+    outputs, _ = predicted(model, [target()])
+    stages = [outputs, *outputs.later]
     assert len(stages) == len(STAGES)
     objects = OBJECTS.double().numpy()
     for before, here, old, new in zip(stages, stages[1:], STAGES, STAGES[1:], strict=False):
@@ -114,16 +114,16 @@ def test_each_stage_learns_from_the_boxes_of_the_one_before_as_published():
 
 def test_the_losses_of_later_stages_count_less():
     model = small()
-    raw, batch = predicted(model, [target(), target(0)])
-    losses = model.losses(raw, batch)
+    outputs, batch = predicted(model, [target(), target(0)])
+    losses = model.losses(outputs, batch)
     assert list(losses) == [
         "loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg",
         "loss_classifier_2", "loss_box_reg_2", "loss_classifier_3", "loss_box_reg_3",
     ]  # fmt: skip
-    for suffix, stage, weight in zip(("", "_2", "_3"), [raw, *raw.later], (1, 0.5, 0.25), strict=True):
+    for suffix, stage, weight in zip(("", "_2", "_3"), [outputs, *outputs.later], (1, 0.5, 0.25), strict=True):
         for name, plain in roi_losses(stage).items():
             torch.testing.assert_close(losses[name + suffix], weight * plain)
-    deltas = torch.cat([stage.roi_deltas_RQ4 for stage in raw.later])
+    deltas = torch.cat([stage.roi_deltas_RQ4 for stage in outputs.later])
     assert torch.equal(deltas[:, :4], deltas[:, 8:12])  # one box for all classes
 
 
@@ -131,11 +131,11 @@ def test_detections_are_the_last_boxes_with_the_mean_of_scores():
     model = small(score_threshold=0.0, nms_threshold=1.0, max_detections=10**5).eval()
     batch = model.preprocess([image()])
     with torch.no_grad():
-        raw = model.predict(model.pyramid(batch), batch)
-        (found,) = model.decode(raw, batch)
-    boxes = raw.proposals[0].double().numpy()
+        outputs = model.forward_head(model.forward_features(batch), batch)
+        (found,) = model.decode(outputs, batch)
+    boxes = outputs.proposals[0].double().numpy()
     scores = 0
-    for stage, settings in zip([raw, *raw.later], STAGES, strict=True):
+    for stage, settings in zip([outputs, *outputs.later], STAGES, strict=True):
         np.testing.assert_allclose(stage.proposals[0].numpy(), boxes, rtol=1e-4, atol=1e-3)
         logits = stage.roi_logits_RQ.double().numpy()
         exp = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -161,8 +161,8 @@ def test_a_cascade_of_one_stage_is_a_faster_rcnn():
     results = []
     for model in (cascade, faster):
         torch.manual_seed(3)
-        raw, batch = predicted(model, [target(), target(1)])
-        losses = model.losses(raw, batch)
+        outputs, batch = predicted(model, [target(), target(1)])
+        losses = model.losses(outputs, batch)
         with torch.no_grad():
             results.append((losses, model.eval()([image(), image(1)])))
     (losses, found), (expected_losses, expected) = results
@@ -207,11 +207,11 @@ def test_boxes_that_left_the_image_do_not_disturb_training():
 
 def test_any_regions_are_judged_by_the_first_head():
     model = small()
-    raw, batch = predicted(model, [target()])
-    logits, deltas = model.classify(model.pyramid(batch), raw.proposals, batch)
-    torch.testing.assert_close(logits, raw.roi_logits_RQ)
-    torch.testing.assert_close(deltas, raw.roi_deltas_RQ4)
-    assert deltas.shape == (len(raw.proposals[0]), 4 * 4)
+    outputs, batch = predicted(model, [target()])
+    logits, deltas = model.classify(model.forward_features(batch), outputs.proposals, batch)
+    torch.testing.assert_close(logits, outputs.roi_logits_RQ)
+    torch.testing.assert_close(deltas, outputs.roi_deltas_RQ4)
+    assert deltas.shape == (len(outputs.proposals[0]), 4 * 4)
 
 
 def test_class_rows_of_every_stage_are_chosen_by_name():

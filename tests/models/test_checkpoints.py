@@ -362,7 +362,7 @@ def test_published_weights_load_where_they_can_be_had(monkeypatch: pytest.Monkey
         build_model(told, ["dog"])
 
 
-def test_a_torchvision_file_is_recognised(tmp_path: Path) -> None:
+def test_a_torchvision_file_is_recognized(tmp_path: Path) -> None:
     theirs = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
     torch.save({"model": theirs.state_dict()}, tmp_path / "theirs.pth")
     teacher: Any = load_teacher(model_config(weights=str(tmp_path / "theirs.pth"), size=64), ["cat", "dog"])

@@ -131,30 +131,30 @@ def test_bf16_stays_close_to_fp32(build: Callable[..., Detector]) -> None:
 def test_raw_predictions_are_as_the_contract_says(build: Callable[..., Detector]) -> None:
     model = small(build).train()
     batch = model.preprocess([image(64, 96), image(50, 60, 1)], [target([5.0, 5, 40, 50]), target()])
-    pyramid = model.pyramid(batch)
+    pyramid = model.forward_features(batch)
     assert {stride: x.shape[1] for stride, x in pyramid.items()} == model.pyramid_channels
-    raw: Any = model.predict(pyramid, batch)
+    head_outputs: Any = model.forward_head(pyramid, batch)
     if build == "faster_rcnn":
-        count = sum(map(len, raw.proposals))
-        assert raw.roi_logits_RQ.shape == (count, 4)
-        assert raw.roi_deltas_RQ4.shape == (count, 16)
+        count = sum(map(len, head_outputs.proposals))
+        assert head_outputs.roi_logits_RQ.shape == (count, 4)
+        assert head_outputs.roi_deltas_RQ4.shape == (count, 16)
         assert (
-            [len(x) for x in raw.roi_labels]
-            == [len(x) for x in raw.roi_targets]
-            == [len(x) for x in raw.proposals]
+            [len(x) for x in head_outputs.roi_labels]
+            == [len(x) for x in head_outputs.roi_targets]
+            == [len(x) for x in head_outputs.proposals]
         )
-        assert raw.roi_labels[0].max() == 1  # label 0, after the background
-        assert raw.roi_labels[1].max() == 0
-        assert max(map(len, raw.proposals)) <= 512
-        assert raw.rpn.cls[8].shape == (2, 3, 8, 12)
+        assert head_outputs.roi_labels[0].max() == 1  # label 0, after the background
+        assert head_outputs.roi_labels[1].max() == 0
+        assert max(map(len, head_outputs.proposals)) <= 512
+        assert head_outputs.rpn.cls[8].shape == (2, 3, 8, 12)
         model.eval()
-        assert model.predict(pyramid, batch).roi_labels is None
+        assert model.forward_head(pyramid, batch).roi_labels is None
     else:
         anchors = 9 if build == "retinanet" else 1
-        assert raw.cls[8].shape == (2, anchors * 3, 8, 12)
+        assert head_outputs.cls[8].shape == (2, anchors * 3, 8, 12)
         numbers = 4 * 17 if build == "gfl" else 4  # that encode a box
-        assert raw.box[16].shape == (2, anchors * numbers, 4, 6)
-        assert (raw.centerness is None) == (build != "fcos")
+        assert head_outputs.box[16].shape == (2, anchors * numbers, 4, 6)
+        assert (head_outputs.centerness is None) == (build != "fcos")
 
 
 @pytest.mark.parametrize("build", FAMILIES)
@@ -215,8 +215,8 @@ def test_fcos_boxes_are_alive_before_training() -> None:
     torch.manual_seed(0)
     model = build_model("fcos", 3, backbone="resnet18", channels=32)
     batch = model.preprocess([image(128, 128)], [target([10, 10, 60, 60])])
-    raw = model.predict(model.pyramid(batch), batch)
-    alive = torch.cat([distances.flatten() for distances in raw.box.values()]) > 0
+    head_outputs = model.forward_head(model.forward_features(batch), batch)
+    alive = torch.cat([distances.flatten() for distances in head_outputs.box.values()]) > 0
     assert alive.float().mean() > 0.99
-    model.losses(raw, batch)["bbox_regression"].backward()
+    model.losses(head_outputs, batch)["bbox_regression"].backward()
     assert model.head.box.weight.grad.abs().sum() > 0

@@ -17,8 +17,8 @@ from detdistill.distillation.pair import Pair
 from detdistill.distillation.weighting import gradient_norm
 from detdistill.errors import UserError
 from detdistill.models import DETR, build_model, load_model, load_teacher, save_model
-from detdistill.models.base import Batch, Detector, Preprocess, QueryRaw
-from detdistill.models.families.detr_families import _initialise
+from detdistill.models.base import Batch, Detector, Preprocess, QueryOutputs
+from detdistill.models.families.detr_families import _initialize
 from detdistill.recipe import OptimizerConfig, model_config
 from detdistill.training.step import build_optimizer
 
@@ -88,7 +88,7 @@ def published_layout(family: str, folder: Path, freeze: bool = True) -> Any:
         id2label=dict(enumerate(CLASSES)), label2id={name: label for label, name in enumerate(CLASSES)},
     )  # fmt: skip
     model = getattr(transformers, f"{PREFIXES[family]}ForObjectDetection")(config)
-    _initialise(model)
+    _initialize(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bbox_embed" in name or "class_embed" in name:
@@ -117,8 +117,8 @@ def test_the_five_steps_are_transformers_own_forward(
     labels = []
     for target in batch.targets or ():
         corners = target["boxes"] / 64
-        centre, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
-        labels.append({"class_labels": target["labels"], "boxes": torch.cat([centre, size], dim=1)})
+        center, size = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+        labels.append({"class_labels": target["labels"], "boxes": torch.cat([center, size], dim=1)})
 
     torch.manual_seed(7)  # noised objects are drawn
     expected = theirs.train()(batch.images_N3HW, labels=labels)
@@ -135,9 +135,9 @@ def test_the_five_steps_are_transformers_own_forward(
     )
 
     with torch.no_grad():
-        raw = theirs.eval()(batch.images_N3HW)
+        outputs = theirs.eval()(batch.images_N3HW)
         wanted = transformers.RTDetrImageProcessor().post_process_object_detection(
-            raw, threshold=0.0, target_sizes=batch.original_sizes
+            outputs, threshold=0.0, target_sizes=batch.original_sizes
         )
         ours.score_threshold = 0.0
         found = ours.eval()(images)
@@ -225,12 +225,12 @@ def test_a_batch_that_is_padded_trains_and_finds_boxes_inside_its_images(family:
     for image, found in zip(images, model.eval()(images), strict=True):
         height, width = image.shape[-2:]
         assert (found["boxes"] <= torch.tensor([width, height, width, height])).all()
-    raw = QueryRaw(  # the centre and half the size of the padded input
+    outputs = QueryOutputs(  # the center and half the size of the padded input
         torch.tensor([[[5.0, 0, 0]], [[0, 0, 5.0]]]),
         torch.tensor([[[0.5, 0.5, 0.5, 0.5]]]).repeat(2, 1, 1),
         None,
     )
-    first, second = model.decode(raw, batch)
+    first, second = model.decode(outputs, batch)
     assert first["boxes"][0].tolist() == [24, 16, 70, 48]  # the image is 70 wide, 72 would be padding
     assert second["boxes"][0].tolist() == [24, 16, 40, 48]
     assert (first["labels"][0], second["labels"][0]) == (0, 2)
@@ -263,12 +263,12 @@ def test_options_of_detections() -> None:
 def test_processes_divide_by_the_mean_number_of_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (images, targets) = tiny("d_fine").train(), data()
     batch = model.preprocess(images, targets)
-    raw = model.predict(model.pyramid(batch), batch)
-    alone = model.losses(raw, batch)
+    outputs = model.forward_head(model.forward_features(batch), batch)
+    alone = model.losses(outputs, batch)
     monkeypatch.setattr(
-        "detdistill.models.families.detr.normaliser", lambda total: total * 2
+        "detdistill.models.families.detr.normalizer", lambda total: total * 2
     )  # others have three times as many
-    shared = model.losses(raw, batch)
+    shared = model.losses(outputs, batch)
     for name in ("classification", "bbox_l1", "bbox_giou", "bbox_distribution"):
         torch.testing.assert_close(shared[name], alone[name] / 2)
     torch.testing.assert_close(shared["self_distillation"], alone["self_distillation"])  # a mean over queries
@@ -300,7 +300,7 @@ def test_a_method_does_not_outweigh_the_task_of_a_query_based_student(
     """By default; gradients at the student's pyramid. A dense student keeps the published weight."""
     pair = Pair(built(student), built("fcos", 64), ["ima"]).train()
     maps = {}
-    forward = pair.student.pyramid
+    forward = pair.student.forward_features
     monkeypatch.setattr(pair.student, "pyramid", lambda batch: maps.setdefault(0, forward(batch)))
     losses = pair(*data())
     term = losses.pop("ima")
@@ -488,6 +488,6 @@ def test_stretching_is_torchvisions_resize_and_boxes_follow() -> None:
 
 
 @pytest.mark.parametrize(("zoom", "side"), [(0.5, 320), (0.8, 512), (1.01, 640), (1.26, 800), (0.01, 32)])
-def test_a_zoom_goes_to_a_multiple_of_the_divisor(zoom: float, side: int) -> None:
+def test_a_zoom_goes_to_a_multiple_of_the_divisor(scale_factor: float, side: int) -> None:
     preprocess = Preprocess((640, 640), keep_ratio=False)
-    assert preprocess([torch.rand(3, 40, 60)], zoom=zoom).padded_size == (side, side)
+    assert preprocess([torch.rand(3, 40, 60)], scale_factor=scale_factor).padded_size == (side, side)

@@ -27,7 +27,7 @@ boxes = [torch.tensor([[4.0, 4, 60, 60], [20, 20, 40, 44], [2, 30, 20, 50]]), to
 targets = [{"boxes": b, "labels": torch.zeros(len(b), dtype=torch.int64)} for b in boxes]
 for i, target in enumerate(targets):
     target["semantic"] = torch.full((64, 64), 255)
-    target["semantic"][: 20 * i + 5] = i  # other numbers of labelled pixels
+    target["semantic"][: 20 * i + 5] = i  # other numbers of labeled pixels
 mine = [i for i in range(2) if i % world == rank]
 gradients = {}
 for family in ("fcos", "retinanet", "gfl", "reppoints", "pspnet"):

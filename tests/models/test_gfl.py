@@ -8,7 +8,7 @@ import torch
 
 from detdistill.errors import UserError
 from detdistill.models import build_model
-from detdistill.models.base import Batch, DenseRaw
+from detdistill.models.base import Batch, DenseOutputs
 from detdistill.models.families.gfl import distribution_focal_loss, encode_boxes, quality_focal_loss
 from detdistill.models.layers.heads import UNMATCHED
 
@@ -49,7 +49,7 @@ def random_raw(images, side=SIDE):
             for stride in STRIDES
         }
 
-    return DenseRaw(cls=maps(CLASSES), box=maps(4 * BINS))
+    return DenseOutputs(cls=maps(CLASSES), box=maps(4 * BINS))
 
 
 # --- the losses, once more in float64, an anchor after the other ------------------------------------------
@@ -74,11 +74,14 @@ def iou_and_giou(a, b):
     return overlap / union, overlap / union - (hull - union) / hull
 
 
-def by_hand(raw, batch, matched_NP, constants=None):
+def by_hand(head_outputs, batch, matched_NP, constants=None):
     """The three losses, and the constants (quality, weight): given, they are not computed anew."""
-    logits_NPQ, bins_NPE = rows_of(raw.cls.values()), rows_of(raw.box.values())
+    logits_NPQ, bins_NPE = rows_of(head_outputs.cls.values()), rows_of(head_outputs.box.values())
     cells = [
-        (x * s, y * s, s) for s, m in raw.cls.items() for y in range(len(m[0, 0])) for x in range(len(m[0, 0]))
+        (x * s, y * s, s)
+        for s, m in head_outputs.cls.items()
+        for y in range(len(m[0, 0]))
+        for x in range(len(m[0, 0]))
     ]
     found, qfl, giou_sum, dfl_sum, weights = {}, 0.0, 0.0, 0.0, 0.0
     for n, target in enumerate(batch.targets):
@@ -117,19 +120,19 @@ def case():
     """Objects of several sizes, one of them beyond the bins' reach, and an image without any."""
     model = small()
     objects = [[3.0, 5, 22, 30], [80, 12, 119, 60], [1, 2, 120, 127]], [], [[60.0, 66, 125, 125]]
-    batch, raw = batch_of(*objects, height=128, width=128), random_raw(3, side=128)
-    anchors = model.anchors(raw.cls, batch)
+    batch, head_outputs = batch_of(*objects, height=128, width=128), random_raw(3, side=128)
+    anchors = model.anchors(head_outputs.cls, batch)
     matched = [model.match(target["boxes"], anchors) for target in batch.targets]
     assert [len(set(m.tolist()) - {UNMATCHED}) for m in matched] == [3, 0, 1]
     assert (torch.stack(matched)[:, :256] >= 0).any()
     assert (torch.stack(matched)[:, 256:] >= 0).any()  # positives of two levels
-    return model, raw, batch, matched
+    return model, head_outputs, batch, matched
 
 
 def test_losses_are_the_equations(case):
-    model, raw, batch, matched = case
-    wanted, _ = by_hand(raw, batch, matched)
-    got = model.losses(raw, batch)
+    model, head_outputs, batch, matched = case
+    wanted, _ = by_hand(head_outputs, batch, matched)
+    got = model.losses(head_outputs, batch)
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         assert got[name].item() == pytest.approx(value, rel=1e-5)
@@ -138,13 +141,15 @@ def test_losses_are_the_equations(case):
 @pytest.mark.parametrize("name", ["classification", "bbox_regression", "bbox_distribution"])
 def test_gradients_are_finite_differences(case, name):
     """Quality and weights are constants: they are held while a logit is moved."""
-    model, raw, batch, matched = case
-    leaves = [x.requires_grad_() for maps in (raw.cls, raw.box) for x in maps.values()]
-    gradients = torch.autograd.grad(model.losses(raw, batch)[name], leaves, allow_unused=True)
-    raw = DenseRaw(*({s: x.detach().double() for s, x in maps.items()} for maps in (raw.cls, raw.box)))
-    _, constants = by_hand(raw, batch, matched)
+    model, head_outputs, batch, matched = case
+    leaves = [x.requires_grad_() for maps in (head_outputs.cls, head_outputs.box) for x in maps.values()]
+    gradients = torch.autograd.grad(model.losses(head_outputs, batch)[name], leaves, allow_unused=True)
+    head_outputs = DenseOutputs(
+        *({s: x.detach().double() for s, x in maps.items()} for maps in (head_outputs.cls, head_outputs.box))
+    )
+    _, constants = by_hand(head_outputs, batch, matched)
     checked = 0
-    for maps, two in ((raw.cls, gradients[:3]), (raw.box, gradients[3:])):
+    for maps, two in ((head_outputs.cls, gradients[:3]), (head_outputs.box, gradients[3:])):
         for x, gradient in zip(maps.values(), two, strict=True):
             if gradient is None or not gradient.any():
                 continue
@@ -152,7 +157,7 @@ def test_gradients_are_finite_differences(case, name):
                 values = []
                 for step in (1e-5, -1e-5):
                     x.view(-1)[at] += step
-                    values.append(by_hand(raw, batch, matched, constants)[0][name])
+                    values.append(by_hand(head_outputs, batch, matched, constants)[0][name])
                     x.view(-1)[at] -= step
                 slope = (values[0] - values[1]) / 2e-5
                 assert gradient.flatten()[at].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
@@ -161,12 +166,15 @@ def test_gradients_are_finite_differences(case, name):
 
 
 def test_quality_and_weights_carry_no_gradient(case):
-    model, raw, batch, _ = case
-    for name, without, of in (("classification", raw.box, raw.cls), ("bbox_regression", raw.cls, raw.box)):
+    model, head_outputs, batch, _ = case
+    for name, without, of in (
+        ("classification", head_outputs.box, head_outputs.cls),
+        ("bbox_regression", head_outputs.cls, head_outputs.box),
+    ):
         for maps in (without, of):
             for x in maps.values():
                 x.requires_grad_()
-        loss = model.losses(raw, batch)[name]
+        loss = model.losses(head_outputs, batch)[name]
         assert all(
             g is None
             for g in torch.autograd.grad(loss, [*without.values()], allow_unused=True, retain_graph=True)
@@ -195,7 +203,7 @@ def test_focal_losses_at_known_points():
 def test_assignment_by_hand():
     """An object of side 64 about (32, 32).
 
-    Candidates at stride 8 are the cell there and its eight neighbours, with IoU 1, 7/9 (four), 49/79 (four); at
+    Candidates at stride 8 are the cell there and its eight neighbors, with IoU 1, 7/9 (four), 49/79 (four); at
     stride 16 nine and at stride 32 four anchors that contain it, with IoU 1/4 and 1/16. The threshold is mean +
     deviation, 0.4133 + 0.2911.
     """
@@ -211,7 +219,7 @@ def test_cells_lie_a_stride_apart_from_the_corner_on():
     """Also where the padded side is no multiple of the stride, unlike torchvision's."""
     model = small(strides=(8, 16, 32, 64, 128))
     batch = batch_of([], height=96, width=160)
-    pyramid = model.pyramid(batch)
+    pyramid = model.forward_features(batch)
     assert pyramid[128].shape[-2:] == (1, 2)
     for (stride, maps), anchors in zip(pyramid.items(), model.anchors(pyramid, batch), strict=True):
         rows, columns = maps.shape[-2:]
@@ -238,14 +246,14 @@ def test_boxes_are_the_means_of_their_sides():
 def test_detections_are_scored_by_the_class_alone():
     """One sure cell: a class logit of 2 and sides of 1, 2, 1, 2 strides about (24, 32)."""
     model = small().eval()
-    raw, batch = random_raw(1), batch_of([])
-    for x in (*raw.cls.values(), *raw.box.values()):
+    head_outputs, batch = random_raw(1), batch_of([])
+    for x in (*head_outputs.cls.values(), *head_outputs.box.values()):
         x.fill_(-30)
-    raw.cls[8][0, 2, 4, 3] = 2.0
-    sides = raw.box[8][0].unflatten(0, (4, BINS))
+    head_outputs.cls[8][0, 2, 4, 3] = 2.0
+    sides = head_outputs.box[8][0].unflatten(0, (4, BINS))
     for side, distance in enumerate((1, 2, 1, 2)):
         sides[side, distance] = 30
-    (found,) = model.decode(raw, batch)
+    (found,) = model.decode(head_outputs, batch)
     torch.testing.assert_close(found["boxes"], torch.tensor([[16.0, 16, 32, 48]]))
     assert found["labels"].tolist() == [2]
     assert found["scores"].item() == pytest.approx(sigmoid(2.0))
@@ -277,10 +285,10 @@ def test_head_has_the_published_entries():
 
 def test_each_level_has_its_own_scale():
     model, batch = small(), batch_of([])
-    pyramid = model.pyramid(batch)
-    before = model.predict(pyramid, batch)
+    pyramid = model.forward_features(batch)
+    before = model.forward_head(pyramid, batch)
     model.head.scales["16"].data.fill_(3)
-    after = model.predict(pyramid, batch)
+    after = model.forward_head(pyramid, batch)
     assert torch.equal(after.box[8], before.box[8])
     torch.testing.assert_close(after.box[16], 3 * before.box[16])
     assert torch.equal(after.cls[16], before.cls[16])
@@ -297,13 +305,13 @@ def test_the_coarse_levels_have_no_relu_between_them():
 
 def test_the_head_goes_on_from_its_hidden_maps():
     model, batch = small(), batch_of([])
-    raw = model.predict(model.pyramid(batch), batch, hidden=True)
-    assert len(raw.hidden) == 2
-    for depth, (cls, box) in enumerate(raw.hidden, start=1):
+    head_outputs = model.forward_head(model.forward_features(batch), batch, tower_features=True)
+    assert len(head_outputs.tower_features) == 2
+    for depth, (cls, box) in enumerate(head_outputs.tower_features, start=1):
         again = model.head.go_on(cls, box, depth)
         for stride in STRIDES:
-            torch.testing.assert_close(again.cls[stride], raw.cls[stride])
-            torch.testing.assert_close(again.box[stride], raw.box[stride])
+            torch.testing.assert_close(again.cls[stride], head_outputs.cls[stride])
+            torch.testing.assert_close(again.box[stride], head_outputs.box[stride])
 
 
 def test_training_is_deterministic():

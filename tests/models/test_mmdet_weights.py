@@ -105,7 +105,7 @@ def test_caffes_stride_needs_bottlenecks() -> None:
         Backbone("resnet18", (8,), stride_in_1x1=True)
 
 
-def test_colours_are_turned_in_the_first_convolution() -> None:
+def test_colors_are_turned_in_the_first_convolution() -> None:
     state = lively(case_entries("retinanet_caffe"), caffe=True)
     checkpoint = describe(state, {"model": config("retinanet_caffe")}, classes=NAMES)
     assert checkpoint.bgr
@@ -128,7 +128,7 @@ def test_retinanets_anchors_by_the_formula() -> None:
     batch = batch_of(160, 224)
     maps = {s: torch.zeros(1, 1, math.ceil(160 / s), math.ceil(224 / s)) for s in (8, 16, 32, 64, 128)}
     anchors = model.anchors(maps, batch)
-    # Stride 8: side 4 · 8 = 32; ratio 0.5 is 32·√2 wide and 32/√2 high, centred at (0, 0).
+    # Stride 8: side 4 · 8 = 32; ratio 0.5 is 32·√2 wide and 32/√2 high, centered at (0, 0).
     expected = [-22.627417, -11.313708, 22.627417, 11.313708]
     torch.testing.assert_close(anchors[0][0], torch.tensor(expected))
     # The second size of the second ratio: a square of 32 · 2^(1/3).
@@ -144,21 +144,23 @@ def test_fcos_decodes_pixels_by_exp_about_the_middle_of_a_cell() -> None:
         assert model.head.box.bias is not None
         model.head.box.bias.copy_(torch.tensor([1.0, 2.0, 0.5, 0.0]))
         model.head.scales["16"].fill_(2.0)
-        raw = model.predict({s: torch.zeros(1, 8, 2, 2) for s in (8, 16, 32, 64, 128)}, batch_of(32, 32))
-        boxes_P4 = model.boxes(raw, batch_of(32, 32))[0]
+        outputs = model.forward_head(
+            {s: torch.zeros(1, 8, 2, 2) for s in (8, 16, 32, 64, 128)}, batch_of(32, 32)
+        )
+        boxes_P4 = model.boxes(outputs, batch_of(32, 32))[0]
     point_x, point_y = 1.5 * 16, 0.5 * 16  # the second cell of the second level
     left, top, right, bottom = (math.exp(2 * x) for x in (1.0, 2.0, 0.5, 0.0))
     expected = torch.tensor([point_x - left, point_y - top, point_x + right, point_y + bottom])
     torch.testing.assert_close(boxes_P4[5], expected)
 
 
-def test_a_region_is_pooled_about_the_cells_centres() -> None:
+def test_a_region_is_pooled_about_the_cells_centers() -> None:
     """On a map that rises by 1 a cell the pooled value is the place itself, less half a cell."""
     pool = AlignedRoIAlign(["4", "8", "16", "32"], side=2)
     maps = {str(s): (torch.arange(64.0) + 100 * s).expand(1, 1, 64, 64).clone() for s in (4, 8, 16, 32)}
     regions = torch.tensor([[16.0, 16, 48, 48], [16, 16, 128, 128], [16, 16, 240, 240]])
     pooled = pool(maps, [regions], [(256, 256)])[:, 0, 0]
-    # sides 32, 112 and 224: strides 4, 8 and 16; centres at a quarter and three quarters of the width
+    # sides 32, 112 and 224: strides 4, 8 and 16; centers at a quarter and three quarters of the width
     for got, stride, (x1, x2) in zip(pooled, (4, 8, 16), ((16, 48), (16, 128), (16, 240)), strict=True):
         expected = [100 * stride + (x1 + share * (x2 - x1)) / stride - 0.5 for share in (0.25, 0.75)]
         torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-3)

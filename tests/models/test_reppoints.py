@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from detdistill.models import build_model
-from detdistill.models.base import DenseRaw
+from detdistill.models.base import DenseOutputs
 from detdistill.models.families.reppoints import (
     TAPS,
     RepPointsHead,
@@ -28,11 +28,11 @@ STRIDES = (8, 16, 32)
 
 
 def cells_of(size, strides=STRIDES):
-    """Squares (P_l, 4) of each level: centres at multiples of the stride from 0, rows first."""
+    """Squares (P_l, 4) of each level: centers at multiples of the stride from 0, rows first."""
     levels = []
     for stride in strides:
-        centre = [(x, y) for y in range(0, size, stride) for x in range(0, size, stride)]
-        levels.append([(x - stride / 2, y - stride / 2, x + stride / 2, y + stride / 2) for x, y in centre])
+        center = [(x, y) for y in range(0, size, stride) for x in range(0, size, stride)]
+        levels.append([(x - stride / 2, y - stride / 2, x + stride / 2, y + stride / 2) for x, y in center])
     return [np.array(level) for level in levels]
 
 
@@ -135,9 +135,9 @@ def test_the_second_look_goes_through_the_points():
     head, x = head_and_map()
     with torch.no_grad():
         cls, box = head.cls_tower(x), head.box_tower(x)
-        raw = head.outputs({8: cls}, {8: box})
+        outputs = head.outputs({8: cls}, {8: box})
         points = head.points(F.relu(head.points_conv(box)))
-        torch.testing.assert_close(raw.initial_box[8], moment_boxes(points, head.moment_transfer))
+        torch.testing.assert_close(outputs.initial_box[8], moment_boxes(points, head.moment_transfer))
     assert points.abs().max() > 2
     value = {name: p.detach().double().numpy() for name, p in head.named_parameters()}
     logits, moved = np.zeros((2, 3, 5, 6)), np.zeros((2, 18, 5, 6))
@@ -153,19 +153,19 @@ def test_the_second_look_goes_through_the_points():
             weight = value[f"{name}.weight"][:, :, 0, 0]
             out[n, :, row, column] = weight @ np.maximum(total, 0) + value[f"{name}.bias"]
         moved[n, :, row, column] += first
-    np.testing.assert_allclose(raw.cls[8].numpy(), logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(outputs.cls[8].numpy(), logits, rtol=1e-3, atol=1e-3)
     wanted = moment_boxes(torch.tensor(moved), head.moment_transfer.detach())
-    torch.testing.assert_close(raw.box[8], wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs.box[8], wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_what_moves_the_first_points():
     """A tenth of the second look's gradient does, through where it looks; through what it adds to none."""
     head, x = head_and_map()
     box = x.clone().requires_grad_()
-    raw = head.outputs({8: x}, {8: box})
+    outputs = head.outputs({8: x}, {8: box})
     points_conv = head.points_conv.weight
-    (by_classes,) = torch.autograd.grad(raw.cls[8].sum(), points_conv, retain_graph=True)
-    (by_box,) = torch.autograd.grad(raw.box[8].sum(), points_conv)
+    (by_classes,) = torch.autograd.grad(outputs.cls[8].sum(), points_conv, retain_graph=True)
+    (by_box,) = torch.autograd.grad(outputs.box[8].sum(), points_conv)
 
     points = head.points(F.relu(head.points_conv(box)))
     logits = head.cls(look_at(head.cls_look, x, points - head.taps))
@@ -218,7 +218,7 @@ def test_an_object_has_one_cell_at_the_level_of_its_size():
     first = [0, 64, 64 + 16]  # of each level
     #                      x  y   x   y
     boxes = torch.tensor([[4.0, 4, 29, 30]])  # below 32 pixels: the finest level all the same
-    assert match_nearest(boxes, cells).argmax() == first[0] + 2 * 8 + 2  # centre 16.5, 17
+    assert match_nearest(boxes, cells).argmax() == first[0] + 2 * 8 + 2  # center 16.5, 17
     boxes = torch.tensor([[2.0, 2, 65, 65]])  # 63 pixels, still the first level
     assert match_nearest(boxes, cells).argmax() == first[0] + 4 * 8 + 4
     boxes = torch.tensor([[1.0, 1, 65, 65]])  # 64 pixels
@@ -339,10 +339,12 @@ def test_losses_as_by_hand(seed):
             for b, q in zip(boxes, labels, strict=True)
         ],
     )
-    raw = DenseRaw(cls=maps_of(cls, levels), box=maps_of(moved, levels), initial_box=maps_of(first, levels))
-    for got, level in zip(model.anchors(raw.cls, batch), levels, strict=True):
+    outputs = DenseOutputs(
+        cls=maps_of(cls, levels), box=maps_of(moved, levels), initial_box=maps_of(first, levels)
+    )
+    for got, level in zip(model.anchors(outputs.cls, batch), levels, strict=True):
         torch.testing.assert_close(got.double(), torch.tensor(level))
-    losses = model.losses(raw, batch)
+    losses = model.losses(outputs, batch)
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(wanted, rel=1e-4)
 
 
@@ -372,7 +374,7 @@ def test_it_has_as_many_parameters_as_the_published_configuration():
     assert learnable == pytest.approx(36.6e6, rel=1e-3)
 
 
-def test_a_picture_of_one_colour_has_finite_gradients():
+def test_a_picture_of_one_color_has_finite_gradients():
     """Then GroupNorm gives zeros and all nine points lie on one spot."""
     model = build_model("reppoints", 3, backbone="mobilenetv3_small_050", channels=16, strides=STRIDES).train()
     targets = [{"boxes": torch.tensor([[5.0, 5, 40, 50]]), "labels": torch.tensor([1])}] * 2

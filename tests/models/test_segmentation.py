@@ -13,7 +13,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from detdistill.errors import UserError
 from detdistill.models import EncoderDecoder, Preprocess, build_model, load_model, save_model
-from detdistill.models.base import Batch, SegmentationRaw
+from detdistill.models.base import Batch, SegmentationOutputs
 from detdistill.models.families.segmentation import DILATIONS, AtrousPooling, Pooled, PyramidPooling
 from detdistill.models.layers.backbones import Backbone
 from detdistill.models.preprocess import resize_labels
@@ -49,7 +49,7 @@ def count(model: nn.Module, *, norms: bool) -> int:
 
 
 def test_the_papers_pair_has_the_papers_numbers_of_parameters() -> None:
-    """Table 7: 12.61M and 84.74M; the student's is met without normalisation layers (with them 12.62M)."""
+    """Table 7: 12.61M and 84.74M; the student's is met without normalization layers (with them 12.62M)."""
     with torch.device("meta"):
         student, teacher = (
             build_model("pspnet", 19, backbone="resnet18", channels=128),
@@ -108,8 +108,8 @@ def test_the_five_steps(build: Any) -> None:
     assert [tuple(one["semantic"].shape) for one in found] == [(40, 52), (64, 33)]
     assert all(one["semantic"].dtype == torch.int64 for one in found)
     batch = model.preprocess(images)
-    assert {stride: x.shape[1] for stride, x in model.pyramid(batch).items()} == model.pyramid_channels
-    assert model.predict(model.pyramid(batch), batch).aux_NQHW is None
+    assert {stride: x.shape[1] for stride, x in model.forward_features(batch).items()} == model.pyramid_channels
+    assert model.forward_head(model.forward_features(batch), batch).aux_NQHW is None
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_cross_entropy_against_scipy() -> None:
     logits = torch.randn(1, 5, 2, 4, generator=torch.Generator().manual_seed(0))
     targets = [{"semantic": torch.from_numpy(labels_HW)}]
     batch = Batch(torch.zeros(1, 3, 2, 4), [(2, 4)], [(2, 4)], targets)
-    losses = model.losses(SegmentationRaw(logits, 2 * logits), batch)
+    losses = model.losses(SegmentationOutputs(logits, 2 * logits), batch)
     for name, factor, weight in (("cross_entropy", 1, 1), ("cross_entropy_aux", 2, 0.4)):
         log_p = log_softmax(factor * logits[0].double().numpy(), axis=0)
         terms = [-log_p[label, y, x] for (y, x), label in np.ndenumerate(labels_HW) if label != 255]
@@ -143,12 +143,12 @@ def test_cross_entropy_against_scipy() -> None:
 
 
 def test_logits_are_resized_as_scipy_does() -> None:
-    """Half-pixel centres: a map of 2 columns on 4 has its values at 0.5 and 2.5."""
+    """Half-pixel centers: a map of 2 columns on 4 has its values at 0.5 and 2.5."""
     model = small().eval()
     logits = torch.zeros(1, 5, 1, 2)
     logits[0, 1, 0] = torch.tensor([-1.0, 1.0])  # class 1 wins over the other classes' 0 right of the middle
     batch = Batch(torch.zeros(1, 3, 2, 4), [(2, 4)], [(2, 4)], None)
-    (found,) = model.decode(SegmentationRaw(logits), batch)
+    (found,) = model.decode(SegmentationOutputs(logits), batch)
     assert found["semantic"].tolist() == [[0, 0, 1, 1]] * 2
 
 
@@ -160,16 +160,16 @@ def test_padding_and_ignored_pixels_do_not_count() -> None:
     assert (labels_NHW[0, 40:] == 255).all()
     assert (labels_NHW[0, :, 40:] == 255).all()
     assert torch.equal(labels_NHW[0, :40, :40], targets[0]["semantic"].long())
-    raw = SegmentationRaw(torch.randn(2, 5, 8, 8))
-    whole = model.losses(raw, batch)["cross_entropy"]
+    outputs = SegmentationOutputs(torch.randn(2, 5, 8, 8))
+    whole = model.losses(outputs, batch)["cross_entropy"]
     # the same images as given with their padding: ignored there, they are the same loss
     padded = torch.full((64, 64), 255, dtype=torch.uint8)
     padded[:40, :40] = targets[0]["semantic"]
     ignored = Batch(batch.images_N3HW, [(64, 64)] * 2, [(64, 64)] * 2, [{"semantic": padded}, targets[1]])
-    assert torch.equal(model.losses(raw, ignored)["cross_entropy"], whole)
+    assert torch.equal(model.losses(outputs, ignored)["cross_entropy"], whole)
 
 
-def test_finite_where_nothing_is_labelled_and_on_one_cell() -> None:
+def test_finite_where_nothing_is_labeled_and_on_one_cell() -> None:
     model = small(norm="frozen").train()
     nothing = {"semantic": torch.full((9, 12), 255)}
     losses = model([image(9, 12)], [nothing])  # one image: means of one value, which have no variance
@@ -197,9 +197,9 @@ def test_label_maps_go_with_resized_images() -> None:
     labels_HW = torch.zeros(60, 80, dtype=torch.uint8)
     labels_HW[:, 40:] = 3
     picture = (labels_HW / 3).expand(3, -1, -1)
-    for size, zoom in (((30, 200), 1.0), ((90, 200), 1.0), ((60, 200), 0.7)):
+    for size, scale_factor in (((30, 200), 1.0), ((90, 200), 1.0), ((60, 200), 0.7)):
         preprocess = Preprocess(size=size, mean=(0, 0, 0), std=(1, 1, 1), divisor=8)
-        batch = preprocess([picture], [{"semantic": labels_HW}], zoom)
+        batch = preprocess([picture], [{"semantic": labels_HW}], scale_factor)
         resized = batch.targets[0]["semantic"]
         assert tuple(resized.shape) == batch.sizes[0]
         seen = batch.images_N3HW[0, 0, : batch.sizes[0][0], : batch.sizes[0][1]]
@@ -217,11 +217,11 @@ def test_answers_are_at_the_original_size_whatever_the_input() -> None:
 class Local(EncoderDecoder):
     """Whose logits are the pixels themselves: nothing is seen beyond a pixel, so windows change nothing."""
 
-    def pyramid(self, batch: Batch) -> dict[int, Tensor]:
+    def forward_features(self, batch: Batch) -> dict[int, Tensor]:
         return {8: batch.images_N3HW}
 
-    def predict(self, pyramid: dict[int, Tensor], batch: Batch) -> SegmentationRaw:
-        return SegmentationRaw(pyramid[8])
+    def forward_head(self, pyramid: dict[int, Tensor], batch: Batch) -> SegmentationOutputs:
+        return SegmentationOutputs(pyramid[8])
 
 
 @pytest.mark.parametrize("window", [(32, 32), (32, 20), (40, 7), (200, 100)])
@@ -241,7 +241,7 @@ def test_windows_average_what_overlaps() -> None:
         Batch(batch.images_N3HW[..., at : at + 32].clone(), [(32, 32)], [(32, 32)], None) for at in (0, 16)
     )
     with torch.no_grad():
-        parts = [model.predict(model.pyramid(part), part).logits_NQHW for part in (left, right)]
+        parts = [model.forward_head(model.forward_features(part), part).logits_NQHW for part in (left, right)]
         enlarged = [nn.functional.interpolate(x, (32, 32), mode="bilinear") for x in parts]
         found = model._logits_by_window(batch, 32, 16)
     torch.testing.assert_close(found[..., :16], enlarged[0][..., :16])

@@ -17,7 +17,7 @@ from detdistill.errors import UserError
 from detdistill.models import Preprocess, build_model
 from detdistill.models.checkpoints.torchvision import COCO_CATEGORIES
 
-from .test_torchvision_parity import randomise
+from .test_torchvision_parity import randomize
 
 CLASSES = ("cat", "dog", "bird")
 SIZE = {"min_size": 64, "max_size": 96}
@@ -85,7 +85,7 @@ TWO_STAGE = (faster_rcnn, faster_rcnn_v2, faster_rcnn_mobile, mask_rcnn)
 def make(build):
     torch.manual_seed(0)
     model = build()
-    randomise(model)
+    randomize(model)
     for name, parameter in model.named_parameters():
         if name.endswith("cls_logits.bias"):  # so that some score is above the threshold
             nn.init.constant_(parameter, -1.0)
@@ -201,24 +201,24 @@ def test_raw_predictions_are_maps_as_our_families_have_them(build):
     ours = detdistill.wrap(theirs, classes=CLASSES).eval()
     with torch.no_grad():
         batch = ours.preprocess(example()[0])
-        raw = ours.predict(ours.pyramid(batch), batch)
-        outputs = theirs.head([*ours.pyramid(batch).values()])
+        head_outputs = ours.forward_head(ours.forward_features(batch), batch)
+        outputs = theirs.head([*ours.forward_features(batch).values()])
     anchors = theirs.anchor_generator.num_anchors_per_location()[0]
-    assert list(raw.cls) == list(ours.pyramid_channels) == [8, 16, 32, 64, 128]
-    assert raw.cls[8].shape == (2, anchors * len(CLASSES), 12, 12)
+    assert list(head_outputs.cls) == list(ours.pyramid_channels) == [8, 16, 32, 64, 128]
+    assert head_outputs.cls[8].shape == (2, anchors * len(CLASSES), 12, 12)
     logits = torch.cat(
-        [x.unflatten(1, (-1, 3)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in raw.cls.values()], 1
+        [x.unflatten(1, (-1, 3)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in head_outputs.cls.values()], 1
     )
     torch.testing.assert_close(logits, outputs["cls_logits"][..., 1:])
     boxes = torch.cat(
-        [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in raw.box.values()], 1
+        [x.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in head_outputs.box.values()], 1
     )
     torch.testing.assert_close(boxes, outputs["bbox_regression"])
-    hidden = ours.predict(ours.pyramid(batch), batch, hidden=True)
-    torch.testing.assert_close(hidden.cls[8], raw.cls[8])
-    assert len(hidden.hidden) == ours.head.depth == 4
-    for i, one in enumerate(super(type(ours).__mro__[1], ours).decode(raw, batch)):
-        own = ours.decode(raw, batch)[i]
+    tower_features = ours.forward_head(ours.forward_features(batch), batch, tower_features=True)
+    torch.testing.assert_close(tower_features.cls[8], head_outputs.cls[8])
+    assert len(tower_features.tower_features) == ours.head.depth == 4
+    for i, one in enumerate(super(type(ours).__mro__[1], ours).decode(head_outputs, batch)):
+        own = ours.decode(head_outputs, batch)[i]
         n = min(len(own["boxes"]), 20)
         torch.testing.assert_close(one["scores"][:n], own["scores"][:n], rtol=1e-4, atol=1e-5)
 

@@ -38,11 +38,11 @@ def torchvision_model(family: str) -> nn.Module:
         options |= {"rpn_batch_size_per_image": EVERYTHING, "box_batch_size_per_image": EVERYTHING}
     torch.manual_seed(1)  # whichever tests ran before
     model = builder[family](weights=None, weights_backbone=None, **options)
-    randomise(model)
+    randomize(model)
     return model
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Head weights and BatchNorm statistics under which everything has something to do."""
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
@@ -96,9 +96,9 @@ def targets(shift: int, boxes_of_second: int = 1) -> list[dict[str, Tensor]]:
 def ellipses(boxes: Tensor, height: int, width: int) -> Tensor:
     """(K, height, width) uint8: what fills each box but for its corners."""
     y, x = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
-    centre, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    center, radius = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
     across, down = (
-        (v - c[:, None, None]) / r[:, None, None] for v, c, r in zip((x, y), centre.T, radius.T, strict=True)
+        (v - c[:, None, None]) / r[:, None, None] for v, c, r in zip((x, y), center.T, radius.T, strict=True)
     )
     return (across**2 + down**2 <= 1).byte()
 
@@ -153,7 +153,7 @@ def test_class_rows_are_chosen_by_name(pair: tuple[nn.Module, Detector, int], im
         outputs = []
         for model in (ours, few):
             batch = model.preprocess(images)
-            outputs.append(model.predict(model.pyramid(batch), batch))
+            outputs.append(model.forward_head(model.forward_features(batch), batch))
     if shift:
         torch.testing.assert_close(
             outputs[1].roi_logits_RQ[:, [0, 1, 3]], outputs[0].roi_logits_RQ[:, [0, 5, 1]]
@@ -163,7 +163,8 @@ def test_class_rows_are_chosen_by_name(pair: tuple[nn.Module, Detector, int], im
             assert torch.equal(part[[0, 1, 3]], full[[0, 5, 1]])
         return
     full, part = (
-        raw.cls[8].unflatten(1, (-1, len(m.classes))) for raw, m in zip(outputs, (ours, few), strict=True)
+        head_outputs.cls[8].unflatten(1, (-1, len(m.classes)))
+        for head_outputs, m in zip(outputs, (ours, few), strict=True)
     )
     torch.testing.assert_close(part[:, :, [0, 2]], full[:, :, [5, 1]])
 
@@ -187,7 +188,7 @@ def test_earlier_names_load_too(pair: tuple[nn.Module, Detector, int]) -> None:
 def test_norm_epsilon_of_the_published_weights_is_kept() -> None:
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d)
     theirs = TorchvisionFasterRCNN(backbone, len(CATEGORIES), min_size=SIZE[0], max_size=SIZE[1])
-    randomise(theirs)
+    randomize(theirs)
     for name, buffer in theirs.named_buffers():
         if name.endswith("running_var"):
             buffer[::2] = 2e-6  # so small that an epsilon of 1e-5 would more than halve the channel

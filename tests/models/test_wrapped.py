@@ -80,7 +80,7 @@ def test_taps_give_what_the_modules_gave():
     c5 = model.model[2](c4)
     p3 = model.model[5](torch.cat([F.interpolate(c4, scale_factor=2), c3], 1))
     wanted = {8: p3, 16: model.model[6](c4), 32: model.model[7](c5)}
-    for pyramid in (detector.pyramid(batch), detector.pyramid_alone(batch)):
+    for pyramid in (detector.forward_features(batch), detector.forward_features_only(batch)):
         assert list(pyramid) == [8, 16, 32]
         for stride, x in pyramid.items():
             assert torch.equal(x, wanted[stride])
@@ -115,7 +115,7 @@ def test_a_teacher_runs_no_further_than_its_last_tap():
         assert head.calls == 0
         batch = detector.preprocess(example()[0])
         for _ in range(5):
-            detector.pyramid(batch)
+            detector.forward_features(batch)
         assert head.calls == 5
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_swallows_exceptions_still_stops():
     model = Careful()
     detector = detdistill.wrap(model, NECK, PLAIN)
     model.bbox_head.calls = 0
-    detector.pyramid_alone(detector.preprocess(example()[0]))
+    detector.forward_features_only(detector.preprocess(example()[0]))
     assert model.bbox_head.calls == 0
     assert not hasattr(model, "swallowed")
 
@@ -140,8 +140,8 @@ def test_a_model_that_swallows_exceptions_still_stops():
 def test_nothing_stays_on_the_model():
     detector = yolo_teacher()
     batch = detector.preprocess(example()[0])
-    seen = weakref.ref(detector.pyramid(batch)[8])
-    detector.pyramid_alone(batch)
+    seen = weakref.ref(detector.forward_features(batch)[8])
+    detector.forward_features_only(batch)
     gc.collect()
     assert seen() is None
     assert not hooks_of(detector)
@@ -149,7 +149,7 @@ def test_nothing_stays_on_the_model():
     broken = copy.deepcopy(detector)
     broken.model.model[6].forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        broken.pyramid(batch)
+        broken.forward_features(batch)
     assert not hooks_of(broken)
 
 
@@ -172,9 +172,9 @@ def test_copies_are_of_their_own():
     batch = detector.preprocess(example()[0])
     for parameter in other.model.parameters():
         parameter.data.zero_()
-    assert other.pyramid(batch)[8].abs().max() == 0
-    assert detector.pyramid(batch)[8].abs().max() > 0
-    assert other.to(torch.float64).pyramid(_double(batch))[8].dtype == torch.float64
+    assert other.forward_features(batch)[8].abs().max() == 0
+    assert detector.forward_features(batch)[8].abs().max() > 0
+    assert other.to(torch.float64).forward_features(_double(batch))[8].dtype == torch.float64
 
 
 def _double(batch):
@@ -184,16 +184,16 @@ def _double(batch):
 def test_gradient_and_autocast_go_through_taps():
     detector = yolo_student()
     batch = detector.preprocess(*example())
-    pyramid = detector.pyramid(batch)
+    pyramid = detector.forward_features(batch)
     sum(x.sum() for x in pyramid.values()).backward()
     assert all(p.grad.abs().max() > 0 for p in detector.model.model[0].parameters() if p.ndim == 4)
     with torch.autocast("cpu", torch.bfloat16):
-        halves = detector.pyramid(batch)
-        detector.pyramid_alone(batch)
+        halves = detector.forward_features(batch)
+        detector.forward_features_only(batch)
     assert all(torch.isfinite(x).all() for x in halves.values())
     torch.testing.assert_close(halves[8].float(), pyramid[8].float(), atol=0.1, rtol=0.1)
     with torch.inference_mode():
-        assert detector.pyramid(batch)[8].shape == pyramid[8].shape
+        assert detector.forward_features(batch)[8].shape == pyramid[8].shape
 
 
 # --- wrong taps ------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class Moulting(Resizing):
 def test_a_map_that_does_not_follow_the_input_is_told(build):
     detector = detdistill.wrap(build(), {8: "map"}, PLAIN)
     with pytest.raises(UserError, match=r"tap 8: 'map' gives .* of an input of 96×96 pixels, not 8 channels"):
-        detector.pyramid_alone(detector.preprocess(example(size=96)[0]))
+        detector.forward_features_only(detector.preprocess(example(size=96)[0]))
 
 
 def test_sides_that_a_stride_does_not_divide_may_be_rounded_either_way():
@@ -325,7 +325,7 @@ def test_sides_that_a_stride_does_not_divide_may_be_rounded_either_way():
 
     for tap, cells in (("down", 2), ("up", 3)):
         detector = detdistill.wrap(Both(), {32: tap}, Preprocess(divisor=16))
-        assert detector.pyramid(detector.preprocess(example(size=80)[0]))[32].shape[-1] == cells
+        assert detector.forward_features(detector.preprocess(example(size=80)[0]))[32].shape[-1] == cells
 
 
 def test_a_tap_that_is_not_filled_in_this_very_forward_is_an_error():
@@ -338,9 +338,9 @@ def test_a_tap_that_is_not_filled_in_this_very_forward_is_an_error():
     model = Moody()
     detector = detdistill.wrap(model, NECK, PLAIN)
     batch = detector.preprocess(example()[0])
-    detector.pyramid(batch)
+    detector.forward_features(batch)
     model.skip = True
-    for look in (detector.pyramid, detector.pyramid_alone):
+    for look in (detector.forward_features, detector.forward_features_only):
         with pytest.raises(UserError, match="'neck' did not run"):
             look(batch)
 
@@ -411,8 +411,8 @@ def test_methods_on_features_take_any_pair_of_foreign_models(method):
     assert torch.isfinite(losses[method])
 
 
-def test_colours_and_ranges_of_other_libraries():
-    """Caffe's networks take blue, green, red in 0…255 less their mean; letterboxes are filled with grey."""
+def test_colors_and_ranges_of_other_libraries():
+    """Caffe's networks take blue, green, red in 0…255 less their mean; letterboxes are filled with gray."""
     mean = (123.675, 116.28, 103.53)
     caffe = Preprocess(mean=tuple(m / 255 for m in mean), std=(1 / 255,) * 3, bgr=True, divisor=32)
     pixels = torch.randint(0, 256, (3, 40, 64), dtype=torch.uint8)
@@ -420,9 +420,9 @@ def test_colours_and_ranges_of_other_libraries():
     wanted = pixels.flip(0).float() - torch.tensor(mean[::-1])[:, None, None]
     torch.testing.assert_close(seen[:, :40], wanted, atol=1e-3, rtol=0)
     assert seen[:, 40:].abs().max() == 0
-    grey = Preprocess(mean=(0, 0, 0), std=(1, 1, 1), fill=114 / 255)([pixels]).images_N3HW[0]
-    torch.testing.assert_close(grey[:, :40], pixels / 255)
-    assert (grey[:, 40:] == 114 / 255).all()
+    gray = Preprocess(mean=(0, 0, 0), std=(1, 1, 1), fill=114 / 255)([pixels]).images_N3HW[0]
+    torch.testing.assert_close(gray[:, :40], pixels / 255)
+    assert (gray[:, 40:] == 114 / 255).all()
 
 
 # --- as a student ----------------------------------------------------------------------------------------
@@ -550,7 +550,7 @@ def test_a_pair_can_be_sent_to_another_process():
     if __name__ in sys.modules:  # the loss is found by its name
         again = pickle.loads(pickle.dumps(pair.teacher))
         batch = pair.teacher.preprocess(example()[0])
-        assert torch.equal(again.pyramid(batch)[8], pair.teacher.pyramid(batch)[8])
+        assert torch.equal(again.forward_features(batch)[8], pair.teacher.forward_features(batch)[8])
 
 
 WORKER = """

@@ -51,7 +51,7 @@ def example(size=(64, 96)):
     return images, [{"semantic": labels_HW.to(torch.uint8)} for labels_HW in labels_NHW]
 
 
-def normalised(images):
+def normalized(images):
     return torch.stack([(image - MEAN[:, None, None]) / STD[:, None, None] for image in images])
 
 
@@ -61,7 +61,7 @@ def test_its_label_maps_are_torchvisions() -> None:
     assert isinstance(segmenter, Segmenter)
     images, _ = example()
     with torch.no_grad():
-        expected = model(normalised(images))["out"].argmax(dim=1)
+        expected = model(normalized(images))["out"].argmax(dim=1)
         found = segmenter(images)
     for one, labels_HW in zip(found, expected, strict=True):
         assert torch.equal(one["semantic"], labels_HW)
@@ -75,7 +75,7 @@ def test_it_learns_by_the_cross_entropy_of_its_logits() -> None:
     gradients = []
     for losses in (
         lambda: segmenter(images, targets)["cross_entropy"],
-        lambda: F.cross_entropy(model.train()(normalised(images))["out"], labels_NHW, ignore_index=255),
+        lambda: F.cross_entropy(model.train()(normalized(images))["out"], labels_NHW, ignore_index=255),
     ):
         torch.manual_seed(1)  # of dropout
         value = losses()

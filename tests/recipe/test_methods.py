@@ -143,3 +143,9 @@ def test_a_name_is_registered_once() -> None:
         @register("cwd", "somewhere:Other")
         class Other(MethodOptions):
             pass
+
+
+def test_crosskds_old_key_is_read_with_a_deprecation_line():
+    with pytest.warns(FutureWarning, match="normalise is deprecated: write normalize"):
+        options = read_options("crosskd", {"normalise": "centerness"})
+    assert options.normalize == "centerness"

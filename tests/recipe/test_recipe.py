@@ -75,7 +75,7 @@ def test_numbers_are_dumped_so_that_any_yaml_reads_them(tmp_path: Path) -> None:
     assert yaml.safe_load(dump_recipe(recipe))["methods"][0]["options"]["standardize"]["eps"] == 1e-5
 
 
-def test_a_rate_that_suits_the_optimiser(tmp_path: Path) -> None:
+def test_a_rate_that_suits_the_optimizer(tmp_path: Path) -> None:
     recipe = write(tmp_path, MINIMAL)
     assert load_recipe(recipe).training.optimizer.lr == 0.01
     assert load_recipe(recipe, ["training.optimizer.name=adamw"]).training.optimizer.lr == 1e-4
@@ -400,3 +400,15 @@ def test_lone_overrides_are_not_read_as_their_letters(tmp_path):
         UserError, match=r"overrides is the word 'name=b': give a list of them, as \['name=b'\]"
     ):
         load_recipe(write(tmp_path, MINIMAL), "name=b")
+
+
+def test_keys_of_version_0_1_are_accepted_with_a_deprecation_line(tmp_path, caplog):
+    tree = {"data": {"root": "x", "unlabelled": "more"}, "student": {}, "training": {"unlabelled_batch": 3}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"data": {"root": "x", "unlabeled": "few"}}))
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"base": "base.yaml", **tree}))
+    recipe = load_recipe(tmp_path / "old.yaml")
+    assert (recipe.data.unlabeled, recipe.training.unlabeled_batch) == ("more", 3)
+    assert "data.unlabelled is deprecated: write data.unlabeled" in caplog.text
+    assert "unlabelled" not in dump_recipe(recipe)
+    with pytest.raises(UserError, match=r"data\.unlabelled is the old name of data\.unlabeled"):
+        parse_recipe({"data": {"root": "x", "unlabelled": "a", "unlabeled": "b"}, "student": {}})

@@ -57,7 +57,7 @@ def test_on_a_logarithmic_axis_equal_factors_are_equal_steps():
     assert "0" in words(zero)  # a loss of 0 has no logarithm: the axis is linear then
 
 
-def test_lines_are_told_apart_without_their_colours():
+def test_lines_are_told_apart_without_their_colors():
     lines = [Line(str(i), range(100), [i] * 100, i) for i in range(5)]
     svg = fromstring(line_chart([*lines, Line("thin", range(100), range(100), 0, thin=True)], ""))
     marks = {}

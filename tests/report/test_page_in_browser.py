@@ -118,7 +118,7 @@ def test_on_paper_both_pictures_are_seen_and_nothing_is_cut_off(opened):
     assert first["x"] + first["width"] <= second["x"]
     assert "inset" not in tab.locator(".slide .after").first.evaluate("e => getComputedStyle(e).clipPath")
     assert tab.locator(".slide input").first.is_hidden()
-    # a browser leaves backgrounds out on paper, and with them the legends' colours, unless told
+    # a browser leaves backgrounds out on paper, and with them the legends' colors, unless told
     assert tab.locator(".legend i").first.evaluate("e => getComputedStyle(e).printColorAdjust") == "exact"
 
 

@@ -36,7 +36,7 @@ def test_boxes_shrink_with_their_image():
 
 def test_label_maps_shrink_with_their_image():
     labels_HW = torch.zeros(1280, 2560, dtype=torch.uint8)
-    labels_HW[:, 1280:] = 255  # has no colour
+    labels_HW[:, 1280:] = 255  # has no color
     image = torch.zeros(3, 1280, 2560, dtype=torch.uint8)
     ((before, after),) = draw_pairs(
         [(image, {"semantic": labels_HW}, {"semantic": labels_HW[:, :1].expand(1280, 2560)})], ["cat"]

@@ -36,7 +36,7 @@ def checkpoint(run):
 
 
 def interrupt_after(monkeypatch, step):
-    original = loop.optimisation_step
+    original = loop.optimization_step
 
     def interrupted(*args, **kwargs):
         outcome = original(*args, **kwargs)
@@ -44,7 +44,7 @@ def interrupt_after(monkeypatch, step):
             signal.raise_signal(signal.SIGTERM)
         return outcome
 
-    monkeypatch.setattr(loop, "optimisation_step", interrupted)
+    monkeypatch.setattr(loop, "optimization_step", interrupted)
 
 
 def train_until(step, recipe, run, monkeypatch):
@@ -189,7 +189,7 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(make_reci
 
 @pytest.mark.parametrize("at", [0, 4])
 def test_a_loss_that_is_not_finite_stops_with_term_step_and_images(make_recipe, tmp_path, monkeypatch, at):
-    original = loop.optimisation_step
+    original = loop.optimization_step
 
     def poisoned(*args, **kwargs):
         outcome = original(*args, **kwargs)
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_with_term_step_and_images(make_recipe, 
             outcome.terms["bbox_regression"] = torch.tensor(float("nan"))
         return outcome
 
-    monkeypatch.setattr(loop, "optimisation_step", poisoned)
+    monkeypatch.setattr(loop, "optimization_step", poisoned)
     with pytest.raises(UserError) as error:
         train(make_recipe(training={"checkpoint_every": 2}), tmp_path)
     message = str(error.value)
@@ -262,7 +262,7 @@ from detdistill.training import loop
 """
 INTERRUPT = """
 loop.LOG_EVERY = 4
-original = loop.optimisation_step
+original = loop.optimization_step
 
 def interrupted(*args):
     outcome = original(*args)
@@ -270,7 +270,7 @@ def interrupted(*args):
         signal.raise_signal(signal.SIGUSR1)
     return outcome
 
-loop.optimisation_step = interrupted
+loop.optimization_step = interrupted
 """
 
 
@@ -306,7 +306,7 @@ def more_images(tmp_path):
 
 @pytest.fixture
 def shareable(make_recipe, teacher_file, more_images):
-    """A recipe whose two halves of a batch add up to the whole: normalisation frozen, no random mask."""
+    """A recipe whose two halves of a batch add up to the whole: normalization frozen, no random mask."""
 
     def make(steps):
         return make_recipe(
@@ -315,9 +315,9 @@ def shareable(make_recipe, teacher_file, more_images):
                 {"ima": {"mask": {"ratio": 0}, "importance": {"kind": "none"}}}, {"mimic": {"weight": "auto"}},
             ],
             training={
-                "optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}, "max_steps": steps, "unlabelled_batch": 4,
+                "optimizer": {"lr": 0.001}, "augment": {"flip": 0.0}, "max_steps": steps, "unlabeled_batch": 4,
             },
-            data={**DATA, "unlabelled": str(more_images)},
+            data={**DATA, "unlabeled": str(more_images)},
         )  # fmt: skip
 
     return make
@@ -359,13 +359,13 @@ def test_auto_precision_is_bf16_where_the_device_computes_in_it(
     for module in (loop, precision):
         monkeypatch.setattr(module, "computes_bf16", lambda device: native)
     used = []
-    original = loop.optimisation_step
+    original = loop.optimization_step
 
     def spy(accelerator, *args, **kwargs):
         used.append(accelerator.mixed_precision)
         return original(accelerator, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "optimisation_step", spy)
+    monkeypatch.setattr(loop, "optimization_step", spy)
     train(make_recipe(training={"max_steps": 1, "precision": "auto"}), tmp_path / "auto")
     assert used == ["bf16" if native else "no"]
     quiet = capsys.readouterr()
@@ -381,13 +381,13 @@ def test_images_without_labels_resume_exactly_and_matter(
 ):
     def recipe(**data):
         return make_recipe(
-            training={"accumulate": 2, "unlabelled_batch": 4 if data else None},
+            training={"accumulate": 2, "unlabeled_batch": 4 if data else None},
             teacher=str(teacher_file),
             methods=["mimic", "fgd"],
             data={**DATA, **data},
         )
 
-    with_more = recipe(unlabelled=str(more_images))
+    with_more = recipe(unlabeled=str(more_images))
     train(with_more, tmp_path / "whole")
     train_until(3, with_more, tmp_path / "parts", monkeypatch)
     train(with_more, tmp_path / "parts")
@@ -399,7 +399,7 @@ def test_images_without_labels_resume_exactly_and_matter(
 
 def test_a_student_alone_does_not_see_images_without_labels(make_recipe, teacher_file, more_images, tmp_path):
     train(make_recipe(), tmp_path / "plain")
-    data = {**DATA, "unlabelled": str(more_images)}
+    data = {**DATA, "unlabeled": str(more_images)}
     train(make_recipe(data=data), tmp_path / "alone")
     off = make_recipe(data=data, teacher=str(teacher_file), methods=[{"mimic": {"weight": 0}}])
     train(off, tmp_path / "off")
@@ -410,8 +410,8 @@ def test_a_student_alone_does_not_see_images_without_labels(make_recipe, teacher
 def test_images_without_labels_are_refused_before_training_where_no_method_can_use_them(
     make_recipe, teacher_file, more_images, tmp_path
 ):
-    data = {**DATA, "unlabelled": str(more_images)}
+    data = {**DATA, "unlabeled": str(more_images)}
     recipe = make_recipe(data=data, teacher=str(teacher_file), methods=["fgd"])
-    with pytest.raises(UserError, match=r"fgd: needs labels, and data\.unlabelled has none"):
+    with pytest.raises(UserError, match=r"fgd: needs labels, and data\.unlabeled has none"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()

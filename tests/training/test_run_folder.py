@@ -34,7 +34,7 @@ def boards(tmp_path, make_recipe):
 
 def _begun(recipe, run, monkeypatch, step=2):
     """A run that was stopped after so many steps."""
-    original = loop.optimisation_step
+    original = loop.optimization_step
 
     def stopped(*args, **kwargs):
         outcome = original(*args, **kwargs)
@@ -43,7 +43,7 @@ def _begun(recipe, run, monkeypatch, step=2):
         return outcome
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimisation_step", stopped)
+        patch.setattr(loop, "optimization_step", stopped)
         with pytest.raises(SystemExit):
             train(recipe, run)
 
@@ -222,7 +222,7 @@ def test_a_run_stopped_at_any_moment_resumes_exactly(make_recipe, tmp_path, monk
     """Also one that was stopped while it was evaluated: the evaluation is made again."""
     recipe = make_recipe(training={"evaluate_every": 1, "batch_size": 4, "checkpoint_every": 1000})
     train(recipe, tmp_path / "whole")
-    name = "optimisation_step" if at == "step" else "evaluate_model"
+    name = "optimization_step" if at == "step" else "evaluate_model"
     original, calls = getattr(loop, name), []
 
     def stopped(*args, **kwargs):
@@ -264,7 +264,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(make_recipe, tmp_path, mo
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the second interrupt was not heard")
 
-    monkeypatch.setattr(loop, "optimisation_step", slow)
+    monkeypatch.setattr(loop, "optimization_step", slow)
     with pytest.raises(KeyboardInterrupt):
         train(make_recipe(), tmp_path / "run")
 
@@ -334,11 +334,11 @@ def test_a_run_does_not_replace_the_weights_that_it_needs(make_recipe, tmp_path,
     before = (run / "student.safetensors").read_bytes()
     (tmp_path / "link").symlink_to(run)
     for weights in (run, tmp_path / "link", run / "best.safetensors"):
-        needs = {"teacher": str(weights), "methods": ["mimic"]}
-        needs = needs if role == "teacher" else {"student": {"weights": str(weights)}}
+        requires = {"teacher": str(weights), "methods": ["mimic"]}
+        requires = requires if role == "teacher" else {"student": {"weights": str(weights)}}
         for resume in (True, False):
             with pytest.raises(UserError, match="which the recipe needs: choose another run folder"):
-                train(make_recipe(**needs), run, resume=resume)
+                train(make_recipe(**requires), run, resume=resume)
     assert (run / "student.safetensors").read_bytes() == before
 
 
@@ -364,7 +364,7 @@ def test_a_run_is_not_written_among_the_images_of_its_dataset(tmp_path, run, ref
     for name in ("images/train", "more"):
         (root / name).mkdir(parents=True)
         (root / name / "1.png").write_bytes(b"")
-    data = DataConfig(root=root, unlabelled="more")
+    data = DataConfig(root=root, unlabeled="more")
     before = set(tmp_path.rglob("*"))
     folder = RunFolder(root / run)
     if not refused:

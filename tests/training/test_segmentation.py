@@ -82,7 +82,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     methods = ["ima", {"mimic": {"weight": "auto"}}]
     recipe = parse_recipe(tree(data, teacher=str(teacher), methods=methods))
     train(recipe, tmp_path / "whole")
-    original = loop.optimisation_step
+    original = loop.optimization_step
 
     def interrupted(*args: Any) -> Any:
         outcome = original(*args)
@@ -91,7 +91,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
         return outcome
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimisation_step", interrupted)
+        patch.setattr(loop, "optimization_step", interrupted)
         with pytest.raises(SystemExit):
             train(recipe, tmp_path / "parts")
     train(recipe, tmp_path / "parts")
@@ -202,8 +202,8 @@ def test_camvid_is_evaluated_at_its_own_size(shared_data: Path) -> None:
     files = [shared_data / "camvid" / "labels" / "val" / f"{r.path.stem}.png" for r in evaluation.split.records]
     true = np.concatenate([np.asarray(Image.open(file)).ravel() for file in files])
     given = torch.cat([label.flatten() for label in evaluation.label_maps.values()]).numpy()
-    labelled = true != 255
-    expected = confusion_matrix(true[labelled], given[labelled], labels=range(len(names)))
+    labeled = true != 255
+    expected = confusion_matrix(true[labeled], given[labeled], labels=range(len(names)))
     np.testing.assert_array_equal(evaluation.confusion[:, :-1].numpy(), expected)
 
 

@@ -86,16 +86,16 @@ def test_label_maps_are_painted_and_ignored_pixels_left_alone():
     assert (drawn[:, :, 40:] == 100).all()
     colors = [tuple(drawn[:, 5, column].tolist()) for column in (5, 25, 45)]
     assert len(set(colors)) == 3
-    assert drawn.unique(dim=2).shape[2] == 3  # one colour a class
+    assert drawn.unique(dim=2).shape[2] == 3  # one color a class
     larger = draw_detections(image, {"semantic": labels}, CLASSES, shortest=80)
     assert torch.equal(larger[:, ::2, ::2], drawn)
 
 
 def test_a_gallery_of_label_maps_has_a_legend(tmp_path):
     image = torch.full((3, 40, 60), 255, dtype=torch.uint8)  # all white but for the legend
-    unlabelled = {"semantic": torch.full((40, 60), 255)}
+    unlabeled = {"semantic": torch.full((40, 60), 255)}
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    for name, drawn in (("maps", unlabelled), ("boxes", nothing)):
+    for name, drawn in (("maps", unlabeled), ("boxes", nothing)):
         save_gallery([{"found": (image, drawn)}], CLASSES, tmp_path / f"{name}.png")
     dark = []
     for name in ("maps", "boxes"):

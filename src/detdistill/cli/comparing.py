@@ -78,7 +78,7 @@ def compare(
 @app.command()
 def sweep(
     recipe: RecipeFile,
-    setting: Annotated[
+    context: Annotated[
         str,
         typer.Argument(metavar="KEY=A,B,C", help="As distill.weight=0.1,1,10 or methods.ima.options.alpha=…"),
     ],
@@ -94,7 +94,7 @@ def sweep(
     """Compare values of one setting, as a loss weight."""
     from detdistill.comparison import study as studies
 
-    key, _, values = setting.partition("=")
+    key, _, values = context.partition("=")
     folder = out or Path("runs/sweep") / f"{recipe.stem}-{key}"
     study = studies.plan_sweep(
         recipe, key, [v for v in values.split(",") if v], overrides or (), range(seeds), folder

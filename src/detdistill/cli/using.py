@@ -228,7 +228,7 @@ def methods(
         say(
             "It needs labels."
             if options.needs_labels
-            else "Images without labels can be used, too (data.unlabelled)."
+            else "Images without labels can be used, too (data.unlabeled)."
         )
         return
     listed = [(name, first_line(options.page())) for name, options in known.methods().items()]

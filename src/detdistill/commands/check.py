@@ -141,7 +141,7 @@ def _check_models(result: Check, train: Split, step: bool) -> None:
                 result.matching, result.classes = pair.matching, pair.classes
                 distiller = distiller_of(student, teacher, recipe.methods, seed=recipe.training.seed)
                 (trainable,) = distiller.trainables
-                if recipe.data.unlabelled is not None and (able := trainable.without_labels()):
+                if recipe.data.unlabeled is not None and (able := trainable.without_labels()):
                     result.notes.append(f"images without labels: {', '.join(able)} teaches from them")
                 if recipe.inherit:
                     result.notes.append(inherit(student, teacher))

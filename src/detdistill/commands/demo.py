@@ -1,6 +1,6 @@
 """The demo: a teacher, a baseline, and the same student with IMA, on generated digits.
 
-Student and student-with-teacher share budget, initialisation, data order and augmentation: they differ in one
+Student and student-with-teacher share budget, initialization, data order and augmentation: they differ in one
 thing. Nothing is stored beforehand; everything is trained while you wait.
 """
 

@@ -293,7 +293,7 @@ def step_costs(
     Args:
         student: as the pairs have it; copied.
         images, targets: a batch, on the models' device.
-        config: precision, optimiser and memory format.
+        config: precision, optimizer and memory format.
         rounds: after one that is not timed.
     """
     alone = Pair(copy.deepcopy(student))

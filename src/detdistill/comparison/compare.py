@@ -1,6 +1,6 @@
 """``compare``, ``sweep``, ``ablate``: arms of one recipe over seeds, under one budget, seed by seed.
 
-Every arm is the recipe with a few settings laid over it; every seed gives all arms the same initialisation,
+Every arm is the recipe with a few settings laid over it; every seed gives all arms the same initialization,
 order of data and augmentation. Each run is a process of its own (``detdistill train``) in ``OUT/ARM/SEED``: an
 interrupted comparison goes on where it stopped, and runs may be spread over devices.
 """

@@ -20,14 +20,14 @@ STUDY_FILE = "study.yaml"
 """In a comparison's folder: what was compared, as a study that can be read again."""
 
 # Table 5 of the paper: plain imitation, then one part of IMA after another. Raw maps have the teacher's own
-# scale, on which α = 1 is what `mimic` has; standardised ones have the paper's 10.
+# scale, on which α = 1 is what `mimic` has; standardized ones have the paper's 10.
 _RAW = {
     "importance": {"kind": "none"}, "alpha": 1.0, "standardize": {"student": False, "teacher": False},
 }  # fmt: skip
 ABLATION: Mapping[str, Any] = {
     "KD": {"ima": {**_RAW, "mask": {"ratio": 0.0}}},
     "+ mask": {"ima": {**_RAW, "mask": {"ratio": 0.5, "keep_dc": True}}},
-    "+ standardisation": {"ima": {"preset": "paper", "importance": {"kind": "none"}}},
+    "+ standardization": {"ima": {"preset": "paper", "importance": {"kind": "none"}}},
     "+ scale deflation": {"ima": {"preset": "paper"}},
 }
 
@@ -74,7 +74,7 @@ class Study:
 
     @property
     def unequal_start(self) -> str:
-        """What to say of the initialisation where it is not the same for all arms; else nothing."""
+        """What to say of the initialization where it is not the same for all arms; else nothing."""
         if not self.inheriting:
             return ""
         return f"not the same start: {', '.join(self.inheriting)} began with the teacher's neck and head"

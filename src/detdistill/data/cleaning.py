@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from detdistill.data.masks import usable_segmentation
 from detdistill.data.packed import Packed
 from detdistill.data.records import (
-    UNLABELLED,
+    UNLABELED,
     Finding,
     LabelCode,
     Masks,
@@ -371,7 +371,7 @@ def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], i
     table = np.array([new_label.get(name, -1) for name in split.classes], dtype=np.int64)
     records = split.records
     labels_M = table[records.labels_M]
-    codes = tuple(_relabelled(code, table) for code in records.codes)
+    codes = tuple(_relabeled(code, table) for code in records.codes)
     return replace(
         split,
         records=replace(records, labels_M=labels_M, codes=codes).keep(labels_M >= 0),
@@ -380,7 +380,7 @@ def relabel(split: Split, classes: Sequence[str], category_id: Callable[[str], i
     )
 
 
-def _relabelled(code: LabelCode, table: NDArray[np.int64]) -> LabelCode:
-    after_256 = np.full(256, UNLABELLED, np.uint8)
-    after_256[: len(table)] = np.where(table < 0, UNLABELLED, table)
+def _relabeled(code: LabelCode, table: NDArray[np.int64]) -> LabelCode:
+    after_256 = np.full(256, UNLABELED, np.uint8)
+    after_256[: len(table)] = np.where(table < 0, UNLABELED, table)
     return LabelCode(after_256[code.classes_256], code.declared_256)

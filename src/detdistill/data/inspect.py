@@ -19,8 +19,8 @@ from detdistill.data.box_checks import doubled_boxes
 from detdistill.data.formats.label_maps import PixelCounts, count_pixels, sampled
 from detdistill.data.images import READERS, read_image
 from detdistill.data.loading import open_data
-from detdistill.data.records import UNLABELLED, Finding, Record, Split
-from detdistill.data.unlabelled import find_unlabelled
+from detdistill.data.records import UNLABELED, Finding, Record, Split
+from detdistill.data.unlabeled import find_unlabeled
 from detdistill.errors import UserError
 from detdistill.recipe import DataConfig
 
@@ -44,7 +44,7 @@ class Statistics:
         per_class: objects by class name, in the order of the classes.
         sizes: the square root of the boxes' area in pixels at the quantiles 0, 10, 50, 90 and 100%; empty
             without objects.
-        pixels: of label maps, the share of each class in the pixels of the sample, and of "unlabelled"; else
+        pixels: of label maps, the share of each class in the pixels of the sample, and of "unlabeled"; else
             empty.
     """
 
@@ -77,14 +77,14 @@ class Statistics:
 class Inspection:
     """Splits, what is wrong with them, and what they hold; ``decoded`` images were decoded.
 
-    ``unlabelled`` counts the images without labels.
+    ``unlabeled`` counts the images without labels.
     """
 
     splits: dict[str, Split]
     findings: list[Finding]
     statistics: dict[str, Statistics]
     decoded: int
-    unlabelled: int = 0
+    unlabeled: int = 0
 
     @property
     def errors(self) -> list[Finding]:
@@ -96,8 +96,8 @@ class Inspection:
         lines = []
         for name, stats in self.statistics.items():
             lines += stats.lines(name, self.splits[name].source)
-        if self.unlabelled:
-            lines.append(f"unlabelled: {self.unlabelled} images")
+        if self.unlabeled:
+            lines.append(f"unlabeled: {self.unlabeled} images")
         by_kind: dict[tuple[str, str], list[Finding]] = defaultdict(list)
         for finding in self.findings:
             by_kind[finding.severity, finding.kind].append(finding)
@@ -142,21 +142,21 @@ def inspect_data(config: DataConfig, sample: int | None = 64) -> Inspection:
         root = config.root or Path("digits")
         findings.append(Finding("warning", "missing split", root, message, fix))
     decoded = sum(len(sampled(split.records, sample)) for split in splits.values())
-    unlabelled = find_unlabelled(config) if config.unlabelled is not None else []
-    if unlabelled:
-        chosen = sampled(unlabelled, sample)
+    unlabeled = find_unlabeled(config) if config.unlabeled is not None else []
+    if unlabeled:
+        chosen = sampled(unlabeled, sample)
         decoded += len(chosen)
-        findings += _unlabelled_findings(unlabelled, chosen, splits.get("val"))
-    return Inspection(splits, findings, statistics, decoded, len(unlabelled))
+        findings += _unlabeled_findings(unlabeled, chosen, splits.get("val"))
+    return Inspection(splits, findings, statistics, decoded, len(unlabeled))
 
 
-def _unlabelled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
+def _unlabeled_findings(files: Sequence[Path], chosen: Sequence[Path], val: Split | None) -> list[Finding]:
     """Images that cannot be decoded, and those on which the student would be measured."""
     findings = [finding for finding in _in_threads(_undecodable, chosen) if finding is not None]
     measured = {record.path.resolve() for record in val.records} if val is not None else set()
     seen = [file for file in files if file.resolve() in measured]
     if val is not None and seen:
-        message = f"{len(seen)} images of data.unlabelled are in val, as {seen[0]}"
+        message = f"{len(seen)} images of data.unlabeled are in val, as {seen[0]}"
         fix = "leave them out, or the student is measured on what it has seen"
         findings.append(Finding("warning", "shared images", val.source, message, fix))
     return findings
@@ -238,7 +238,7 @@ def _looks_whole(item: tuple[int, str]) -> tuple[int, bool]:
 def _shares(split: Split, counts: PixelCounts) -> dict[str, float]:
     """The share of each class in the sample's pixels, and of those without."""
     shares = (counts.counts_256 / max(1, counts.counts_256.sum())).tolist()
-    return {**dict(zip(split.classes, shares, strict=False)), "unlabelled": shares[UNLABELLED]}
+    return {**dict(zip(split.classes, shares, strict=False)), "unlabeled": shares[UNLABELED]}
 
 
 def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
@@ -259,7 +259,7 @@ def _statistics(split: Split, pixels: dict[str, float]) -> Statistics:
 def _absent_classes(split: Split, statistics: Statistics) -> list[Finding]:
     """Classes of which nothing can be learnt or, of pixels, measured."""
     if statistics.pixels:
-        empty = [name for name, share in statistics.pixels.items() if share == 0 and name != "unlabelled"]
+        empty = [name for name, share in statistics.pixels.items() if share == 0 and name != "unlabeled"]
         message = f"{len(empty)} classes have no pixel in {split.name}'s sample: {', '.join(empty)}"
     else:
         empty = [name for name, count in statistics.per_class.items() if count == 0]

@@ -68,7 +68,7 @@ def open_data(config: DataConfig, with_masks: bool = True) -> dict[str, Split]:
         with_masks: keep segmentations, where there are any (full COCO takes gigabytes with them).
 
     Raises:
-        UserError: nothing is recognised, several things could be meant, or a file cannot be read. Bad single
+        UserError: nothing is recognized, several things could be meant, or a file cannot be read. Bad single
             annotations raise nothing: they are in the splits' ``findings``.
     """
     share = share_of(config.val)
@@ -134,7 +134,7 @@ def tell_format(config: DataConfig) -> Format:
     """Look at ``data.root`` and say what it holds; of VOC with boxes and label maps, the boxes.
 
     Raises:
-        UserError: nothing or more than one thing is recognised; the message lists what was seen.
+        UserError: nothing or more than one thing is recognized; the message lists what was seen.
     """
     root = config.root
     assert root is not None, "DataConfig refuses data without a root"
@@ -167,7 +167,7 @@ def tell_format(config: DataConfig) -> Format:
         names = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
         seen = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         raise UserError(
-            f"{root}: no dataset is recognised here. Seen: {seen or 'nothing'}.{_guess(root)} {_EXPECTED}"
+            f"{root}: no dataset is recognized here. Seen: {seen or 'nothing'}.{_guess(root)} {_EXPECTED}"
         )
     return found[0]
 

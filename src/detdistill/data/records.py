@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from detdistill.data.packed import Packed
 
-UNLABELLED = 255  # in label maps: a pixel without a class
+UNLABELED = 255  # in label maps: a pixel without a class
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class LabelCode:
 
 @dataclass(frozen=True, slots=True)
 class LabelMap:
-    """The class of each pixel, in an image of one channel; of a palette its numbers count, not its colours.
+    """The class of each pixel, in an image of one channel; of a palette its numbers count, not its colors.
 
     Attributes:
         path: the file.
@@ -46,7 +46,7 @@ class LabelMap:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One labelled image; K objects, none where there is a label map instead.
+    """One labeled image; K objects, none where there is a label map instead.
 
     Attributes:
         image_id: the id the annotation file gave it (COCO integer, VOC or YOLO file stem).

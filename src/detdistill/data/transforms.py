@@ -8,13 +8,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import query_size
 
-from detdistill.data.records import UNLABELLED
+from detdistill.data.records import UNLABELED
 from detdistill.errors import UserError
 from detdistill.recipe import AugmentConfig
 
 # Twice the side at most: SSD's factor of 4 costs 16 times the memory where a model takes images as they come.
 _ZOOM_OUT_RANGE = (1.0, 2.0)
-_GREY = 114  # what the larger canvas is filled with
+_GRAY = 114  # what the larger canvas is filled with
 
 
 class _CropAroundBoxes(v2.RandomIoUCrop):
@@ -65,7 +65,7 @@ def build_augment(config: AugmentConfig, *, label_maps: bool = False) -> v2.Tran
         )
     steps: list[v2.Transform] = []
     # A plain number would fill masks with it, too: the new border would be object.
-    fill = {tv_tensors.Image: _GREY, "others": UNLABELLED if label_maps else 0}
+    fill = {tv_tensors.Image: _GRAY, "others": UNLABELED if label_maps else 0}
     if config.photometric:
         steps.append(v2.RandomPhotometricDistort())
     if config.zoom_out:

@@ -339,11 +339,11 @@ def compare_pixels(model: Model, exported: ExportedSegmenter, images: Sequence[T
     classes: set[int] = set()
     for image in images:
         batch = exported.preprocess([image])
-        raw = exported.predict({}, batch)
-        ours = raw.output[0, : batch.sizes[0][0], : batch.sizes[0][1]]
+        outputs = exported.forward_head({}, batch)
+        ours = outputs.output[0, : batch.sizes[0][0], : batch.sizes[0][1]]
         batch = model.preprocess([image])
         batch.original_sizes = batch.sizes
-        (theirs,) = model.decode(model.predict(model.pyramid(batch), batch), batch)
+        (theirs,) = model.decode(model.forward_head(model.forward_features(batch), batch), batch)
         equal += int((ours == theirs["semantic"]).sum())
         pixels += ours.numel()
         classes.update(theirs["semantic"].unique().tolist())

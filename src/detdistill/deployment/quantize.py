@@ -79,7 +79,7 @@ class Quantized:
 def quantize(file: str | Path, images: str | Path, out: str | Path | None = None) -> Quantized:
     """Write an exported ONNX file again with 8-bit convolutions and fully connected layers.
 
-    Static quantisation by onnxruntime, as pairs of QuantizeLinear and DequantizeLinear, which runtimes for
+    Static quantization by onnxruntime, as pairs of QuantizeLinear and DequantizeLinear, which runtimes for
     devices know: weights by output channel, signed; activations unsigned, in the range that they take on the
     images.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.levels import LevelMatch, Matching
-from detdistill.distillation.method import Signals
+from detdistill.distillation.method import StepOutputs
 from detdistill.errors import UserError
 from detdistill.recipe.methods import Adapt
 
@@ -61,14 +61,14 @@ class LevelAligner(nn.Module):
                     level.student_channels, level.teacher_channels
                 )
 
-    def forward(self, signals: Signals) -> Iterator[tuple[LevelMatch, Tensor, Tensor]]:
+    def forward(self, step: StepOutputs) -> Iterator[tuple[LevelMatch, Tensor, Tensor]]:
         """For each matched level (level, student (N, C_t, H_t, W_t), teacher (N, C_t, H_t, W_t))."""
         for level in self.levels:
-            s_NCHW = signals.student[level.student_stride]
-            t_NCHW = signals.teacher[level.teacher_stride]
+            s_NCHW = step.student[level.student_stride]
+            t_NCHW = step.teacher[level.teacher_stride]
             if str(level.student_stride) in self.adapters:
                 s_NCHW = self.adapters[str(level.student_stride)](s_NCHW)
-            s_NCHW = signals.overlay(s_NCHW, t_NCHW)
+            s_NCHW = step.alignment(s_NCHW, t_NCHW)
             if self.unit:
                 factor = unit_factor(t_NCHW)
                 s_NCHW, t_NCHW = s_NCHW * factor.to(s_NCHW.dtype), t_NCHW * factor.to(t_NCHW.dtype)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from detdistill.models.base import Batch
 
 
-class Overlay:
+class Alignment:
     """Lays the student's maps over the teacher's: cell over cell that sees the same part of the image.
 
     Both maps cover their padded inputs from the top left corner. Where each image has the same share of both,
@@ -45,11 +45,11 @@ class Overlay:
 
 
 def read_at(x_NCHW: Tensor, size: Sequence[int], ratios_N2: Tensor) -> Tensor:
-    """(N, C, *size), bilinear: a cell centred at u of the new map's side is read at ratio · u of x's."""
+    """(N, C, *size), bilinear: a cell centered at u of the new map's side is read at ratio · u of x's."""
     # By hand: affine_grid multiplies matrices, which an autocast rounds to a thirty-second of a cell.
     dtype = torch.promote_types(x_NCHW.dtype, torch.float32)
     y_NH, x_NW = (
-        2 * ratios_N2[:, i, None].to(dtype) * _centres(side, ratios_N2.device, dtype) - 1
+        2 * ratios_N2[:, i, None].to(dtype) * _centers(side, ratios_N2.device, dtype) - 1
         for i, side in enumerate(size)
     )
     grid_NHW2 = torch.stack(torch.broadcast_tensors(x_NW[:, None, :], y_NH[:, :, None]), dim=-1)
@@ -60,8 +60,8 @@ def read_at(x_NCHW: Tensor, size: Sequence[int], ratios_N2: Tensor) -> Tensor:
     return found.to(x_NCHW.dtype)
 
 
-def _centres(cells: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(cells,) where the cells' centres are, in [0, 1]."""
+def _centers(cells: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(cells,) where the cells' centers are, in [0, 1]."""
     return (torch.arange(cells, device=device, dtype=dtype) + 0.5) / cells
 
 

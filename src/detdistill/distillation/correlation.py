@@ -1,7 +1,7 @@
 """Variances and covariances of two maps in few passes over memory.
 
-A squared distance between standardised maps is 1 + γ² - 2γr of their correlation r: losses that say so need
-three numbers of a channel and no standardised map. Autograd would keep a map for each operation; here the
+A squared distance between standardized maps is 1 + γ² - 2γr of their correlation r: losses that say so need
+three numbers of a channel and no standardized map. Autograd would keep a map for each operation; here the
 gradient, an affine function of both maps, is written in one.
 """
 
@@ -38,7 +38,8 @@ class _Covariances(torch.autograd.Function):
         ctx.count = math.prod(student.shape[dim] for dim in dims)
         parts = []
         for s, t, s_work, t_work in channel_parts(student, teacher, work=2):
-            # Centred before anything is squared: E[x²] - E[x]² would lose a small variance beside a large mean.
+            # Centered before anything is squared: E[x²] - E[x]² would lose a small variance beside a large
+            # mean.
             means = [x.mean(dims, keepdim=True) for x in (s, t)]
             s, t = torch.sub(s, means[0], out=s_work), torch.sub(t, means[1], out=t_work)
             norms = [torch.linalg.vector_norm(x, dim=(2, 3)) for x in (s, t)]

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.alignment import Alignment
 from detdistill.distillation.levels import Matching, input_scale, match_levels
-from detdistill.distillation.method import Method, Need, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, Requirement, StepOutputs
 from detdistill.distillation.methods import build_method
 from detdistill.distillation.outputs import SharedClasses, require_readable
 from detdistill.distillation.teachers import (
+    FEATURES,
     HEAD,
     LiveTeacher,
     Samples,
@@ -27,7 +28,7 @@ from detdistill.distillation.teachers import (
 )
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, build_weight, gradient_norm
 from detdistill.errors import UserError
-from detdistill.models.base import Batch, Model, Pyramid, Raw
+from detdistill.models.base import Batch, HeadOutputs, Model, Pyramid
 from detdistill.recipe import MethodConfig, method_config
 from detdistill.seeding import mix_seed
 
@@ -37,8 +38,6 @@ MethodLike = str | Mapping[str, Any] | MethodConfig | Method
 
 Views = Mapping[str, TeacherView]
 """What each teacher, by its name, says of some images."""
-
-_SIGNALS: Mapping[Need, Signal] = {"raw": "outputs", "hidden": "tower_features"}
 
 
 class Term(nn.Module):
@@ -58,11 +57,11 @@ class Term(nn.Module):
     @property
     def requires(self) -> frozenset[Signal]:
         """What it asks of its teacher."""
-        return frozenset({"features", *(_SIGNALS[need] for need in self.method.needs if need in _SIGNALS)})
+        return FEATURES | (HEAD & self.method.requires)
 
     @property
     def needs_labels(self) -> bool:
-        return "labels" in self.method.needs
+        return "labels" in self.method.requires
 
     @property
     def factor(self) -> Tensor | float:
@@ -77,7 +76,7 @@ class _Seen:
     samples: Samples
     batch: Batch
     pyramid: Pyramid
-    raw: Raw | None
+    outputs: HeadOutputs | None
 
 
 class Trainable(nn.Module):
@@ -127,13 +126,13 @@ class Trainable(nn.Module):
         _require_learnable(student)  # a teacher that shares parameters with it has frozen them
         scale = input_scale(student.preprocessor, model.preprocessor)
         matching = match_levels(student.pyramid_channels, model.pyramid_channels, scale)
-        context = Setting(student, model, matching)
+        context = PairContext(student, model, matching)
         for item in [methods] if isinstance(methods, str | Mapping | MethodConfig | Method) else methods:
             self._add(item, teacher, context)
         self._warn_of_missing_classes(teacher.name, context)
         return matching
 
-    def _add(self, item: MethodLike, teacher: Teacher, context: Setting) -> None:
+    def _add(self, item: MethodLike, teacher: Teacher, context: PairContext) -> None:
         if isinstance(item, Method):
             config, method = MethodConfig.model_construct(name=type(item).__name__.lower()), item
         else:
@@ -155,7 +154,7 @@ class Trainable(nn.Module):
         if term.weight.value > 0:
             self.terms[name] = term
 
-    def _warn_of_missing_classes(self, teacher: str, context: Setting) -> None:
+    def _warn_of_missing_classes(self, teacher: str, context: PairContext) -> None:
         names = [
             name
             for name, term in self.terms.items()
@@ -179,8 +178,8 @@ class Trainable(nn.Module):
         able = self._label_free(self.terms)
         if self.terms and not able:
             raise UserError(
-                f"{', '.join(self.terms)}: needs labels, and data.unlabelled has none: use ima, mimic, pkd "
-                "or another method on features, or leave data.unlabelled out"
+                f"{', '.join(self.terms)}: needs labels, and data.unlabeled has none: use ima, mimic, pkd "
+                "or another method on features, or leave data.unlabeled out"
             )
         return able
 
@@ -221,25 +220,25 @@ class Trainable(nn.Module):
         self,
         samples: Samples,
         views: Views,
-        unlabelled: Samples | None = None,
-        unlabelled_views: Views | None = None,
+        unlabeled: Samples | None = None,
+        unlabeled_views: Views | None = None,
     ) -> dict[str, Tensor]:
         """Every loss term by name, weighted: sum them.
 
         Args:
             samples: images with targets.
             views: what the teachers say of them, by the teachers' names.
-            unlabelled: images without targets, for those terms that need no labels. Each of these terms is
+            unlabeled: images without targets, for those terms that need no labels. Each of these terms is
                 then the mean over all images that it has seen.
-            unlabelled_views: what the teachers say of those.
+            unlabeled_views: what the teachers say of those.
 
         Raises:
             UserError: in training, no loss of the student's own has a gradient.
         """
         active = self._active()
-        seen = self._look_at(samples, self._needs(active), labeled=True)
-        assert seen.raw is not None
-        losses = self.student.losses(seen.raw, seen.batch)
+        seen = self._look_at(samples, self._required(active), labeled=True)
+        assert seen.outputs is not None
+        losses = self.student.losses(seen.outputs, seen.batch)
         if self.training and torch.is_grad_enabled():
             _require_gradient(losses)
         if not active:
@@ -249,12 +248,12 @@ class Trainable(nn.Module):
         terms = self._compare(active, seen, views, generator)
         self._measure(losses, terms, seen.pyramid)
         free = self._active(labeled=False)
-        if unlabelled is not None and free:
-            assert unlabelled_views is not None, "teachers look at all images"
+        if unlabeled is not None and free:
+            assert unlabeled_views is not None, "teachers look at all images"
             more = self._compare(
-                free, self._look_at(unlabelled, self._needs(free), labeled=False), unlabelled_views, generator
+                free, self._look_at(unlabeled, self._required(free), labeled=False), unlabeled_views, generator
             )
-            share = len(unlabelled) / (len(samples) + len(unlabelled))
+            share = len(unlabeled) / (len(samples) + len(unlabeled))
             terms |= {name: torch.lerp(terms[name], more[name], share) for name in free}
         for name, weight in self.current_weights().items():
             if name not in terms:
@@ -278,36 +277,36 @@ class Trainable(nn.Module):
     def _label_free(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not self._term(name).needs_labels]
 
-    def _needs(self, names: Iterable[str]) -> set[Need]:
-        return {need for name in names for need in self._term(name).method.needs}
+    def _required(self, names: Iterable[str]) -> set[Requirement]:
+        return {need for name in names for need in self._term(name).method.requires}
 
-    def _look_at(self, samples: Samples, needs: set[Need], *, labeled: bool) -> _Seen:
+    def _look_at(self, samples: Samples, requires: set[Requirement], *, labeled: bool) -> _Seen:
         """What the student makes of images; without labels its head runs only where it is asked for."""
         batch = samples.batch(self.student)
-        pyramid = self.student.pyramid(batch)
-        if not labeled and not needs:
+        pyramid = self.student.forward_features(batch)
+        if not labeled and not requires:
             return _Seen(samples, batch, pyramid, None)
-        signals = frozenset(_SIGNALS[need] for need in needs if need in _SIGNALS)
+        signals = HEAD & requires
         return _Seen(samples, batch, pyramid, head_outputs(self.student, pyramid, batch, signals))
 
     def _compare(
         self, names: list[str], seen: _Seen, views: Views, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """The unweighted terms, by name."""
-        of_teacher: dict[str, Signals] = {}
+        of_teacher: dict[str, StepOutputs] = {}
         found = {}
         for name in names:
             term = self._term(name)
             if term.teacher not in of_teacher:
                 view = views[term.teacher]
-                of_teacher[term.teacher] = Signals(
+                of_teacher[term.teacher] = StepOutputs(
                     student=seen.pyramid,
                     teacher=view.features,
                     student_batch=seen.batch,
                     teacher_batch=view.batch,
-                    overlay=Overlay(seen.batch, view.batch),
-                    student_raw=seen.raw,
-                    teacher_raw=view.outputs,
+                    alignment=Alignment(seen.batch, view.batch),
+                    student_outputs=seen.outputs,
+                    teacher_outputs=view.outputs,
                     student_model=self.student,
                     teacher_model=view.model,
                     generator=generator,
@@ -369,9 +368,7 @@ class Distiller:
         for trainable in self.trainables:
             required = trainable.requires(labeled=samples.targets is not None)
             asked |= {name: asked.get(name, frozenset()) | signals for name, signals in required.items()}
-            samples.batch(
-                trainable.student
-            )  # a teacher of equal preprocessing takes the student's, with its targets
+            samples.batch(trainable.student)  # with its targets, for teachers of equal preprocessing
         return {name: self.teachers[name].observe(samples, signals) for name, signals in asked.items()}
 
 

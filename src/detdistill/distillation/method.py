@@ -9,16 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.alignment import Alignment
 from detdistill.distillation.classes import ClassMatch, match_classes
 from detdistill.distillation.levels import Matching
-from detdistill.models.base import Batch, Model, Pyramid, Raw
+from detdistill.models.base import Batch, HeadOutputs, Model, Pyramid
 
-Need = Literal["student_raw", "raw", "hidden", "labels"]
+Requirement = Literal["student_outputs", "outputs", "tower_features", "labels"]
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class PairContext:
     """The pair that a method is built for.
 
     Attributes:
@@ -38,16 +38,16 @@ class Setting:
 
 
 @dataclass(slots=True)
-class Signals:
+class StepOutputs:
     """Both models' view of one batch.
 
     Attributes:
         student, teacher: feature maps by stride; the teacher's carry no gradient.
         student_batch, teacher_batch: the inputs, each padded and scaled as its model wants them. Their sizes
             may differ: boxes of one are not in the pixels of the other. Images without labels have no targets.
-        overlay: lays a map of the student over one of the teacher.
-        student_raw, teacher_raw: head outputs; the teacher's are None unless a method needs "raw", and the
-            student's of images without labels unless it needs "raw" or "student_raw".
+        alignment: resamples a map of the student at the cells of one of the teacher.
+        student_outputs, teacher_outputs: head outputs; the teacher's are None unless a method needs "outputs",
+            and the student's of images without labels unless it needs "outputs" or "student_outputs".
         student_model, teacher_model: the models; the teacher is frozen, but gradient may pass through it.
         generator: a method's only source of randomness, seeded by (seed, process, step). The global generator
             is left alone, so a student sees the same draws with and without distillation.
@@ -58,9 +58,9 @@ class Signals:
     teacher: Pyramid
     student_batch: Batch
     teacher_batch: Batch
-    overlay: Overlay
-    student_raw: Raw | None
-    teacher_raw: Raw | None
+    alignment: Alignment
+    student_outputs: HeadOutputs | None
+    teacher_outputs: HeadOutputs | None
     student_model: Model
     teacher_model: Model
     generator: torch.Generator
@@ -68,19 +68,19 @@ class Signals:
 
 
 class Method(nn.Module, ABC):
-    """Binds a loss to a pair. Learnable parts are submodules: optimised and saved, never exported.
+    """Applies a loss to student and teacher. Learnable parts are submodules: trained and saved, never exported.
 
-    A child's constructor takes a :class:`Setting` and the method's options, a
+    A child's constructor takes a :class:`PairContext` and the method's options, a
     :class:`~detdistill.recipe.methods.MethodOptions`. The loss is a module of its own.
 
     Attributes:
-        needs: "raw": both heads' outputs (else the teacher's head never runs); "student_raw": the student's
-            alone; "hidden": both towers' maps in the raw outputs, for one-stage pairs; "labels": the batches'
-            targets, so that images without labels (``data.unlabelled``) cannot teach by it.
+        requires: "outputs": both heads' outputs (else the teacher's head never runs); "student_outputs": the
+            student's only; "tower_features": both towers' maps in the outputs, for one-stage pairs; "labels":
+            the batches' targets, so that it cannot use images without labels (``data.unlabeled``).
     """
 
-    needs: frozenset[Need] = frozenset()
+    requires: frozenset[Requirement] = frozenset()
 
     @abstractmethod
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         """The unweighted loss, a scalar."""

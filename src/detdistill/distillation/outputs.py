@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.levels import describe_input, same_grid
-from detdistill.distillation.method import Setting, Signals
+from detdistill.distillation.method import PairContext, StepOutputs
 from detdistill.distillation.regions import from_input_to_input
 from detdistill.errors import UserError
-from detdistill.models.base import DenseRaw, Model, SegmentationRaw, Target, TwoStageRaw
+from detdistill.models.base import DenseOutputs, Model, SegmentationOutputs, Target, TwoStageOutputs
 from detdistill.models.families.detr import DETR
 from detdistill.models.families.faster_rcnn import FasterRCNN
 from detdistill.models.families.fcos import FCOS
@@ -39,13 +39,13 @@ ALIKE: tuple[tuple[type[Model], ...], ...] = (
 """Detectors whose outputs mean the same beside those of one class; their subclasses are among them."""
 
 
-def require_alike_heads(setting: Setting, name: str, instead: str = INSTEAD) -> None:
+def require_alike_heads(context: PairContext, name: str, instead: str = INSTEAD) -> None:
     """Refuse a pair whose predictions do not stand for the same things, one by one, and say what to do instead.
 
     Raises:
         UserError: another family, other levels or anchors, another input size.
     """
-    student, teacher = setting.student, setting.teacher
+    student, teacher = context.student, context.teacher
     require_readable(student, teacher, name, instead)
     for model in (student, teacher):
         if isinstance(model, DETR):
@@ -57,7 +57,7 @@ def require_alike_heads(setting: Setting, name: str, instead: str = INSTEAD) -> 
     ):
         both = f"{type(student).__name__} and {type(teacher).__name__}"
         raise UserError(f"{name} compares predictions, and those of {both} differ in kind: {instead}")
-    require_same_grid(setting, name, instead)
+    require_same_grid(context, name, instead)
     assert isinstance(student, OneStage | FasterRCNN)
     assert isinstance(teacher, OneStage | FasterRCNN)
     if not _same_anchors(student, teacher):
@@ -67,11 +67,11 @@ def require_alike_heads(setting: Setting, name: str, instead: str = INSTEAD) -> 
         )
 
 
-def require_same_grid(setting: Setting, name: str, instead: str = INSTEAD) -> None:
+def require_same_grid(context: PairContext, name: str, instead: str = INSTEAD) -> None:
     """Raises:
     UserError: the levels of the two, or the cells of a level, are not the same.
     """
-    student, teacher = setting.student, setting.teacher
+    student, teacher = context.student, context.teacher
     if list(student.pyramid_channels) != list(teacher.pyramid_channels):
         strides = list(teacher.pyramid_channels)
         raise UserError(
@@ -93,17 +93,17 @@ def _same_anchors(student: OneStage | FasterRCNN, teacher: OneStage | FasterRCNN
     return len(steps) == 1 and all(alike)
 
 
-def pixel_logits(signals: Signals, classes: SharedClasses) -> tuple[Tensor, Tensor]:
+def pixel_logits(step: StepOutputs, classes: SharedClasses) -> tuple[Tensor, Tensor]:
     """Class logits (N, Q, H, W) of two segmenters, of the shared classes, on the cells of the teacher's."""
-    student, teacher = signals.student_raw, signals.teacher_raw
-    assert isinstance(student, SegmentationRaw)
-    assert isinstance(teacher, SegmentationRaw)
-    return classes(signals.overlay(student.logits_NQHW, teacher.logits_NQHW), teacher.logits_NQHW, dim=1)
+    student, teacher = step.student_outputs, step.teacher_outputs
+    assert isinstance(student, SegmentationOutputs)
+    assert isinstance(teacher, SegmentationOutputs)
+    return classes(step.alignment(student.logits_NQHW, teacher.logits_NQHW), teacher.logits_NQHW, dim=1)
 
 
-def two_stage(setting: Setting) -> bool:
+def two_stage(context: PairContext) -> bool:
     """Whether both second stages can be asked about any regions."""
-    return isinstance(setting.student, FasterRCNN) and isinstance(setting.teacher, FasterRCNN)
+    return isinstance(context.student, FasterRCNN) and isinstance(context.teacher, FasterRCNN)
 
 
 def require_readable(student: Model, teacher: Model, name: str, instead: str = INSTEAD) -> None:
@@ -111,7 +111,7 @@ def require_readable(student: Model, teacher: Model, name: str, instead: str = I
     UserError: the predictions of one of them have a form of their own.
     """
     for model in (student, teacher):
-        if model.opaque:
+        if model.incomparable:
             raise UserError(
                 f"{name} compares predictions, and those of a {type(model).__name__} have a form of their own: "
                 f"{instead}"
@@ -139,12 +139,12 @@ class SharedClasses(nn.Module):
     teacher_labels: Tensor
 
     def __init__(
-        self, setting: Setting, name: str, *, background: bool = False, instead: str = INSTEAD
+        self, context: PairContext, name: str, *, background: bool = False, instead: str = INSTEAD
     ) -> None:
         super().__init__()
-        match = setting.classes
+        match = context.classes
         if not match.pairs:
-            ours, theirs = (", ".join(model.classes) or "none" for model in (setting.student, setting.teacher))
+            ours, theirs = (", ".join(model.classes) or "none" for model in (context.student, context.teacher))
             raise UserError(
                 f"{name} compares classes by name, and none is shared (the student's: {ours:.60}; the "
                 f"teacher's: {theirs:.60}): {instead}"
@@ -152,12 +152,12 @@ class SharedClasses(nn.Module):
         self.same, self.missing = match.same, bool(match.missing)
         first = int(background)
         self.student_count, self.teacher_count = (
-            first + len(model.classes) for model in (setting.student, setting.teacher)
+            first + len(model.classes) for model in (context.student, context.teacher)
         )
         rows = [(0, 0)] * first + [(ours + first, theirs + first) for ours, theirs in match.pairs]
         known = dict(match.pairs)
-        labels = [known.get(label, -1) for label in range(len(setting.student.classes))]
-        device = next(setting.student.parameters()).device
+        labels = [known.get(label, -1) for label in range(len(context.student.classes))]
+        device = next(context.student.parameters()).device
         for buffer, values in (
             ("student_rows", [ours for ours, _ in rows]),
             ("teacher_rows", [theirs for _, theirs in rows]),
@@ -181,14 +181,14 @@ class SharedClasses(nn.Module):
         """The objects under the teacher's labels, those that it has no label for left out."""
         if self.same:
             return list(targets)
-        relabelled = [{**target, "labels": self.teacher_labels[target["labels"]]} for target in targets]
+        relabeled = [{**target, "labels": self.teacher_labels[target["labels"]]} for target in targets]
         if not self.missing:
-            return relabelled
+            return relabeled
         # How many are left is known on the device alone: here, and only here, the host waits for it.
-        kept = [target["labels"] >= 0 for target in relabelled]
+        kept = [target["labels"] >= 0 for target in relabeled]
         return [
             {key: value[keep] if key in OF_OBJECTS else value for key, value in target.items()}
-            for target, keep in zip(relabelled, kept, strict=True)
+            for target, keep in zip(relabeled, kept, strict=True)
         ]
 
 
@@ -200,14 +200,14 @@ def _take(x: Tensor, rows_Q: Tensor, count: int, dim: int) -> Tensor:
     return x.index_select(dim, rows_Q)
 
 
-def class_logits(raw: DenseRaw, num_classes: int) -> Tensor:
+def class_logits(outputs: DenseOutputs, num_classes: int) -> Tensor:
     """(N, P, Q) float32."""
-    return torch.cat(flatten_maps(raw.cls.values(), num_classes), dim=1)
+    return torch.cat(flatten_maps(outputs.cls.values(), num_classes), dim=1)
 
 
-def box_outputs(raw: DenseRaw, head: DenseHead) -> Tensor:
+def box_outputs(outputs: DenseOutputs, head: DenseHead) -> Tensor:
     """(N, P, E) float32, in the head's own encoding; of sides that are distributions the means, (N, P, 4)."""
-    encoded_NPE = torch.cat(flatten_maps(raw.box.values(), head.box_width), dim=1)
+    encoded_NPE = torch.cat(flatten_maps(outputs.box.values(), head.box_width), dim=1)
     return encoded_NPE if head.bins is None else mean_sides(encoded_NPE, head.bins)
 
 
@@ -220,11 +220,11 @@ def tempered_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1) * temperature**2
 
 
-def on_levels(raw: DenseRaw, strides: Iterable[int]) -> DenseRaw:
+def on_levels(outputs: DenseOutputs, strides: Iterable[int]) -> DenseOutputs:
     """Class and box outputs of these levels alone."""
     strides = list(strides)
-    return DenseRaw(
-        {stride: raw.cls[stride] for stride in strides}, {stride: raw.box[stride] for stride in strides}
+    return DenseOutputs(
+        {stride: outputs.cls[stride] for stride in strides}, {stride: outputs.box[stride] for stride in strides}
     )
 
 
@@ -245,31 +245,31 @@ class RegionResponses:
     labels: list[Tensor] | None
 
 
-def region_responses(signals: Signals, classes: SharedClasses) -> RegionResponses:
+def region_responses(step: StepOutputs, classes: SharedClasses) -> RegionResponses:
     """Ask both second stages about the student's regions, the teacher's where they are in its own input."""
-    raw, teacher = signals.student_raw, signals.teacher_model
-    assert isinstance(raw, TwoStageRaw)
+    outputs, teacher = step.student_outputs, step.teacher_model
+    assert isinstance(outputs, TwoStageOutputs)
     assert isinstance(teacher, FasterRCNN)
-    sizes = zip(signals.student_batch.sizes, signals.teacher_batch.sizes, strict=True)
-    regions = [from_input_to_input(boxes, *pair) for boxes, pair in zip(raw.proposals, sizes, strict=True)]
+    sizes = zip(step.student_batch.sizes, step.teacher_batch.sizes, strict=True)
+    regions = [from_input_to_input(boxes, *pair) for boxes, pair in zip(outputs.proposals, sizes, strict=True)]
     with torch.no_grad():
-        theirs = teacher.classify(signals.teacher, regions, signals.teacher_batch)
-    return _shared(classes, (raw.roi_logits_RQ, raw.roi_deltas_RQ4), theirs, raw.roi_labels)
+        theirs = teacher.classify(step.teacher, regions, step.teacher_batch)
+    return _shared(classes, (outputs.roi_logits_RQ, outputs.roi_deltas_RQ4), theirs, outputs.roi_labels)
 
 
-def teacher_region_responses(signals: Signals, classes: SharedClasses) -> RegionResponses:
+def teacher_region_responses(step: StepOutputs, classes: SharedClasses) -> RegionResponses:
     """Ask both about regions that the teacher samples from its own proposals, by the method's own draws."""
-    student, teacher = signals.student_model, signals.teacher_model
+    student, teacher = step.student_model, step.teacher_model
     assert isinstance(student, FasterRCNN)
     assert isinstance(teacher, FasterRCNN)
-    with own_draws(signals.generator):
-        samples = teacher.sample(signals.teacher, signals.teacher_batch)
+    with own_draws(step.generator):
+        samples = teacher.sample(step.teacher, step.teacher_batch)
     sampled = [sample.proposals_R4 for sample in samples]
-    sizes = zip(signals.teacher_batch.sizes, signals.student_batch.sizes, strict=True)
+    sizes = zip(step.teacher_batch.sizes, step.student_batch.sizes, strict=True)
     regions = [from_input_to_input(boxes, *pair) for boxes, pair in zip(sampled, sizes, strict=True)]
     with torch.no_grad():
-        theirs = teacher.classify(signals.teacher, sampled, signals.teacher_batch)
-    ours = student.classify(signals.student, regions, signals.student_batch)
+        theirs = teacher.classify(step.teacher, sampled, step.teacher_batch)
+    ours = student.classify(step.student, regions, step.student_batch)
     return _shared(classes, ours, theirs, [sample.labels_R for sample in samples])
 
 

@@ -69,8 +69,8 @@ class Pair(Trainable):
         self,
         images: Sequence[Tensor],
         targets: Sequence[Target],
-        zoom: float = 1.0,
-        unlabelled: Sequence[Tensor] = (),
+        scale_factor: float = 1.0,
+        unlabeled: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Every loss term by name, weighted: sum them.
 
@@ -79,15 +79,15 @@ class Pair(Trainable):
             targets: for each image ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,), or, of a segmenter,
                 ``semantic`` (H, W).
             zoom: factor on the input sizes of both models.
-            unlabelled: more images, as above, for the methods that need no labels. Each term is then the
+            unlabeled: more images, as above, for the methods that need no labels. Each term is then the
                 mean over all images that it has seen.
 
         Raises:
             UserError: in training, no loss of the student's own has a gradient.
         """
-        samples = Samples(images, targets, zoom)
+        samples = Samples(images, targets, scale_factor)
         views = self.distiller.observe(samples)
-        if not unlabelled:
+        if not unlabeled:
             return super().forward(samples, views)
-        more = Samples(unlabelled, None, zoom)
+        more = Samples(unlabeled, None, scale_factor)
         return super().forward(samples, views, more, self.distiller.observe(more))

@@ -61,7 +61,7 @@ def object_mask(batch: Batch, map_NCHW: Tensor) -> Tensor:
 
 
 def class_labels(batch: Batch, map_NCHW: Tensor) -> Tensor:
-    """(N, H, W) int64 on the map: the class at each cell's centre; 255 where none is, and in padding."""
+    """(N, H, W) int64 on the map: the class at each cell's center; 255 where none is, and in padding."""
     return resize_labels(batch.semantic_labels(), map_NCHW.shape[-2:]).long()
 
 

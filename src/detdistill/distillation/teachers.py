@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from detdistill.models.base import Batch, Model, Pyramid, Raw, Target
+from detdistill.models.base import Batch, HeadOutputs, Model, Pyramid, Target
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.preprocess import Preprocess
 
@@ -21,6 +21,7 @@ Signal = Literal["features", "outputs", "tower_features"]
 """What a teacher can say of an image: feature maps by stride, raw head outputs, and in these the maps of the
 head's towers."""
 
+FEATURES: frozenset[Signal] = frozenset({"features"})
 HEAD: frozenset[Signal] = frozenset({"outputs", "tower_features"})
 """What only a head can say."""
 
@@ -41,7 +42,7 @@ class Samples:
 
     images: Sequence[Tensor]
     targets: Sequence[Target] | None = None
-    zoom: float = 1.0
+    scale_factor: float = 1.0
     keys: tuple[str, ...] | None = None
     views: tuple[int | None, ...] | None = None
     _batches: list[tuple[Preprocess, Batch]] = field(default_factory=list, repr=False)
@@ -56,7 +57,7 @@ class Samples:
             has_masks = all("masks" in target for target in batch.targets or ())
             if preprocess == model.preprocessor and (has_masks or not with_masks):
                 return batch
-        batch = model.preprocess(self.images, self.targets, self.zoom)
+        batch = model.preprocess(self.images, self.targets, self.scale_factor)
         self._batches.append((model.preprocessor, batch))
         return batch
 
@@ -66,7 +67,7 @@ class Samples:
         targets = None
         if self.targets is not None:
             targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in self.targets]
-        return Samples(images, targets, self.zoom, self.keys, self.views)
+        return Samples(images, targets, self.scale_factor, self.keys, self.views)
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class TeacherView:
 
     batch: Batch
     features: Pyramid
-    outputs: Raw | None
+    outputs: HeadOutputs | None
     model: Model
 
 
@@ -124,7 +125,7 @@ class LiveTeacher:
 
     @property
     def provides(self) -> frozenset[Signal]:
-        if self.model.opaque:
+        if self.model.incomparable:
             return frozenset({"features"})
         towers: frozenset[Signal] = frozenset({"tower_features"} if isinstance(self.model, OneStage) else ())
         return towers | {"features", "outputs"}
@@ -138,17 +139,17 @@ class LiveTeacher:
             model.to(device)
         batch = samples.batch(model)
         if not requires & HEAD:
-            return TeacherView(batch, model.pyramid_alone(batch), None, model)
-        features = model.pyramid(batch)
+            return TeacherView(batch, model.forward_features_only(batch), None, model)
+        features = model.forward_features(batch)
         return TeacherView(batch, features, head_outputs(model, features, batch, requires), model)
 
 
-def head_outputs(model: Model, features: Pyramid, batch: Batch, requires: frozenset[Signal]) -> Raw:
+def head_outputs(model: Model, features: Pyramid, batch: Batch, requires: frozenset[Signal]) -> HeadOutputs:
     """Raw head outputs, with the maps of the towers where they are required."""
     if "tower_features" not in requires:
-        return model.predict(features, batch)
+        return model.forward_head(features, batch)
     assert isinstance(model, OneStage), "a method that needs tower maps checks this when it is built"
-    return model.predict(features, batch, hidden=True)
+    return model.forward_head(features, batch, tower_features=True)
 
 
 def teachers_by_name(teachers: Sequence[Teacher]) -> Mapping[str, Teacher]:

@@ -83,7 +83,7 @@ class AutoWeight(nn.Module):
     def update(self, task_norm: Tensor, term_norm: Tensor) -> None:
         """Take a measurement of both gradients' norms; one that is 0 or not finite is passed over.
 
-        No host synchronisation.
+        No host synchronization.
         """
         wanted = torch.log(self.ratio * task_norm / term_norm)
         usable = wanted.isfinite()

@@ -25,7 +25,7 @@ class Efficiency:
     Attributes:
         parameters: learnable numbers; None of an exported file, whose graph keeps them to itself.
         macs: multiply-accumulate operations on one image, of the convolutions, matrix products and attention:
-            what papers on detection call FLOPs. Elementwise work, normalisation and NMS are not counted. None
+            what papers on detection call FLOPs. Elementwise work, normalization and NMS are not counted. None
             of an exported file.
         checkpoint_bytes: all parameters and buffers, as a safetensors file holds them (without its header);
             None of an exported file.
@@ -113,7 +113,7 @@ def efficiency(
 
 def _detect(model: Model, images: Sequence[Tensor]) -> list[Detections]:
     batch = model.preprocess(images)
-    return model.decode(model.predict(model.pyramid(batch), batch), batch)
+    return model.decode(model.forward_head(model.forward_features(batch), batch), batch)
 
 
 def _timed(model: Model, images: Sequence[Tensor]) -> float:

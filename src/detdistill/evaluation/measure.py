@@ -56,7 +56,7 @@ def chosen_images(model: Model, split: Split, limit: int | None) -> Split:
     """The split, or so many of its images, evenly spread.
 
     Raises:
-        UserError: there are none, or they are labelled for another task than the model's.
+        UserError: there are none, or they are labeled for another task than the model's.
     """
     if not split.records:
         raise UserError(f"{split.source}: split {split.name!r} has no images to evaluate on; check its file")
@@ -104,7 +104,7 @@ def look_at(
     with eval_mode(model), torch.inference_mode(), autocast:
         for images, targets in make_loader(DetectionDataset(split, None), batch_size, workers):
             batch = model.preprocess([image.to(device, non_blocking=True) for image in images])
-            take(model.answer(batch), targets)
+            take(model.predict(batch), targets)
             done += len(images)
             if progress is not None:
                 progress(done, len(split))

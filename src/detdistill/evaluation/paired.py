@@ -1,6 +1,6 @@
 """Paired differences: what an arm of a comparison did to each seed's run, and what may be said of it.
 
-Two runs of one seed share initialisation, order of data and augmentation, so that their difference is what the
+Two runs of one seed share initialization, order of data and augmentation, so that their difference is what the
 arm did. The interval is Student's t of those differences; a gain is claimed only where it leaves out 0.
 """
 

@@ -1,6 +1,6 @@
 """Evaluate a segmenter on a split: mean intersection over union, and how many pixels are right.
 
-All numbers come from one confusion matrix over all labelled pixels of all images; a pixel whose label is 255
+All numbers come from one confusion matrix over all labeled pixels of all images; a pixel whose label is 255
 counts nowhere. They are those of Cityscapes, Pascal VOC and ADE20K: IoU of a class = TP / (TP + FP + FN), and
 mIoU its mean over the classes.
 
@@ -42,7 +42,7 @@ class SegmentationEvaluation(Evaluation):
             last column are those that were given a class which the split does not have.
         label_maps: (H, W) uint8 of some images, evenly spread, by their place in ``split.records``; 255 where
             the split does not have the class.
-        image_accuracies: (N,) of each record the share of its labelled pixels that got their class; NaN where
+        image_accuracies: (N,) of each record the share of its labeled pixels that got their class; NaN where
             none has a label.
     """
 

@@ -1,6 +1,6 @@
 """How alike the features of two models are: linear CKA.
 
-Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019, §3. Of centred features
+Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019, §3. Of centered features
 X (P, C) and Y (P, D) of the same P cells
 
     CKA(X, Y) = ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)        (Frobenius norms)
@@ -17,13 +17,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from detdistill.distillation.alignment import Overlay
+from detdistill.distillation.alignment import Alignment
 from detdistill.distillation.levels import Matching
 from detdistill.models.base import Model
 
 
 class LinearCKA:
-    """Linear CKA of features that come a part at a time; sums in float64, centred before they are squared.
+    """Linear CKA of features that come a part at a time; sums in float64, centered before they are squared.
 
     Parts are merged by Chan, Golub and LeVeque's update of means and scatter (1979): the result does not depend
     on how the cells were cut. Memory: (C + D)² numbers. Few cells raise it: of unrelated features it is about
@@ -41,8 +41,8 @@ class LinearCKA:
             x_PC, y_PD = x_PC.cpu(), y_PD.cpu()
         both_PC = torch.cat((x_PC.detach().double(), y_PD.detach().double()), dim=1)
         mean_C = both_PC.mean(0)
-        centred_PC = both_PC - mean_C
-        scatter_CC = centred_PC.T @ centred_PC
+        centered_PC = both_PC - mean_C
+        scatter_CC = centered_PC.T @ centered_PC
         if self.count:
             total = self.count + len(both_PC)
             step_C = mean_C - self.mean_C
@@ -87,11 +87,14 @@ def feature_agreement(
     ckas = {level.student_stride: LinearCKA() for level in matching.levels}
     for images in batches:
         student_batch, teacher_batch = student.preprocess(images), teacher.preprocess(images)
-        student_pyramid, teacher_pyramid = student.pyramid(student_batch), teacher.pyramid_alone(teacher_batch)
-        overlay = Overlay(student_batch, teacher_batch)
+        student_pyramid, teacher_pyramid = (
+            student.forward_features(student_batch),
+            teacher.forward_features_only(teacher_batch),
+        )
+        alignment = Alignment(student_batch, teacher_batch)
         for level in matching.levels:
             t_NCHW = teacher_pyramid[level.teacher_stride]
-            s_NCHW = overlay(student_pyramid[level.student_stride], t_NCHW)
+            s_NCHW = alignment(student_pyramid[level.student_stride], t_NCHW)
             for i, size in enumerate(teacher_batch.sizes):
                 rows, columns = (
                     -(-cells * side // whole)

@@ -27,23 +27,23 @@ __all__ = [
     "IMAGENET_STD",
     "Batch",
     "Candidates",
-    "DenseRaw",
+    "DenseOutputs",
     "Detections",
     "Detector",
     "ExportableDetector",
-    "ForeignRaw",
+    "HeadOutputs",
     "Kind",
     "Model",
     "Preprocess",
     "Pyramid",
-    "QueryRaw",
-    "Raw",
-    "SegmentationRaw",
+    "QueryOutputs",
+    "SegmentationOutputs",
     "Segmenter",
     "TappedPyramid",
     "Target",
     "Task",
-    "TwoStageRaw",
+    "ThirdPartyOutputs",
+    "TwoStageOutputs",
     "dense",
     "eval_mode",
 ]
@@ -64,7 +64,7 @@ Task = Literal["detection", "segmentation"]
 
 
 @dataclass(slots=True)
-class DenseRaw:
+class DenseOutputs:
     """Outputs of a dense head before any sigmoid, by stride.
 
     Attributes:
@@ -79,11 +79,11 @@ class DenseRaw:
     box: Pyramid
     centerness: Pyramid | None = None
     initial_box: Pyramid | None = None
-    hidden: list[tuple[Pyramid, Pyramid]] | None = None
+    tower_features: list[tuple[Pyramid, Pyramid]] | None = None
 
 
 @dataclass(slots=True)
-class TwoStageRaw:
+class TwoStageOutputs:
     """Outputs of a two-stage detector before any softmax; R proposals over the whole batch.
 
     Attributes:
@@ -101,7 +101,7 @@ class TwoStageRaw:
             this ``rpn``, and no ``later`` of its own.
     """
 
-    rpn: DenseRaw
+    rpn: DenseOutputs
     proposals: list[Tensor]
     roi_logits_RQ: Tensor
     roi_deltas_RQ4: Tensor
@@ -110,16 +110,16 @@ class TwoStageRaw:
     mask_logits: Tensor | None = None
     mask_targets: Tensor | None = None
     pyramid: Pyramid | None = None
-    later: Sequence[TwoStageRaw] = ()
+    later: Sequence[TwoStageOutputs] = ()
 
 
 @dataclass(slots=True)
-class QueryRaw:
+class QueryOutputs:
     """Outputs of a detector that answers from S queries (the DETRs), before any sigmoid of the scores.
 
     Attributes:
         logits_NSQ: (N, S, Q) class logits of the last decoder layer.
-        boxes_NS4: (N, S, 4) centre and size, over the padded input's width and height.
+        boxes_NS4: (N, S, 4) center and size, over the padded input's width and height.
         outputs: what the losses want beside them (earlier layers, noised objects), as transformers has it.
     """
 
@@ -129,14 +129,14 @@ class QueryRaw:
 
 
 @dataclass(slots=True)
-class ForeignRaw:
+class ThirdPartyOutputs:
     """What a model that this project did not write answered, in a form of its own."""
 
     output: Any
 
 
 @dataclass(slots=True)
-class SegmentationRaw:
+class SegmentationOutputs:
     """Outputs of a segmenter before any softmax, at its own stride: nothing is resized yet.
 
     Attributes:
@@ -153,7 +153,7 @@ SETTINGS = ("score_threshold", "nms_threshold", "max_detections", "topk_candidat
 
 SOURCES = {"weights", "backbone_weights"}
 
-Raw = DenseRaw | TwoStageRaw | QueryRaw | ForeignRaw | SegmentationRaw
+HeadOutputs = DenseOutputs | TwoStageOutputs | QueryOutputs | ThirdPartyOutputs | SegmentationOutputs
 
 
 class TappedPyramid(dict[int, Tensor]):
@@ -167,12 +167,12 @@ class TappedPyramid(dict[int, Tensor]):
     output: Any = None
 
 
-def dense(raw: Raw) -> DenseRaw:
+def dense(head_outputs: HeadOutputs) -> DenseOutputs:
     """The outputs on the pyramid: a one-stage detector's own, a two-stage detector's proposals network."""
-    assert isinstance(raw, DenseRaw | TwoStageRaw), (
+    assert isinstance(head_outputs, DenseOutputs | TwoStageOutputs), (
         "methods on dense outputs refuse other pairs when they are built"
     )
-    return raw.rpn if isinstance(raw, TwoStageRaw) else raw
+    return head_outputs.rpn if isinstance(head_outputs, TwoStageOutputs) else head_outputs
 
 
 class Model(nn.Module, ABC):
@@ -187,7 +187,7 @@ class Model(nn.Module, ABC):
         classes: class names; label i means ``classes[i]``.
         category_ids: by label, those of the data that it was trained on; None: they had none, or are unknown.
         preprocessor: the input convention.
-        pyramid_channels: ``{stride: channels}`` of what ``pyramid`` returns.
+        pyramid_channels: ``{stride: channels}`` of what ``forward_features`` returns.
         pyramid_norms: ``{stride: BatchNorm}`` of the levels whose map is the very output of a BatchNorm; none
             unless a model says so.
         needs_masks: whether it learns from the targets' ``masks``; its detections have masks, too.
@@ -207,9 +207,9 @@ class Model(nn.Module, ABC):
     pyramid_channels: dict[int, int]
     pyramid_norms: Mapping[int, nn.BatchNorm2d] = MappingProxyType({})
     config: ModelConfig | None = None
-    opaque: ClassVar[bool] = False
+    incomparable: ClassVar[bool] = False
     can_learn: bool = True
-    can_answer: bool = True
+    can_predict: bool = True
 
     @property
     def spec(self) -> dict[str, Any] | None:
@@ -238,9 +238,9 @@ class Model(nn.Module, ABC):
         return f"{self.config.family} {getattr(self.config, 'backbone', '')}".strip()
 
     def preprocess(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, zoom: float = 1.0
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, scale_factor: float = 1.0
     ) -> Batch:
-        """Resize, normalise and pad; scale the targets likewise.
+        """Resize, normalize and pad; scale the targets likewise.
 
         Raises:
             ValueError: in training, the targets lack what the model learns from.
@@ -258,15 +258,15 @@ class Model(nn.Module, ABC):
                 f"{type(self).__name__} is for {self.task}: give each target `{missing[0]}` "
                 + ("(H, W) of class indices" if self.task == "segmentation" else "(K, 4) and `labels` (K,)")
             )
-        return self.preprocessor(images, targets, zoom, with_masks=with_masks)
+        return self.preprocessor(images, targets, scale_factor, with_masks=with_masks)
 
     @abstractmethod
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         """Backbone and neck."""
 
-    def pyramid_alone(self, batch: Batch) -> Pyramid:
+    def forward_features_only(self, batch: Batch) -> Pyramid:
         """As :meth:`pyramid`, for those who will not ask ``predict``: no more need run than it takes."""
-        return self.pyramid(batch)
+        return self.forward_features(batch)
 
     @property
     def exported(self) -> nn.Module:
@@ -274,31 +274,31 @@ class Model(nn.Module, ABC):
         return self
 
     @abstractmethod
-    def predict(self, pyramid: Pyramid, batch: Batch) -> Raw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> HeadOutputs:
         """Head outputs before any sigmoid. In training a two-stage detector samples its proposals here."""
 
     @abstractmethod
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, head_outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
         """Ground-truth losses under torchvision's names; ``batch.targets`` must be there."""
 
     @abstractmethod
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
         """Detections in pixels of the original images; a segmenter's label maps, of their sizes."""
 
-    def answer(self, batch: Batch) -> list[Detections]:
+    def predict(self, batch: Batch) -> list[Detections]:
         """From a batch to detections: pyramid, predict and decode, for those who want no more."""
-        return self.decode(self.predict(self.pyramid(batch), batch), batch)
+        return self.decode(self.forward_head(self.forward_features(batch), batch), batch)
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[Target] | None = None
     ) -> dict[str, Tensor] | list[Detections]:
         """Losses in training mode, detections in evaluation mode."""
         if not self.training:
-            return self.answer(self.preprocess(images))
+            return self.predict(self.preprocess(images))
         if targets is None:
             raise ValueError("in training mode a model needs targets; call model.eval() for detections")
         batch = self.preprocess(images, targets)
-        return self.losses(self.predict(self.pyramid(batch), batch), batch)
+        return self.losses(self.forward_head(self.forward_features(batch), batch), batch)
 
 
 class Detector(Model):

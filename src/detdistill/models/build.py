@@ -96,9 +96,9 @@ def build_model(
     """Build the model that a recipe's ``student`` section describes.
 
     ``backbone_weights`` are loaded first, ``weights`` over them. The backbone must load whole; where the head
-    does not, it stays as initialised and a warning holds the report. A file saved by detdistill knows its
+    does not, it stays as initialized and a warning holds the report. A file saved by detdistill knows its
     architecture: what the section does not say is then taken from the file, and class rows are chosen by name.
-    Files of torchvision's detectors are recognised by their names.
+    Files of torchvision's detectors are recognized by their names.
 
     Args:
         model: a section, or the name of a family, as ``"fcos"``.
@@ -234,7 +234,7 @@ def require_forward(model: Model, path: Path) -> None:
     batch = Batch(torch.zeros(1, 3, 64, 64), [(64, 64)], [(64, 64)], None)
     try:
         with eval_mode(model), torch.no_grad():
-            model.predict(model.pyramid(batch), batch)
+            model.forward_head(model.forward_features(batch), batch)
     except Exception as error:  # as above
         raise _unusable(error, path) from error
 

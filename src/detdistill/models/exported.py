@@ -21,12 +21,12 @@ from detdistill.models.base import (
     Candidates,
     Detections,
     Detector,
-    ForeignRaw,
+    HeadOutputs,
     Model,
     Pyramid,
-    Raw,
     Segmenter,
     Target,
+    ThirdPartyOutputs,
 )
 from detdistill.models.checkpoints.spec import (
     CategoryIds,
@@ -151,7 +151,7 @@ class _Exported(Model):
         any_batch: whether it takes any number of images; else one.
     """
 
-    opaque = True
+    incomparable = True
     can_learn = False
 
     def __init__(self, facts: ExportFacts, graph: Graph, *, any_batch: bool) -> None:
@@ -177,14 +177,14 @@ class _Exported(Model):
         return self._spec
 
     def preprocess(
-        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, zoom: float = 1.0
+        self, images: Sequence[Tensor], targets: Sequence[Target] | None = None, scale_factor: float = 1.0
     ) -> Batch:
         """RGB 0…255 in the graph's size."""
-        batch = super().preprocess(images, targets, zoom)
+        batch = super().preprocess(images, targets, scale_factor)
         batch.images_N3HW += batch.images_N3HW.new_tensor(self.padding)[:, None, None]
         return batch
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         """None: the graph keeps its maps to itself."""
         return {}
 
@@ -206,7 +206,7 @@ class _Exported(Model):
             )
         return outputs
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, head_outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
         raise UserError("an exported model cannot learn: train the run or weights file that it came from")
 
 
@@ -218,17 +218,17 @@ class ExportedDetector(_Exported, Detector):
         self.facts = facts
         self.needs_masks = facts.mask_convention is not None
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> ThirdPartyOutputs:
         inputs = [batch.images_N3HW.cpu()]
         if self.facts.needs_sizes:
             inputs.append(torch.tensor(batch.sizes, dtype=torch.float32))
-        return ForeignRaw(Candidates(*self.run(*inputs)))
+        return ThirdPartyOutputs(Candidates(*self.run(*inputs)))
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, ForeignRaw)
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(head_outputs, ThirdPartyOutputs)
         facts = self.facts
         return suppress(
-            raw.output,
+            head_outputs.output,
             batch,
             nms_threshold=facts.nms_threshold,
             max_detections=facts.max_detections,
@@ -244,14 +244,16 @@ class ExportedSegmenter(_Exported, Segmenter):
         super().__init__(facts, graph, any_batch=any_batch)
         self.facts = facts
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> ThirdPartyOutputs:
         (labels_NHW,) = self.run(batch.images_N3HW.cpu())
-        return ForeignRaw(labels_NHW)
+        return ThirdPartyOutputs(labels_NHW)
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, ForeignRaw)
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(head_outputs, ThirdPartyOutputs)
         maps = []
-        for labels_HW, (height, width), size in zip(raw.output, batch.sizes, batch.original_sizes, strict=True):
+        for labels_HW, (height, width), size in zip(
+            head_outputs.output, batch.sizes, batch.original_sizes, strict=True
+        ):
             image_HW = labels_HW[None, :height, :width]
             maps.append({"semantic": resize(image_HW, list(size), InterpolationMode.NEAREST_EXACT)[0].long()})
         return maps

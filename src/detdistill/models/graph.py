@@ -2,7 +2,7 @@
 
 ::
 
-    images (N, 3, H, W) ─normalise─▶ backbone, neck, head ─┬─▶ candidates: boxes, scores, labels
+    images (N, 3, H, W) ─normalize─▶ backbone, neck, head ─┬─▶ candidates: boxes, scores, labels
                                                            └─▶ label maps
 
 Suppression stays outside: its result has no fixed size. (That in the middle of a two-stage detector is inside:
@@ -79,7 +79,7 @@ class ModelGraph(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
         self.eval()
 
-    def normalised(self, images_N3HW: Tensor) -> Tensor:
+    def normalized(self, images_N3HW: Tensor) -> Tensor:
         """What the network takes, from RGB, 0…255."""
         x_N3HW = (images_N3HW - self.mean_311) / self.std_311
         return x_N3HW.flip(1) if self.model.preprocessor.bgr else x_N3HW
@@ -104,7 +104,7 @@ class DetectionGraph(ModelGraph):
             sizes_N2: where the model ``needs_sizes``, (height, width) of what is image in each, float32.
         """
         sizes: Any = [] if sizes_N2 is None else list(sizes_N2)
-        batch = Batch(self.normalised(images_N3HW), sizes, [], None)
+        batch = Batch(self.normalized(images_N3HW), sizes, [], None)
         return tuple(part for part in self.model.candidates(batch) if part is not None)
 
 
@@ -115,9 +115,9 @@ class SegmentationGraph(ModelGraph):
 
     def forward(self, images_N3HW: Tensor) -> tuple[Tensor]:
         """The likeliest class of each pixel of the input, (N, H, W) uint8, from RGB, 0…255."""
-        batch = Batch(self.normalised(images_N3HW), [], [], None)
-        raw = self.model.predict(self.model.pyramid(batch), batch)
-        return (resize_logits(raw.logits_NQHW, batch.padded_size).argmax(dim=1).to(torch.uint8),)
+        batch = Batch(self.normalized(images_N3HW), [], [], None)
+        outputs = self.model.forward_head(self.model.forward_features(batch), batch)
+        return (resize_logits(outputs.logits_NQHW, batch.padded_size).argmax(dim=1).to(torch.uint8),)
 
 
 def graph_of(model: Model) -> DetectionGraph | SegmentationGraph:

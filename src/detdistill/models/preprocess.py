@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from detdistill.data.records import UNLABELLED
+from detdistill.data.records import UNLABELED
 
 Target = dict[str, Tensor]
 """``boxes`` (K, 4) float xyxy in pixels of the image it comes with, ``labels`` (K,) int64 in 0…Q-1; for
@@ -29,7 +29,7 @@ class Batch:
     """What the network sees.
 
     Attributes:
-        images_N3HW: normalised, padded on the right and at the bottom.
+        images_N3HW: normalized, padded on the right and at the bottom.
         sizes: (height, width) of each image in network input, before padding.
         original_sizes: (height, width) of each image as it was given.
         targets: boxes, masks where they are needed, and label maps, scaled to network input (before padding);
@@ -50,7 +50,7 @@ class Batch:
         """The targets' label maps as one (N, H, W) int64 tensor of the padded size; padding is ignored."""
         assert self.targets is not None, "label maps are in a batch with targets"
         labels_NHW = torch.full(
-            (len(self.sizes), *self.padded_size), UNLABELLED, dtype=torch.int64, device=self.images_N3HW.device
+            (len(self.sizes), *self.padded_size), UNLABELED, dtype=torch.int64, device=self.images_N3HW.device
         )
         for row, target, (height, width) in zip(labels_NHW, self.targets, self.sizes, strict=True):
             row[:height, :width].copy_(target["semantic"])
@@ -59,7 +59,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, normalise, pad: the model's own input convention.
+    """Resize, normalize, pad: the model's own input convention.
 
     Args:
         size: (short, long): the short side becomes ``short`` unless the long side would pass ``long``
@@ -67,7 +67,7 @@ class Preprocess:
         mean, std: of RGB in [0, 1].
         divisor: height and width are padded to a multiple of it (the largest backbone stride).
         bgr: whether the network takes its channels in the order blue, green, red.
-        fill: what padding holds, after normalisation.
+        fill: what padding holds, after normalization.
         keep_ratio: if False, ``size`` is (height, width) and images are stretched to it, antialiased (as DETRs
             want it); a zoom then goes to the nearest multiple of the divisor.
     """
@@ -84,7 +84,7 @@ class Preprocess:
         self,
         images: Sequence[Tensor],
         targets: Sequence[Target] | None = None,
-        zoom: float = 1.0,
+        scale_factor: float = 1.0,
         *,
         with_masks: bool = False,
     ) -> Batch:
@@ -109,8 +109,10 @@ class Preprocess:
             image = image.flip(0) if self.bgr else image
             height, width = image.shape[-2:]
             if self.size is not None and not self.keep_ratio:
-                image = F.interpolate(image[None], self.stretched(zoom), mode="bilinear", antialias=True)[0]
-            elif (scale := self.scale(height, width) * zoom) != 1.0:
+                image = F.interpolate(
+                    image[None], self.stretched(scale_factor), mode="bilinear", antialias=True
+                )[0]
+            elif (scale := self.scale(height, width) * scale_factor) != 1.0:
                 # floor(side · scale), as torchvision's GeneralizedRCNNTransform; thin images keep a pixel
                 size = max(1, int(height * scale)), max(1, int(width * scale))
                 image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
@@ -131,12 +133,12 @@ class Preprocess:
         short, long = self.size
         return min(short / min(height, width), long / max(height, width))
 
-    def stretched(self, zoom: float = 1.0) -> tuple[int, int]:
+    def stretched(self, scale_factor: float = 1.0) -> tuple[int, int]:
         """(height, width) of every image where the ratio is not kept."""
         assert self.size is not None
-        if zoom == 1.0:
+        if scale_factor == 1.0:
             return self.size
-        height, width = (max(1, round(side * zoom / self.divisor)) * self.divisor for side in self.size)
+        height, width = (max(1, round(side * scale_factor / self.divisor)) * self.divisor for side in self.size)
         return height, width
 
     def canvas(self, images: Sequence[Tensor]) -> tuple[int, int]:
@@ -170,7 +172,7 @@ def _scaled(target: Target, size: tuple[int, int], image_3HW: Tensor, with_masks
 
 
 def resize_labels(labels_NHW: Tensor, size: Sequence[int]) -> Tensor:
-    """(N, *size) uint8: each new pixel has the class of the pixel in which its centre lies."""
+    """(N, *size) uint8: each new pixel has the class of the pixel in which its center lies."""
     labels_NHW = labels_NHW.to(torch.uint8)
     if labels_NHW.shape[-2:] == torch.Size(size):
         return labels_NHW

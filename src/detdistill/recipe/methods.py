@@ -35,7 +35,7 @@ from detdistill.recipe.reading import describe, expand_method, merge, sections_i
 from detdistill.recipe.sections import Section, refuse_unknown_keys
 
 if TYPE_CHECKING:
-    from detdistill.distillation.method import Method, Setting
+    from detdistill.distillation.method import Method, PairContext
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +94,11 @@ class MethodOptions(OptionGroup):
 
     target: ClassVar[str | Callable[..., Any]]
     """The :class:`~detdistill.distillation.method.Method` as ``module:class``, imported when one is built, or
-    the class itself: called with a ``Setting`` and these options."""
+    the class itself: called with a ``PairContext`` and these options."""
     tasks: ClassVar[frozenset[Task]] = DETECTION
     """What it can be used for. One that needs boxes, anchors or proposals is for detection alone."""
     needs_labels: ClassVar[bool] = False
-    """Images without labels (``data.unlabelled``) cannot be used."""
+    """Images without labels (``data.unlabeled``) cannot be used."""
     presets: ClassVar[Presets] = {}
     """Named sets of options. The one named after the student's family ("gfl"), else after its kind ("anchor",
     "anchor_free", "two_stage", "segmentation"), else "recommended", is what the method's name alone means."""
@@ -121,13 +121,13 @@ class MethodOptions(OptionGroup):
         """These options where they were given, else the preset's, else the defaults; groups key by key."""
         return type(self).model_validate(merge(preset, self.given))
 
-    def build(self, setting: Setting) -> Method:
+    def build(self, context: PairContext) -> Method:
         """The method that these options describe, without a preset (``build_method`` looks for one)."""
         target = type(self).target  # a function is no method of these options
         if isinstance(target, str):
             module, _, name = target.partition(":")
             target = getattr(import_module(module), name)
-        method: Method = target(setting, self)
+        method: Method = target(context, self)
         return method
 
     @classmethod
@@ -524,7 +524,7 @@ class CrossKDOptions(MethodOptions):
     presets: ClassVar[Presets] = {
         "anchor": {},
         "anchor_free": {
-            "cls_weight": 0.4, "box_weight": 0.75, "box_loss": "iou", "normalise": "centerness",
+            "cls_weight": 0.4, "box_weight": 0.75, "box_loss": "iou", "normalize": "centerness",
         },
         "gfl": {"box_weight": 4.0},
     }  # fmt: skip
@@ -537,7 +537,7 @@ class CrossKDOptions(MethodOptions):
     align_scale: Switch = Field(
         True, description="bring the student's maps to the scale of the teacher's; off: as they are"
     )
-    normalise: Literal["positives", "centerness"] = Field(
+    normalize: Literal["positives", "centerness"] = Field(
         "positives",
         description="n: the number of matched anchors (at least 1 for each image) or their summed centerness",
     )
@@ -550,6 +550,13 @@ class CrossKDOptions(MethodOptions):
     temperature: Temperature = Field(
         1.0, description="of distributions of box sides, with the factor temperature²"
     )
+
+    @classmethod
+    def upgraded(cls, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "normalise" not in options:
+            return options
+        warnings.warn("crosskd: normalise is deprecated: write normalize", FutureWarning, stacklevel=2)
+        return {"normalize" if key == "normalise" else key: value for key, value in options.items()}
 
 
 @register("cwd", f"{_ROOM}.cwd:CWD")

@@ -225,7 +225,7 @@ class NetworkConfig(ModelConfig):
 
     channels: int = Field(256, gt=0, le=2**16, description="width of pyramid and head")
     norm: Literal["batch", "frozen"] = Field(
-        "batch", description="backbone normalisation; frozen for batches < 8"
+        "batch", description="backbone normalization; frozen for batches < 8"
     )
     freeze_stages: int = Field(0, ge=0, le=5, description="backbone stages, from the input, that do not learn")
 

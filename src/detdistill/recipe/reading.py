@@ -5,6 +5,7 @@ What the tree may say is the business of :mod:`detdistill.recipe`.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +17,15 @@ from pydantic import BaseModel
 
 from detdistill.errors import UserError, nearest
 
+logger = logging.getLogger(__name__)
+
 Tree = dict[str, Any]
 Lines = dict[tuple[str, ...], str]
 """Where each key of a tree was written: ``{("training", "epochs"): "recipe.yaml:7"}``."""
 
+
+RENAMED = {("data", "unlabelled"): "unlabeled", ("training", "unlabelled_batch"): "unlabeled_batch"}
+"""Keys of version 0.1 by section, and what they are called now."""
 
 MOST_VALUES = 100_000
 """Of a YAML file, aliases written out."""
@@ -56,7 +62,7 @@ def read_recipe_file(path: Path, overrides: Iterable[str] = ()) -> tuple[Tree, L
 
 def expand_short_forms(tree: Mapping[str, Any]) -> Tree:
     """``data: FOLDER``, ``teacher: WEIGHTS`` and ``methods: [ima]`` as the mappings that they stand for."""
-    full = dict(tree)
+    full = _with_todays_keys(tree)
     data, teacher, methods = full.get("data"), full.get("teacher"), full.get("methods")
     if isinstance(data, str | Path):
         full["data"] = {"format": "digits"} if str(data) == "digits" else {"root": data}
@@ -69,6 +75,21 @@ def expand_short_forms(tree: Mapping[str, Any]) -> Tree:
 
 
 OF_EVERY_METHOD = ("weight", "ratio", "warmup", "decay_from")
+
+
+def _with_todays_keys(tree: Mapping[str, Any]) -> Tree:
+    """Keys of version 0.1 under today's names, with a deprecation line for each."""
+    full = dict(tree)
+    for (section, old), new in RENAMED.items():
+        options = full.get(section)
+        if not isinstance(options, Mapping) or old not in options:
+            continue
+        if new in options:
+            raise UserError(f"{section}.{old} is the old name of {section}.{new}: leave one of the two out")
+        if options[old] is not None:  # version 0.1 wrote out every key of a run's recipe
+            logger.warning("%s.%s is deprecated: write %s.%s", section, old, section, new)
+        full[section] = {new if key == old else key: value for key, value in options.items()}
+    return full
 
 
 def expand_method(item: Any) -> Any:
@@ -107,6 +128,7 @@ def _read_layers(path: Path, above: Sequence[Path]) -> tuple[Tree, Lines]:
     tree, lines = _read(path)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise UserError(f"{path}: a recipe is a mapping with keys such as data, student, training")
+    tree = _with_todays_keys(tree)
     base = tree.pop("base", None)
     if base is not None:
         below = path.parent / Path(str(base)).expanduser()

@@ -66,8 +66,8 @@ class Recipe(Section):
             and not isinstance(self.teacher, ObjectConfig)
         ):
             raise ValueError("teacher.weights is missing: an untrained teacher teaches noise")
-        if self.training.unlabelled_batch is not None and self.data.unlabelled is None:
-            raise ValueError("training.unlabelled_batch has no images: add `data.unlabelled: FOLDER`")
+        if self.training.unlabeled_batch is not None and self.data.unlabeled is None:
+            raise ValueError("training.unlabeled_batch has no images: add `data.unlabeled: FOLDER`")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"method {twice[0]!r} is listed twice: give each method once")

@@ -99,7 +99,7 @@ class DataConfig(Section):
     limit: int | None = Field(
         None, gt=0, description="train on so many of the training images alone, evenly spread over the file"
     )
-    unlabelled: str | None = Field(
+    unlabeled: str | None = Field(
         None, description="images without labels, by which methods teach: a folder, a list, or a COCO json"
     )
     train_size: int = Field(
@@ -115,7 +115,7 @@ class DataConfig(Section):
     def _home(cls, value: Path | None) -> Path | None:
         return value.expanduser() if value else value
 
-    _expand = field_validator("train", "val", "images", "unlabelled")(with_home)
+    _expand = field_validator("train", "val", "images", "unlabeled")(with_home)
 
     @field_validator("classes")
     @classmethod
@@ -175,7 +175,7 @@ class AugmentConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["sgd", "adamw"] = Field("sgd", description="which optimiser")
+    name: Literal["sgd", "adamw"] = Field("sgd", description="which optimizer")
     lr: float = Field(
         0.01, gt=0, le=1000, description="learning rate after the warm-up; AdamW's default is 1e-4"
     )
@@ -191,7 +191,7 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_of_the_optimiser(cls, section: Any) -> Any:
+    def _rate_of_the_optimizer(cls, section: Any) -> Any:
         if isinstance(section, dict) and section.get("name") == "adamw" and "lr" not in section:
             return {**section, "lr": 1e-4}
         return section
@@ -236,14 +236,14 @@ class TrainingConfig(Section):
     )
     max_time: float | None = Field(None, gt=0, description="stop, and save, after so many minutes")
     batch_size: int = Field(
-        16, gt=0, le=MOST_IMAGES, description="images of one optimiser step, over all processes"
+        16, gt=0, le=MOST_IMAGES, description="images of one optimizer step, over all processes"
     )
     accumulate: int = Field(1, gt=0, le=MOST_IMAGES, description="forward passes that make one step")
-    unlabelled_batch: int | None = Field(
+    unlabeled_batch: int | None = Field(
         None,
         gt=0,
         le=MOST_IMAGES,
-        description="images of `data.unlabelled` in a step beside those; none: as many as those",
+        description="images of `data.unlabeled` in a step beside those; none: as many as those",
     )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="see below")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="see below")
@@ -280,7 +280,7 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _steps_divide(self) -> TrainingConfig:
-        for name, size in (("batch_size", self.batch_size), ("unlabelled_batch", self.unlabelled_batch)):
+        for name, size in (("batch_size", self.batch_size), ("unlabeled_batch", self.unlabeled_batch)):
             if size is not None and size % self.accumulate:
                 raise ValueError(f"{name} must be a multiple of accumulate; got {size} and {self.accumulate}")
         return self

@@ -1,6 +1,6 @@
-"""Charts as inline SVG for a page: they take its colours, light or dark, and its text is text.
+"""Charts as inline SVG for a page: they take its colors, light or dark, and its text is text.
 
-Plain ElementTree: every name in a chart is data, and is escaped when the tree is written. Colours are classes
+Plain ElementTree: every name in a chart is data, and is escaped when the tree is written. Colors are classes
 (``c0``, ``c1``, … of the palette, ``k0``, … of the kinds of error), which the page's style sheet defines.
 """
 
@@ -25,7 +25,7 @@ LEFT, RIGHT, TOP, BOTTOM = 38, 14, 8, 36
 NAMES = 122  # units for the names beside bars and intervals
 LONGEST_NAME = 15  # characters of them
 POINTS = 160  # of a line: more than a drawing of this size can show
-MARKS = 5  # on a line without dots, so that lines can be told apart without their colours
+MARKS = 5  # on a line without dots, so that lines can be told apart without their colors
 # Circle, square, triangle, diamond, triangle on its point: by corners, around (0, 0), of a circle's size.
 SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
     (),
@@ -45,7 +45,7 @@ class Line:
         x, y: its points; those that are not finite are left out.
         color: index into the palette.
         thin: beside the point, as one seed's line is beside the mean.
-        dashed: to tell two lines of one colour apart.
+        dashed: to tell two lines of one color apart.
         dots: mark the points.
     """
 
@@ -60,7 +60,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An entry of a legend: the colour's class, what it stands for, a value, if any, and a line's mark."""
+    """An entry of a legend: the color's class, what it stands for, a value, if any, and a line's mark."""
 
     color: str
     name: str
@@ -142,7 +142,7 @@ def line_chart(
 
 
 def bar_chart(names: Sequence[str], series: Sequence[tuple[str, int, Sequence[float]]], label: str) -> Markup:
-    """Horizontal bars: for each name one of each series (its name, colour and values); NaN has no bar."""
+    """Horizontal bars: for each name one of each series (its name, color and values); NaN has no bar."""
     values = np.array([values for _, _, values in series], dtype=np.float64)
     highest = float(np.nanmax(values, initial=0.0)) or 1.0
     thick = 9 if len(series) == 1 else 7
@@ -297,7 +297,7 @@ def _name(svg: Element, name: str, y: float) -> None:
 
 
 def _mark(svg: Element, color: int, x: float, y: float) -> Element:
-    """A point, in the colour and the shape of its line."""
+    """A point, in the color and the shape of its line."""
     corners = SHAPES[color % len(SHAPES)]
     if not corners:
         return SubElement(svg, "circle", {"class": f"dot c{color}", **_numbers(cx=x, cy=y, r=2.9)})

@@ -25,7 +25,7 @@ from detdistill.visualization.plots import COLORS, ERROR_COLORS
 
 @dataclass(frozen=True)
 class Scheme:
-    """Colours of the page: ink and muted are for text on paper or card; edges are for lines."""
+    """Colors of the page: ink and muted are for text on paper or card; edges are for lines."""
 
     paper: str
     card: str
@@ -116,7 +116,7 @@ class Section:
         notes: what is missing, and why.
         charts, tables, pictures, codes: its content, in this order.
         slides: pairs of pictures; ``sides`` says what is on either.
-        swatches: the colours in the pictures, as #rrggbb, and what they stand for.
+        swatches: the colors in the pictures, as #rrggbb, and what they stand for.
     """
 
     title: str

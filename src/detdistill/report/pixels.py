@@ -123,7 +123,7 @@ def _precision(confusion: Tensor, label: int) -> float:
 
 
 def _most_telling(accuracies: Sequence[Tensor], most: int) -> list[int]:
-    """Places of images: where the two differ most, or where the one is worst; unlabelled images last."""
+    """Places of images: where the two differ most, or where the one is worst; unlabeled images last."""
     merit_N = (accuracies[-1] - accuracies[0]).abs() if len(accuracies) > 1 else -accuracies[0]
     merit_N = torch.where(merit_N.isnan(), -math.inf, merit_N)
     order: list[int] = merit_N.argsort(descending=True, stable=True)[:most].tolist()

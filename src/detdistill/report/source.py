@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def colors(self) -> dict[str, tuple[int, bool]]:
-        """By arm: its colour, the same all over the page, and whether it is dashed (no colour was left)."""
+        """By arm: its color, the same all over the page, and whether it is dashed (no color was left)."""
         best = self.best
         others = [arm.name for arm in self.comparison.arms[1:] if arm is not best]
         taken = {self.comparison.arms[0].name: 0} | ({best.name: 1} if best is not None else {})

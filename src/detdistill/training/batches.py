@@ -1,4 +1,4 @@
-"""What a run sees, step by step: labelled images, and perhaps some without labels beside them."""
+"""What a run sees, step by step: labeled images, and perhaps some without labels beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detdistill.data.loading import DetectionDataset, make_loader
 from detdistill.data.records import Split
-from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
+from detdistill.data.unlabeled import UnlabeledImages, find_unlabeled
 from detdistill.distillation.distiller import Trainable
 from detdistill.distillation.teachers import Samples
 from detdistill.errors import UserError
@@ -20,29 +20,29 @@ from detdistill.seeding import mix_seed
 from detdistill.training.sampler import StepSampler
 from detdistill.training.step import MicroBatch
 
-UNLABELLED_SEED = 1  # beside the run's own: else images without labels came in the order of the others
+UNLABELED_SEED = 1  # beside the run's own: else images without labels came in the order of the others
 
 
 def open_datasets(
     recipe: Recipe, train: Split, trainable: Trainable
-) -> tuple[DetectionDataset, UnlabelledImages | None]:
-    """The labelled images of a run, and those without labels, if there are any and methods to learn from them.
+) -> tuple[DetectionDataset, UnlabeledImages | None]:
+    """The labeled images of a run, and those without labels, if there are any and methods to learn from them.
 
     Raises:
         UserError: no method can use images without labels, or one of them is missing.
     """
     augment, seed = recipe.training.augment, recipe.training.seed
-    labelled = DetectionDataset(train, augment, seed, with_masks=trainable.student.needs_masks)
-    if recipe.data.unlabelled is None or not trainable.terms:
-        return labelled, None
+    labeled = DetectionDataset(train, augment, seed, with_masks=trainable.student.needs_masks)
+    if recipe.data.unlabeled is None or not trainable.terms:
+        return labeled, None
     trainable.without_labels()
-    files = find_unlabelled(recipe.data)
-    return labelled, UnlabelledImages(files, augment, seed, label_maps=train.has_label_maps)
+    files = find_unlabeled(recipe.data)
+    return labeled, UnlabeledImages(files, augment, seed, label_maps=train.has_label_maps)
 
 
 def micro_batches(
-    labelled: DetectionDataset,
-    unlabelled: UnlabelledImages | None,
+    labeled: DetectionDataset,
+    unlabeled: UnlabeledImages | None,
     config: TrainingConfig,
     start: int,
     stop: int,
@@ -55,7 +55,7 @@ def micro_batches(
         UserError: a step's images cannot be shared by the processes and their micro-batches.
     """
 
-    def batches(dataset: DetectionDataset | UnlabelledImages, size: int, seed: int) -> Iterator[Any]:
+    def batches(dataset: DetectionDataset | UnlabeledImages, size: int, seed: int) -> Iterator[Any]:
         try:
             sampler = StepSampler(
                 len(dataset),
@@ -71,20 +71,20 @@ def micro_batches(
             raise UserError(f"training: {error}") from None
         return iter(make_loader(dataset, sampler, config.workers))
 
-    own = batches(labelled, config.batch_size, config.seed)
-    if unlabelled is None:
-        return (MicroBatch(_samples(labelled, *batch)) for batch in own)
-    size = config.unlabelled_batch or config.batch_size
-    others = batches(unlabelled, size, mix_seed(config.seed, UNLABELLED_SEED))
+    own = batches(labeled, config.batch_size, config.seed)
+    if unlabeled is None:
+        return (MicroBatch(_samples(labeled, *batch)) for batch in own)
+    size = config.unlabeled_batch or config.batch_size
+    others = batches(unlabeled, size, mix_seed(config.seed, UNLABELED_SEED))
     both = zip(own, others, strict=True)
     return (
-        MicroBatch(_samples(labelled, *batch), replace(_samples(unlabelled, *more), targets=None))
+        MicroBatch(_samples(labeled, *batch), replace(_samples(unlabeled, *more), targets=None))
         for batch, more in both
     )
 
 
 def _samples(
-    dataset: DetectionDataset | UnlabelledImages, images: list[Tensor], targets: list[Target]
+    dataset: DetectionDataset | UnlabeledImages, images: list[Tensor], targets: list[Target]
 ) -> Samples:
     keys = tuple(dataset.key(int(target["index"])) for target in targets)
     views = (

@@ -46,7 +46,7 @@ from detdistill.training.preemption import PREEMPTED, Stop, StopRequest, stop_re
 from detdistill.training.run_folder import Row, RunFolder
 from detdistill.training.sampler import steps_per_epoch, total_steps
 from detdistill.training.schedules import learning_rate_factor
-from detdistill.training.step import MicroBatch, StepOutcome, build_optimizer, optimisation_step
+from detdistill.training.step import MicroBatch, StepOutcome, build_optimizer, optimization_step
 
 LOG_EVERY = 20  # steps; the only regular moment at which the host waits for the device
 DROWNING, DROWNING_SHARE = 10, 0.9  # of a gradient over clip_norm and of the loss: then a warning is due
@@ -173,9 +173,9 @@ class _Trainer:
         self.ema = ModelEmaV3(student, self.config.ema, use_warmup=True) if self.config.ema else None
 
         self.datasets = open_datasets(recipe, self.train_split, self.trainable)
-        if (unlabelled := self.datasets[1]) is not None:
+        if (unlabeled := self.datasets[1]) is not None:
             able = ", ".join(self.trainable.without_labels())
-            self.display.note(f"{len(unlabelled)} images without labels, from which {able} teaches")
+            self.display.note(f"{len(unlabeled)} images without labels, from which {able} teaches")
         self.steps_per_epoch = steps_per_epoch(len(self.train_split), self.config.batch_size)
         self.total_steps = total_steps(self.config, len(self.train_split))
         self.step = self.saved = self.evaluated = 0
@@ -252,7 +252,7 @@ class _Trainer:
             group["lr"] = group["base_lr"] * factor
         self.trainable.at_step(self.step, self.total_steps)
         self.model.train()
-        outcome = optimisation_step(
+        outcome = optimization_step(
             self.accelerator, self.model, self.distiller, self.optimizer, micro_batches, self.step, self.config
         )
         self.pending.append(outcome)

@@ -37,6 +37,6 @@ def models_of(
     require_usable_weights(student, "the student", learns=True)
     if teacher is not None:
         require_usable_weights(teacher, "the teacher")
-    if not student.can_answer:
+    if not student.can_predict:
         raise UserError("the student gives no detections, and cannot be evaluated: give wrap(..., decode=...)")
     return student, teacher

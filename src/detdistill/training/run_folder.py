@@ -93,7 +93,7 @@ class RunFolder:
             shown = printable(str(self.path))
             raise UserError(f"{shown}: the name is not UTF-8: choose another folder with --out")
         run, top = self.path.resolve(), data.root or Path()
-        for given in (data.root, data.images, data.unlabelled):
+        for given in (data.root, data.images, data.unlabeled):
             root = (top / given).resolve() if given is not None else None
             if root is None or root not in (run, *run.parents):
                 continue

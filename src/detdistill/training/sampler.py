@@ -20,7 +20,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     Args:
         length: images of the dataset.
-        batch_size: images of one optimiser step, over all processes and micro-batches.
+        batch_size: images of one optimizer step, over all processes and micro-batches.
         stop, start: the steps to yield, ``start`` ≤ s < ``stop``.
         seed: of the permutations.
         rank, world: this process, and how many there are.

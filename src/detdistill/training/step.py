@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class MicroBatch(NamedTuple):
     """What one forward pass sees: images with labels, and perhaps some without."""
 
-    labelled: Samples
-    unlabelled: Samples | None = None
+    labeled: Samples
+    unlabeled: Samples | None = None
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class StepOutcome:
         return len(self.indices)
 
 
-def optimisation_step(
+def optimization_step(
     accelerator: Accelerator,
     model: nn.Module,
     distiller: Distiller,
@@ -58,14 +58,14 @@ def optimisation_step(
     All randomness of a step comes from (seed, step, micro-batch, process), so that a resumed run goes on
     exactly as an uninterrupted one, and a student's draws do not depend on being distilled.
     """
-    zoom = draw_zoom(config, step)
+    scale_factor = draw_scale_factor(config, step)
     totals: dict[str, Tensor] = {}
     for i, micro_batch in enumerate(micro_batches):
         torch.manual_seed(mix_seed(config.seed, step, i, accelerator.process_index))
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             with accelerator.autocast():
-                losses = losses_of(model, distiller, micro_batch, zoom, accelerator.device)
+                losses = losses_of(model, distiller, micro_batch, scale_factor, accelerator.device)
             accelerator.backward(torch.stack(list(losses.values())).sum() / len(micro_batches))
         for name, value in losses.items():
             totals[name] = totals.get(name, 0) + value.detach() / len(micro_batches)
@@ -74,14 +74,12 @@ def optimisation_step(
         norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    indices = [
-        target["index"] for micro_batch in micro_batches for target in micro_batch.labelled.targets or ()
-    ]
+    indices = [target["index"] for micro_batch in micro_batches for target in micro_batch.labeled.targets or ()]
     return StepOutcome(step, totals, norm, indices)
 
 
 def losses_of(
-    model: nn.Module, distiller: Distiller, micro_batch: MicroBatch, zoom: float, device: torch.device
+    model: nn.Module, distiller: Distiller, micro_batch: MicroBatch, scale_factor: float, device: torch.device
 ) -> dict[str, Tensor]:
     """The forward pass of teachers and student on a micro-batch: every loss term by name.
 
@@ -94,7 +92,7 @@ def losses_of(
     seen: list[Any] = []
     for samples in micro_batch:
         if samples is not None:
-            samples = replace(samples.to(device), zoom=zoom)
+            samples = replace(samples.to(device), scale_factor=scale_factor)
             seen += [samples, distiller.observe(samples)]
     try:
         losses: dict[str, Tensor] = model(*seen)
@@ -108,7 +106,7 @@ def losses_of(
     return losses
 
 
-def draw_zoom(config: TrainingConfig, step: int) -> float:
+def draw_scale_factor(config: TrainingConfig, step: int) -> float:
     """Multi-scale training: the factor on the input size, one for the whole step in every process."""
     if config.augment.multi_scale is None:
         return 1.0

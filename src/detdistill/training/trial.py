@@ -17,7 +17,7 @@ from detdistill.seeding import mix_seed
 from detdistill.training.batches import micro_batches, open_datasets
 from detdistill.training.precision import DTYPES, resolve_device, resolve_precision
 from detdistill.training.sampler import micro_batch_size, total_steps
-from detdistill.training.step import draw_zoom, losses_of
+from detdistill.training.step import draw_scale_factor, losses_of
 
 MOST_IMAGES = 2  # enough for BatchNorm wherever the run has enough
 
@@ -70,13 +70,13 @@ def try_step(recipe: Recipe, distiller: Distiller, train: Split) -> Trial:
         distiller.to_channels_last()
     trainable.train()
     trainable.at_step(0, total_steps(config, len(train)))
-    few = {"batch_size": images, "unlabelled_batch": None, "accumulate": 1, "workers": 0}
+    few = {"batch_size": images, "unlabeled_batch": None, "accumulate": 1, "workers": 0}
     batches = micro_batches(
         *open_datasets(recipe, train, trainable), config.model_copy(update=few), start=0, stop=1
     )
     torch.manual_seed(mix_seed(config.seed, 0))
     with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-        terms = losses_of(trainable, distiller, next(batches), draw_zoom(config, 0), device)
+        terms = losses_of(trainable, distiller, next(batches), draw_scale_factor(config, 0), device)
     torch.stack([term.float() for term in terms.values()]).sum().backward()
     losses = {name: float(term.detach()) for name, term in terms.items()}
     bad = [name for name, value in losses.items() if not math.isfinite(value)]

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from detdistill.data.records import UNLABELLED
+from detdistill.data.records import UNLABELED
 from detdistill.text import printable
 
 CROWD = 30  # boxes from which their labels would hide the image
@@ -165,16 +165,16 @@ def _draw_boxes(
     for box, color in reversed(list(zip(boxes, colors, strict=True))):
         draw.rectangle(box, outline=color, width=max(2, size // 7))
     room = picture.width - 2 * PADDING
-    labelled = len(boxes) if len(boxes) < CROWD else 0
-    texts = [_fitting(name, score, font, room) for name, score in zip(names[:labelled], scores, strict=False)]
+    labeled = len(boxes) if len(boxes) < CROWD else 0
+    texts = [_fitting(name, score, font, room) for name, score in zip(names[:labeled], scores, strict=False)]
     sizes = [_text_size(text, font) for text in texts]
-    placed = place_labels(boxes[:labelled], sizes, picture.size)
-    if labelled < len(boxes) or None in placed:
+    placed = place_labels(boxes[:labeled], sizes, picture.size)
+    if labeled < len(boxes) or None in placed:
         # The note takes a place of its own, and the labels are placed again around it: it may count more then.
         width, height = _text_size(_fitting(_note(len(boxes)), "", font, room), font)
         note = Rectangle(0, picture.height - height, width - 1, picture.height - 1)
-        placed = place_labels(boxes[:labelled], sizes, picture.size, [note])
-        left_out = len(boxes) - labelled + placed.count(None)
+        placed = place_labels(boxes[:labeled], sizes, picture.size, [note])
+        left_out = len(boxes) - labeled + placed.count(None)
         _draw_label(draw, note, _fitting(_note(left_out), "", font, room), font, NOTE_COLOR)
     for rectangle, text, color in zip(placed, texts, colors, strict=False):
         if rectangle is not None:
@@ -225,10 +225,10 @@ def _with_masks(image_3HW: Tensor, masks_KHW: Tensor, colors: Sequence[tuple[int
 
 def _painted(image_3HW: Tensor, labels_HW: Tensor) -> Tensor:
     """The image with each pixel half in the color of its class; ignored ones as they are."""
-    palette_L3 = torch.tensor([_color(label) for label in range(UNLABELLED + 1)])
+    palette_L3 = torch.tensor([_color(label) for label in range(UNLABELED + 1)])
     labels_HW = labels_HW.long()
     mixed_3HW = (image_3HW.int() + palette_L3[labels_HW].permute(2, 0, 1)) // 2
-    return torch.where(labels_HW == UNLABELLED, image_3HW, mixed_3HW.to(torch.uint8))
+    return torch.where(labels_HW == UNLABELED, image_3HW, mixed_3HW.to(torch.uint8))
 
 
 def _enlarged(maps: Tensor, factor: int) -> Tensor:

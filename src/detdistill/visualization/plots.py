@@ -23,7 +23,7 @@ Metrics = Sequence[Mapping[str, Any]]
 """Rows with ``step`` and any of ``lr``, ``loss``, ``loss/TERM``, ``distill_share``, ``AP``, ``AP50``, …"""
 
 INK, MUTED, GRID = "#22252b", "#6b7280", "#e5e7eb"
-# Okabe and Ito's colours, that colour-blind people tell apart, without the yellow that white paper swallows.
+# Okabe and Ito's colors, that color-blind people tell apart, without the yellow that white paper swallows.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F3C8D", "#4D4D4D")
 # What each kind of error costs: pale where the detection was nearly right, strong where it was not there.
 ERROR_COLORS = dict(
@@ -96,7 +96,7 @@ def plot_errors(
 ) -> None:
     """Draw precision over recall with one kind of error after another forgiven (Figure 2 of the paper).
 
-    A coloured area is what its kind of error costs; the legend gives the area under each curve, in percent.
+    A colored area is what its kind of error costs; the legend gives the area under each curve, in percent.
 
     Args:
         curves: by the model's name: a column each.

@@ -195,10 +195,10 @@ def _draw_scene(rng: np.random.Generator, split: str, side: int, seed: int) -> _
         mask = np.zeros((side, side), dtype=bool)
         mask[top : top + stamp.shape[0], left : left + stamp.shape[1]] = stamp > 0.5
         left_over = [old & ~mask for old in masks]
-        hidden = [
+        tower_features = [
             rest.sum() < (1 - _MOST_HIDDEN) * area for rest, area in zip(left_over, drawn_areas, strict=True)
         ]
-        if any(hidden):
+        if any(tower_features):
             continue
         _paste(rng, canvas[top : top + stamp.shape[0], left : left + stamp.shape[1]], stamp)
         masks = [*left_over, mask]
@@ -232,7 +232,7 @@ def _photographs(split: str) -> tuple[Image.Image, ...]:
 
 
 def _background(rng: np.random.Generator, split: str, side: int) -> NDArray[np.float64]:
-    """A crop of a photograph, or of a cloudy texture, at random size, turned and recoloured."""
+    """A crop of a photograph, or of a cloudy texture, at random size, turned and recolored."""
     if rng.random() < 0.8:
         photographs = _photographs(split)
         photograph = photographs[rng.integers(len(photographs))]
@@ -272,22 +272,22 @@ def _warped(rng: np.random.Generator, digit_88: NDArray[np.float64], side: int) 
 
 
 def _paste(rng: np.random.Generator, under: NDArray[np.float64], opacity: NDArray[np.float64]) -> None:
-    """Blend a colour that stands out from what lies under it, in place."""
+    """Blend a color that stands out from what lies under it, in place."""
     ink = opacity > 0.5
     ground = float((under[ink] @ _LUMA).mean())
-    colour = rng.uniform(0, 255, 3)
+    color = rng.uniform(0, 255, 3)
     for _ in range(20):
-        if abs(float(colour @ _LUMA) - ground) >= _LEAST_CONTRAST:
+        if abs(float(color @ _LUMA) - ground) >= _LEAST_CONTRAST:
             break
-        colour = rng.uniform(0, 255, 3)
+        color = rng.uniform(0, 255, 3)
     else:
-        colour = np.full(3, 235.0 if ground < 128 else 20.0)
+        color = np.full(3, 235.0 if ground < 128 else 20.0)
     weight = (opacity * rng.uniform(0.8, 1.0))[:, :, None]
-    under[...] = under * (1 - weight) + colour * weight
+    under[...] = under * (1 - weight) + color * weight
 
 
 def _draw_distractor(rng: np.random.Generator, canvas: NDArray[np.float64]) -> None:
-    """A stroke, an arc or a blob in a colour of its own, in place."""
+    """A stroke, an arc or a blob in a color of its own, in place."""
     side = canvas.shape[0]
     layer = Image.new("L", (side, side))
     draw = ImageDraw.Draw(layer)

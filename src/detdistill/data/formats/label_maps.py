@@ -33,7 +33,7 @@ from detdistill.data.formats.layout import (
 )
 from detdistill.data.formats.voc import find_voc, read_image_set
 from detdistill.data.images import READERS, UNREADABLE, files_below, image_sizes, is_image
-from detdistill.data.records import UNLABELLED, Finding, LabelCode, LabelMap, Record, Records, Split
+from detdistill.data.records import UNLABELED, Finding, LabelCode, LabelMap, Record, Records, Split
 from detdistill.data.text import distinct_names, read_text, require_regular
 from detdistill.errors import UserError, nearest
 from detdistill.recipe import DataConfig
@@ -61,7 +61,7 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
     """The numbers of a label map, (H, W).
 
     Raises:
-        UserError: the file is missing, cannot be decoded, or holds colours or numbers outside 0…255.
+        UserError: the file is missing, cannot be decoded, or holds colors or numbers outside 0…255.
     """
     try:
         require_regular(path)
@@ -72,15 +72,15 @@ def read_numbers(path: Path) -> NDArray[np.uint8]:
     except UNREADABLE as error:
         raise UserError(f"{path}: cannot be decoded ({error}); restore it or drop its image") from None
     if pixels.ndim == 3 and (pixels[..., :1] == pixels[..., 1:3]).all():
-        pixels = pixels[..., 0]  # grey, written as RGB
+        pixels = pixels[..., 0]  # gray, written as RGB
     if pixels.ndim != 2:
-        raise UserError(f"{path}: holds colours, not class numbers; write a PNG of one channel or a palette")
+        raise UserError(f"{path}: holds colors, not class numbers; write a PNG of one channel or a palette")
     if pixels.dtype.itemsize > 1:
         low, high = pixels.min(), pixels.max()
-        if low < 0 or high > UNLABELLED or (pixels.dtype.kind == "f" and (pixels % 1).any()):
+        if low < 0 or high > UNLABELED or (pixels.dtype.kind == "f" and (pixels % 1).any()):
             raise UserError(
-                f"{path}: holds numbers from {low:g} to {high:g}; write class numbers 0…{UNLABELLED - 1}, and "
-                f"{UNLABELLED} where nothing is to be learnt"
+                f"{path}: holds numbers from {low:g} to {high:g}; write class numbers 0…{UNLABELED - 1}, and "
+                f"{UNLABELED} where nothing is to be learnt"
             )
     return pixels.astype(np.uint8)
 
@@ -104,7 +104,7 @@ def _unknown_numbers(code: LabelCode, counts_256: NDArray[np.int64]) -> tuple[st
     more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     return (
         f"has numbers that mean no class ({', '.join(map(str, unknown[:5]))}{more})",
-        f"name them in the classes, or write {UNLABELLED} where nothing is to be learnt",
+        f"name them in the classes, or write {UNLABELED} where nothing is to be learnt",
     )
 
 
@@ -146,7 +146,7 @@ def count_pixels(split: Split, sample: int | None = None) -> PixelCounts:
                 findings.append(Finding("error", "unknown number", label_map.path, *unknown))
             numbers_256 += seen
             np.add.at(counts_256, label_map.code.classes_256, seen)
-    if maps and not findings and np.count_nonzero(counts_256[:UNLABELLED]) < 2:
+    if maps and not findings and np.count_nonzero(counts_256[:UNLABELED]) < 2:
         if len(maps) < len(split.records):
             return count_pixels(split)
         problem = _nothing_to_learn(split, numbers_256, counts_256)
@@ -158,7 +158,7 @@ def _nothing_to_learn(
     split: Split, numbers_256: NDArray[np.int64], counts_256: NDArray[np.int64]
 ) -> tuple[str, str] | None:
     """Why at most one class has a pixel in all label maps, and the fix; None if that may be."""
-    present = np.flatnonzero(counts_256[:UNLABELLED]).tolist()
+    present = np.flatnonzero(counts_256[:UNLABELED]).tolist()
     if not present:
         numbers = ", ".join(map(str, np.flatnonzero(numbers_256)[:5].tolist()))
         return (
@@ -170,13 +170,13 @@ def _nothing_to_learn(
             f"{split.classes[0]!r} is the only class: all pixels that count have it, and every answer is right",
             "name the background as a class, too",
         )
-    if numbers_256[UNLABELLED] and np.count_nonzero(numbers_256) == 2:
+    if numbers_256[UNLABELED] and np.count_nonzero(numbers_256) == 2:
         number = int(np.flatnonzero(numbers_256)[0])
         absent = next(name for i, name in enumerate(split.classes) if i != present[0])
         return (
-            f"only the numbers {number} and {UNLABELLED} occur, and {UNLABELLED} means no class: "
+            f"only the numbers {number} and {UNLABELED} occur, and {UNLABELED} means no class: "
             f"{absent!r} has no pixel, and every answer is right",
-            f"write the number {split.classes.index(absent)} instead of {UNLABELLED} in the label maps",
+            f"write the number {split.classes.index(absent)} instead of {UNLABELED} in the label maps",
         )
     return None
 
@@ -253,19 +253,19 @@ def _sizes(pair: Pair) -> tuple[int, int] | Finding:
     return size
 
 
-def numbered(classes: Sequence[str], ignored: int = UNLABELLED) -> LabelCode:
+def numbered(classes: Sequence[str], ignored: int = UNLABELED) -> LabelCode:
     """The code of maps whose numbers are the labels, but for one that means no class."""
     code = coded(range(len(classes)), [ignored])
-    code.classes_256[ignored] = UNLABELLED
+    code.classes_256[ignored] = UNLABELED
     return code
 
 
 def coded(numbers: Sequence[int], others: Iterable[int] = ()) -> LabelCode:
     """The code of maps in which label i is ``numbers[i]``; ``others`` may occur and mean no class."""
-    classes_256 = np.full(256, UNLABELLED, np.uint8)
+    classes_256 = np.full(256, UNLABELED, np.uint8)
     classes_256[list(numbers)] = np.arange(len(numbers))
     declared_256 = np.zeros(256, np.bool_)
-    declared_256[[*numbers, *others, UNLABELLED]] = True
+    declared_256[[*numbers, *others, UNLABELED]] = True
     return LabelCode(classes_256, declared_256)
 
 
@@ -307,11 +307,11 @@ def open_label_folders(config: DataConfig) -> dict[str, Split]:
             f'{root}: nothing names the classes; write classes.json ({{"classes": [...]}}) or set data.classes '
             f"in the order of the numbers; the folder holds {describe_folder(root)}"
         )
-    if len(classes) > UNLABELLED:
+    if len(classes) > UNLABELED:
         where = f"{class_file if named else root}: {'' if named else 'data.classes: '}"
         raise UserError(
-            f"{where}{len(classes)} classes; a label map has numbers of 8 bits, 0…{UNLABELLED - 1} for "
-            f"classes: name {UNLABELLED} at most"
+            f"{where}{len(classes)} classes; a label map has numbers of 8 bits, 0…{UNLABELED - 1} for "
+            f"classes: name {UNLABELED} at most"
         )
     code = numbered(classes, ignored)
     splits = {}
@@ -351,18 +351,18 @@ def _pairs(images: Path) -> tuple[list[Pair], list[Path]]:
 def _class_file(file: Path | None) -> tuple[tuple[str, ...] | None, int]:
     """The names in classes.json, if it is there, and the number that means no class."""
     if file is None:
-        return None, UNLABELLED
+        return None, UNLABELED
     try:
         tree = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error}); correct it") from None
     tree = tree if isinstance(tree, dict) else {}
-    names, ignored = tree.get("classes"), tree.get("ignore_index", UNLABELLED)
+    names, ignored = tree.get("classes"), tree.get("ignore_index", UNLABELED)
     names = names if isinstance(names, list) and all(type(name) in (str, int) for name in names) else []
-    right = len(names) > 0 and type(ignored) is int and 0 <= ignored <= UNLABELLED
+    right = len(names) > 0 and type(ignored) is int and 0 <= ignored <= UNLABELED
     if not right:
         raise UserError(
-            f'{file}: write {{"classes": [names, each once, by number], "ignore_index": {UNLABELLED}}}'
+            f'{file}: write {{"classes": [names, each once, by number], "ignore_index": {UNLABELED}}}'
         )
     return distinct_names(map(str, names), file), ignored
 

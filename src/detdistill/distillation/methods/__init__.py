@@ -14,7 +14,7 @@ from detdistill.errors import UserError
 from detdistill.recipe.methods import METHODS, MethodOptions, methods, read_options
 
 if TYPE_CHECKING:
-    from detdistill.distillation.method import Method, Setting
+    from detdistill.distillation.method import Method, PairContext
     from detdistill.distillation.methods.adversarial import Adversarial, AdversarialLoss
     from detdistill.distillation.methods.at import AT, ATLoss
     from detdistill.distillation.methods.cirkd import CIRKD, CIRKDLoss
@@ -95,7 +95,7 @@ __all__ = [
 
 
 def build_method(
-    name: str, setting: Setting, options: Mapping[str, Any] | MethodOptions | None = None
+    name: str, context: PairContext, options: Mapping[str, Any] | MethodOptions | None = None
 ) -> Method:
     """The method of that name, with the preset for the student's family or kind, bound to a pair.
 
@@ -104,31 +104,31 @@ def build_method(
             method makes no sense for the pair.
     """
     given = read_options(name, {} if options is None else options)
-    task = setting.student.task
+    task = context.student.task
     if task not in given.tasks:
         able = ", ".join(other for other, one in methods().items() if task in one.tasks)
         raise UserError(f"{name} is not for {task}; these are: {able}")
-    full = given.over(_preset(given, setting))
-    setting = _with_levels(name, setting, full)
+    full = given.over(_preset(given, context))
+    context = _with_levels(name, context, full)
     try:
-        return full.build(setting)
+        return full.build(context)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
 
 
-def _preset(options: MethodOptions, setting: Setting) -> Mapping[str, Any]:
+def _preset(options: MethodOptions, context: PairContext) -> Mapping[str, Any]:
     if options.preset is not None:
         return options.presets[options.preset]
-    wanted = (setting.student.family or "", setting.student.kind or "", "recommended")
+    wanted = (context.student.family or "", context.student.kind or "", "recommended")
     return next((options.presets[key] for key in wanted if key in options.presets), {})
 
 
-def _with_levels(name: str, setting: Setting, options: MethodOptions) -> Setting:
+def _with_levels(name: str, context: PairContext, options: MethodOptions) -> PairContext:
     strides: Sequence[int] | None = options.strides
     if strides is None:
-        strides = [level.student_stride for level in setting.matching.levels][: options.finest]
+        strides = [level.student_stride for level in context.matching.levels][: options.finest]
     try:
-        return replace(setting, matching=setting.matching.only(strides))
+        return replace(context, matching=context.matching.only(strides))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 

@@ -14,10 +14,10 @@ Shape legend: N images, Q classes, H W rows and columns, h w those of the scores
 Reduction: "mean".
 
 D is the published one (of SAGAN): BatchNorm of the logits, four 4×4 convolutions of stride 2 with spectral
-normalisation and leaky ReLUs, self-attention after the third and the fourth, and a 4×4 convolution to one
+normalization and leaky ReLUs, self-attention after the third and the fourth, and a 4×4 convolution to one
 score. Maps too small for it are padded with zeros.
 
-The published code gives D an optimiser of its own; here its loss is added to the student's, and one optimiser
+The published code gives D an optimizer of its own; here its loss is added to the student's, and one optimizer
 serves both, so that schedules, checkpoints and several processes need nothing more. For SGD a factor on the
 loss is one on the rate: SKDS's weight 0.1 and rates of 1e-2 for the student and 4e-4 for D are
 discriminator_weight 0.1 · 0.04. CIRKD's repetition (preset "cirkd") uses the hinge, weights 0.001 and 0.1, and
@@ -35,7 +35,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import SharedClasses, pixel_logits
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import AdversarialOptions
@@ -155,12 +155,12 @@ def _at_least(x_NCHW: Tensor, side: int) -> Tensor:
 class Adversarial(Method):
     """:class:`AdversarialLoss` on the logits of the classes that both know, with a discriminator of its own."""
 
-    needs = frozenset({"raw"})
+    requires = frozenset({"outputs"})
 
-    def __init__(self, setting: Setting, options: AdversarialOptions) -> None:
+    def __init__(self, context: PairContext, options: AdversarialOptions) -> None:
         super().__init__()
-        self.classes = SharedClasses(setting, "adversarial")
-        self.discriminator = Discriminator(len(setting.classes.pairs))
+        self.classes = SharedClasses(context, "adversarial")
+        self.discriminator = Discriminator(len(context.classes.pairs))
         self.loss = AdversarialLoss(
             alpha=options.alpha,
             discriminator_weight=options.discriminator_weight,
@@ -168,7 +168,7 @@ class Adversarial(Method):
             gradient_penalty=options.gradient_penalty,
         )
 
-    def forward(self, signals: Signals) -> Tensor:
-        ours, theirs = pixel_logits(signals, self.classes)
-        mix_N = torch.rand(len(ours), generator=signals.generator, device=ours.device)
+    def forward(self, step: StepOutputs) -> Tensor:
+        ours, theirs = pixel_logits(step, self.classes)
+        mix_N = torch.rand(len(ours), generator=step.generator, device=ours.device)
         return self.loss(ours, theirs, mix_N, self.discriminator)

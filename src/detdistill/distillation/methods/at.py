@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import ATOptions
 
@@ -50,14 +50,14 @@ def attention(map_NCHW: Tensor) -> Tensor:
 class AT(Method):
     """Sum of :class:`ATLoss` over the matched levels; there is nothing to learn beside the student."""
 
-    def __init__(self, setting: Setting, options: ATOptions) -> None:
+    def __init__(self, context: PairContext, options: ATOptions) -> None:
         super().__init__()
-        self.levels = setting.matching.levels
+        self.levels = context.matching.levels
         self.loss = ATLoss(alpha=options.alpha)
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
         for level in self.levels:
-            teacher = signals.teacher[level.teacher_stride]
-            terms.append(self.loss(signals.overlay(signals.student[level.student_stride], teacher), teacher))
+            teacher = step.teacher[level.teacher_stride]
+            terms.append(self.loss(step.alignment(step.student[level.student_stride], teacher), teacher))
         return torch.stack(terms).sum()

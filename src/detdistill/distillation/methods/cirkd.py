@@ -4,7 +4,7 @@ With features of length 1 (the student's projected to the teacher's width for th
 turned into distributions by a softmax with temperature τ::
 
     batch   = mean over pairs of images (a, b) and pixels p of a of KL(q(T_ap · T_b) ‖ q(S_ap · S_b))
-    memory  = mean over labelled pixels p of KL(q(T_p · V) ‖ q(P(S)_p · V))
+    memory  = mean over labeled pixels p of KL(q(T_p · V) ‖ q(P(S)_p · V))
     L       = batch_weight · batch + pixel_weight · memory(V: pixels) + region_weight · memory(V: regions)
 
 The memory holds, in a queue for each class, teacher features of single pixels, and of regions: the mean over a
@@ -33,11 +33,11 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from detdistill.data.records import UNLABELLED
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.data.records import UNLABELED
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import CIRKDOptions
 
 
@@ -89,7 +89,7 @@ class CIRKDLoss(nn.Module):
         kl_K = self._divergence(student_KC @ contrasts_VC.T, teacher_KC.detach() @ contrasts_VC.T)
         if valid_K is None:
             return kl_K.mean()
-        return (kl_K * valid_K).sum() / normaliser(valid_K.sum())
+        return (kl_K * valid_K).sum() / avg_factor(valid_K.sum())
 
     def _of_an_image(
         self, student_CP: Tensor, teacher_CP: Tensor, student_NCP: Tensor, teacher_NCP: Tensor
@@ -147,11 +147,11 @@ class Memory(nn.Module):
 class CIRKD(Method):
     """:class:`CIRKDLoss` on the last level."""
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: CIRKDOptions) -> None:
+    def __init__(self, context: PairContext, options: CIRKDOptions) -> None:
         super().__init__()
-        self.level = setting.matching.levels[-1]
+        self.level = context.matching.levels[-1]
         self.loss = CIRKDLoss(
             batch_weight=options.batch_weight,
             pixel_weight=options.pixel_weight,
@@ -159,7 +159,7 @@ class CIRKD(Method):
             temperature=options.temperature,
         )
         self.cells, self.anchors = options.cells, options.anchors
-        self.class_count = count = len(setting.student.classes)
+        self.class_count = count = len(context.student.classes)
         self.of_each = {
             "pixel": math.ceil(options.pixel_contrasts / count),
             "region": math.ceil(options.region_contrasts / count),
@@ -178,25 +178,25 @@ class CIRKD(Method):
                 nn.Conv2d(width, width, 1, bias=False),
             )
 
-    def forward(self, signals: Signals) -> Tensor:
-        teacher = signals.teacher[self.level.teacher_stride]
-        student = signals.overlay(signals.student[self.level.student_stride], teacher)
+    def forward(self, step: StepOutputs) -> Tensor:
+        teacher = step.teacher[self.level.teacher_stride]
+        student = step.alignment(step.student[self.level.student_stride], teacher)
         terms = []
         if self.loss.batch_weight:
             ours, theirs = (pooled(x, self.cells).flatten(2) for x in (student, teacher))
             terms.append(self.loss.batch_weight * self.loss(ours, theirs))
         if self.memories:
-            labels_NP = class_labels(signals.teacher_batch, teacher).flatten(1)
+            labels_NP = class_labels(step.teacher_batch, teacher).flatten(1)
             s_NCP = F.normalize(self.project(student).flatten(2).float(), dim=1)
             t_NCP = F.normalize(teacher.flatten(2).float(), dim=1)
             if self.training:
-                self._remember(t_NCP, labels_NP, signals.generator)
-            labelled = (labels_NP != UNLABELLED).flatten()
-            rows_K, valid_K = random_places(labelled, self.anchors, signals.generator)
+                self._remember(t_NCP, labels_NP, step.generator)
+            labeled = (labels_NP != UNLABELED).flatten()
+            rows_K, valid_K = random_places(labeled, self.anchors, step.generator)
             s_KC, t_KC = (x.transpose(1, 2).flatten(0, 1)[rows_K] for x in (s_NCP, t_NCP))
             for name, weight in (("pixel", self.loss.pixel_weight), ("region", self.loss.region_weight)):
                 if weight:
-                    contrasts_VC = self._memory(name).draw(self.of_each[name], signals.generator)
+                    contrasts_VC = self._memory(name).draw(self.of_each[name], step.generator)
                     terms.append(weight * self.loss.memory(s_KC, t_KC, contrasts_VC, valid_K))
         return torch.stack(terms).sum() if terms else student.float().sum() * 0
 

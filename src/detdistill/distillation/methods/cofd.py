@@ -30,7 +30,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import COFDOptions
 
@@ -122,21 +122,21 @@ def batch_norm_margin(weight_C: Tensor, bias_C: Tensor) -> Tensor:
 class COFD(Method):
     """Sum of :class:`COFDLoss` over the matched levels, each level counting twice the next finer one."""
 
-    def __init__(self, setting: Setting, options: COFDOptions) -> None:
+    def __init__(self, context: PairContext, options: COFDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt, adapter=Connector)
-        norms = setting.teacher.pyramid_norms
+        self.align = LevelAligner(context.matching, options.adapt, adapter=Connector)
+        norms = context.teacher.pyramid_norms
         self.margins = nn.ModuleDict(
             {
                 str(level.student_stride): Margin(level.teacher_channels, norms.get(level.teacher_stride))
-                for level in setting.matching.levels
+                for level in context.matching.levels
             }
         )
         self.loss = COFDLoss(alpha=options.alpha)
 
-    def forward(self, signals: Signals) -> Tensor:
-        total = torch.zeros((), device=signals.student_batch.images_N3HW.device)
-        for level, student, teacher in self.align(signals):
+    def forward(self, step_outputs: StepOutputs) -> Tensor:
+        total = torch.zeros((), device=step_outputs.student_batch.images_N3HW.device)
+        for level, student, teacher in self.align(step_outputs):
             margin_C = self.margins[str(level.student_stride)](teacher)
             total = total / 2 + self.loss(student, teacher, margin_C)
         return total

@@ -13,13 +13,13 @@ the ground truth pulls elsewhere, are left alone. Gradient flows through the tea
 
 Shape legend: N images, P anchors of the teacher's crossed levels, Q shared classes, B bins of a box side.
 Reduction: "sum/n" with n the anchors that answer for an object by the teacher's own assignment, at least 1 for
-each image, or the sum of their centre-ness, at least 1 for the batch.
+each image, or the sum of their centerness, at least 1 for the batch.
 
 Paper and code: the scale is aligned as in the published code (the paper hardly says so). The code leaves out
-anchors that the assignment ignores, and weights FCOS 0.4 and 0.75, with -log IoU, over the sum of centre-ness;
+anchors that the assignment ignores, and weights FCOS 0.4 and 0.75, with -log IoU, over the sum of centerness;
 we follow. Without any object that sum is 1e-6 there, which makes the loss explode, and 1 here. Boxes without
 area are as far apart as in the code, 13.8 by -log IoU and 1 by GIoU, also where both are equal; their gradient
-is 0 here, and up to a side over 1e-7 there where only one side is 0. Not taken over: ATSS's centre-ness term,
+is 0 here, and up to a side over 1e-7 there where only one side is 0. Not taken over: ATSS's centerness term,
 and the GIoU that a later configuration for GFL adds (weight 2, and 3 for the distributions). A student's tower
 shorter than i blocks gives its last map.
 """
@@ -33,16 +33,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.alignment import Overlay
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.alignment import Alignment
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import INSTEAD, SharedClasses, tempered_kl
 from detdistill.distillation.precision import in_full_precision
 from detdistill.errors import UserError
-from detdistill.models.base import DenseRaw
+from detdistill.models.base import DenseOutputs
 from detdistill.models.families.fcos import centerness_of
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.assignment import centres
-from detdistill.models.layers.heads import IGNORED, flatten_maps, normaliser, take_objects
+from detdistill.models.layers.assignment import centers
+from detdistill.models.layers.heads import IGNORED, avg_factor, flatten_maps, gather_matched_boxes
 from detdistill.recipe.methods import CrossKDOptions
 
 EPS = 1e-7
@@ -105,7 +105,7 @@ class CrossKDLoss(nn.Module):
         weight_NP = teacher_NPQ.amax(dim=2) * valid
         if student_box.ndim == 4:
             kl_NP4 = tempered_kl(student_box, teacher_box, self.temperature)
-            box = (kl_NP4 * weight_NP[..., None]).sum() / (4 * normaliser(weight_NP.sum(), least=EPS))
+            box = (kl_NP4 * weight_NP[..., None]).sum() / (4 * avg_factor(weight_NP.sum(), least=EPS))
         else:
             box = (box_distance(student_box, teacher_box, self.box_loss) * weight_NP).sum() / count
         return self.cls_weight * cls + self.box_weight * box
@@ -144,11 +144,11 @@ class CrossKD(Method):
     Both predictions are the teacher's head's; of its classes those count that the student knows too.
     """
 
-    needs = frozenset({"raw", "hidden", "labels"})
+    requires = frozenset({"outputs", "tower_features", "labels"})
 
-    def __init__(self, setting: Setting, options: CrossKDOptions) -> None:
+    def __init__(self, context: PairContext, options: CrossKDOptions) -> None:
         super().__init__()
-        student, teacher = setting.student, setting.teacher
+        student, teacher = context.student, context.teacher
         if not (isinstance(student, OneStage) and isinstance(teacher, OneStage)):
             raise UserError(
                 f"crosskd lets the teacher's head go on from the student's: both must be one-stage; {INSTEAD}"
@@ -164,8 +164,8 @@ class CrossKD(Method):
                 f"crosskd.depth is {depth}, the teacher's towers have {blocks} blocks: use 1 to {blocks}"
             )
         self.teacher_depth, self.student_depth = depth, min(depth, student.head.depth)
-        self.classes = SharedClasses(setting, "crosskd")
-        self.levels = setting.matching.levels
+        self.classes = SharedClasses(context, "crosskd")
+        self.levels = context.matching.levels
         self.loss = CrossKDLoss(
             cls_weight=options.cls_weight,
             box_weight=options.box_weight,
@@ -174,7 +174,7 @@ class CrossKD(Method):
             temperature=options.temperature,
         )
         self.align = ScaleAlign() if options.align_scale else None
-        self.normalise = options.normalise
+        self.normalize = options.normalize
         # As the towers, a mapper serves all levels. Aligned, its output has the teacher's mean: no bias.
         self.mappers = nn.ModuleDict()
         widths = student.head.channels, teacher.head.channels
@@ -182,61 +182,64 @@ class CrossKD(Method):
             for tower in ("cls", "box"):
                 self.mappers[tower] = nn.Conv2d(*widths, kernel_size=1, bias=not options.align_scale)
 
-    def forward(self, signals: Signals) -> Tensor:
-        student, teacher, model = signals.student_raw, signals.teacher_raw, signals.teacher_model
-        targets = signals.teacher_batch.targets
-        assert isinstance(student, DenseRaw)
-        assert isinstance(teacher, DenseRaw)
+    def forward(self, step: StepOutputs) -> Tensor:
+        student, teacher, model = step.student_outputs, step.teacher_outputs, step.teacher_model
+        targets = step.teacher_batch.targets
+        assert isinstance(student, DenseOutputs)
+        assert isinstance(teacher, DenseOutputs)
         assert isinstance(model, OneStage)
-        assert student.hidden is not None
-        assert teacher.hidden is not None
+        assert student.tower_features is not None
+        assert teacher.tower_features is not None
         assert targets is not None, "crosskd needs a batch with targets"
-        anchors = model.anchors(teacher.cls, signals.teacher_batch)
+        anchors = model.anchors(teacher.cls, step.teacher_batch)
         objects = [target["boxes"].float() for target in targets]
         matched_NP = torch.stack([model.match(boxes_K4, anchors) for boxes_K4 in objects])
         valid = (matched_NP != IGNORED).split([len(anchors_P4) for anchors_P4 in anchors], dim=1)
         valid_of = dict(zip(teacher.cls, valid, strict=True))
         anchors_of = dict(zip(teacher.cls, anchors, strict=True))
 
-        ours, theirs = student.hidden[self.student_depth - 1], teacher.hidden[self.teacher_depth - 1]
+        ours, theirs = (
+            student.tower_features[self.student_depth - 1],
+            teacher.tower_features[self.teacher_depth - 1],
+        )
         parts: list[tuple[Tensor, ...]] = []
         for level in self.levels:
             stride = level.teacher_stride
             cls, box = (
-                {stride: self._cross(tower, a[level.student_stride], b[stride], signals.overlay)}
+                {stride: self._cross(tower, a[level.student_stride], b[stride], step.alignment)}
                 for tower, a, b in zip(("cls", "box"), ours, theirs, strict=True)
             )
             crossed = model.head.go_on(cls, box, self.teacher_depth)
-            classes = (self.classes.teacher(_classes(raw, stride, model)) for raw in (crossed, teacher))
-            boxes = (_boxes(raw, stride, model, anchors_of[stride]) for raw in (crossed, teacher))
+            classes = (self.classes.teacher(_classes(outputs, stride, model)) for outputs in (crossed, teacher))
+            boxes = (_boxes(outputs, stride, model, anchors_of[stride]) for outputs in (crossed, teacher))
             parts.append((*classes, *boxes, valid_of[stride]))
         s_cls, t_cls, s_box, t_box, valid_NP = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         share_NP = (matched_NP >= 0).float()
-        if self.normalise == "centerness":
+        if self.normalize == "centerness":
             count = (share_NP * _centerness(matched_NP, objects, torch.cat(anchors))).sum()
         else:
             count = share_NP.sum(dim=1).clamp(min=1).sum()
-        return self.loss(s_cls, t_cls, s_box, t_box, normaliser(count), valid_NP)
+        return self.loss(s_cls, t_cls, s_box, t_box, avg_factor(count), valid_NP)
 
-    def _cross(self, tower: str, student_NCHW: Tensor, teacher_NCHW: Tensor, overlay: Overlay) -> Tensor:
+    def _cross(self, tower: str, student_NCHW: Tensor, teacher_NCHW: Tensor, alignment: Alignment) -> Tensor:
         """The student's map as the teacher's head can take it."""
         if tower in self.mappers:
             student_NCHW = self.mappers[tower](student_NCHW)
-        student_NCHW = overlay(student_NCHW, teacher_NCHW)
+        student_NCHW = alignment(student_NCHW, teacher_NCHW)
         return student_NCHW if self.align is None else self.align(student_NCHW, teacher_NCHW)
 
 
-def _classes(raw: DenseRaw, stride: int, model: OneStage) -> Tensor:
+def _classes(outputs: DenseOutputs, stride: int, model: OneStage) -> Tensor:
     """(N, P, Q) class logits of a level."""
-    return flatten_maps([raw.cls[stride]], len(model.classes))[0]
+    return flatten_maps([outputs.cls[stride]], len(model.classes))[0]
 
 
-def _boxes(raw: DenseRaw, stride: int, model: OneStage, anchors_P4: Tensor) -> Tensor:
+def _boxes(outputs: DenseOutputs, stride: int, model: OneStage, anchors_P4: Tensor) -> Tensor:
     """(N, P, 4) boxes of a level, or (N, P, 4, B) logits where the head predicts bins."""
     bins = model.head.bins
     if bins is None:
-        return model.decode_boxes(flatten_maps([raw.box[stride]], 4)[0], anchors_P4)
-    return flatten_maps([raw.box[stride]], 4 * bins)[0].unflatten(2, (4, bins))
+        return model.decode_boxes(flatten_maps([outputs.box[stride]], 4)[0], anchors_P4)
+    return flatten_maps([outputs.box[stride]], 4 * bins)[0].unflatten(2, (4, bins))
 
 
 def box_distance(a: Tensor, b: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
@@ -258,10 +261,10 @@ def _area(sides: Tensor) -> Tensor:
 
 
 def _centerness(matched_NP: Tensor, objects: Sequence[Tensor], anchors_P4: Tensor) -> Tensor:
-    """(N, P) centre-ness of each anchor's centre in its object, 0 outside it; of no meaning without one."""
-    point_P2 = centres(anchors_P4)
+    """(N, P) centerness of each anchor's center in its object, 0 outside it; of no meaning without one."""
+    point_P2 = centers(anchors_P4)
     found = []
     for matched_P, boxes_K4 in zip(matched_NP, objects, strict=True):
-        box_P4 = take_objects(matched_P, boxes_K4, anchors_P4)
+        box_P4 = gather_matched_boxes(matched_P, boxes_K4, anchors_P4)
         found.append(centerness_of(torch.cat([point_P2 - box_P4[:, :2], box_P4[:, 2:] - point_P2], dim=1)))
     return torch.stack(found).nan_to_num(0.0)

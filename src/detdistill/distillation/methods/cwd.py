@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import SEGMENTATION, SharedClasses, pixel_logits
 from detdistill.distillation.precision import in_full_precision
 from detdistill.errors import UserError
@@ -59,21 +59,21 @@ class CWDLoss(nn.Module):
 class CWD(Method):
     """Sum of :class:`CWDLoss` over the matched levels, and of segmenters on the class logits."""
 
-    def __init__(self, setting: Setting, options: CWDOptions) -> None:
+    def __init__(self, context: PairContext, options: CWDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(context.matching, options.adapt)
         self.loss = CWDLoss(alpha=options.alpha, tau=options.tau)
         self.logits_loss: CWDLoss | None = None
         if not options.logits_alpha:
             return
-        if setting.student.task != SEGMENTATION:
+        if context.student.task != SEGMENTATION:
             raise UserError("cwd: logits_alpha is for segmenters; leave it out")
-        self.classes = SharedClasses(setting, "cwd", instead="set logits_alpha to 0")
+        self.classes = SharedClasses(context, "cwd", instead="set logits_alpha to 0")
         self.logits_loss = CWDLoss(alpha=options.logits_alpha, tau=options.tau)
-        self.needs = frozenset({"raw"})
+        self.requires = frozenset({"outputs"})
 
-    def forward(self, signals: Signals) -> Tensor:
-        terms = [self.loss(s, t) for _, s, t in self.align(signals)]
+    def forward(self, step: StepOutputs) -> Tensor:
+        terms = [self.loss(s, t) for _, s, t in self.align(step)]
         if self.logits_loss is not None:
-            terms.append(self.logits_loss(*pixel_logits(signals, self.classes)))
+            terms.append(self.logits_loss(*pixel_logits(step, self.classes)))
         return torch.stack(terms).sum()

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.adapters import LevelAligner, conv3x3
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import (
     SharedClasses,
     region_responses,
@@ -45,7 +45,7 @@ from detdistill.distillation.outputs import (
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, stride_of_boxes, touched_cells
 from detdistill.models.base import Batch
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import DeFeatOptions
 
 
@@ -92,19 +92,19 @@ class DeFeat(Method):
         ValueError: regions are chosen, and the head has no term.
     """
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: DeFeatOptions) -> None:
+    def __init__(self, context: PairContext, options: DeFeatOptions) -> None:
         super().__init__()
         asked = bool(options.head_object_weight or options.head_background_weight)
         if options.regions != "student" and not asked:
             raise ValueError(f"regions is {options.regions!r}, but no term uses regions: add `preset: head`")
-        with_head = two_stage(setting) and asked
+        with_head = two_stage(context) and asked
         self.classes = None
         if with_head:
             instead = "use it without `preset: head`, on features alone"
-            self.classes = SharedClasses(setting, "defeat", background=True, instead=instead)
-        self.align = LevelAligner(setting.matching, options.adapt, conv3x3)
+            self.classes = SharedClasses(context, "defeat", background=True, instead=instead)
+        self.align = LevelAligner(context.matching, options.adapt, conv3x3)
         self.loss = DeFeatLoss(
             object_weight=options.object_weight,
             background_weight=options.background_weight,
@@ -113,21 +113,21 @@ class DeFeat(Method):
         )
         self.regions = options.regions
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         strides = [level.teacher_stride for level in self.align.levels]
         terms = [
-            self.loss(s, t, level_mask(signals.teacher_batch, t, level.teacher_stride, strides))
-            for level, s, t in self.align(signals)
+            self.loss(s, t, level_mask(step.teacher_batch, t, level.teacher_stride, strides))
+            for level, s, t in self.align(step)
         ]
         neck = torch.stack(terms).mean()
-        return neck if self.classes is None else neck + self._head(signals, self.classes)
+        return neck if self.classes is None else neck + self._head(step, self.classes)
 
-    def _head(self, signals: Signals, classes: SharedClasses) -> Tensor:
+    def _head(self, step: StepOutputs, classes: SharedClasses) -> Tensor:
         samples = []
         if self.regions != "teacher":
-            samples.append(region_responses(signals, classes))
+            samples.append(region_responses(step, classes))
         if self.regions != "student":
-            samples.append(teacher_region_responses(signals, classes))
+            samples.append(teacher_region_responses(step, classes))
         terms = []
         for found in samples:
             assert found.labels is not None, "the student samples regions in training mode"
@@ -149,4 +149,4 @@ def level_mask(batch: Batch, map_NCHW: Tensor, stride: int, strides: Sequence[in
 
 def _mean_of(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of the values under the mask, 0 where there are none."""
-    return torch.where(mask, values, 0).sum() / normaliser(mask.sum())
+    return torch.where(mask, values, 0).sum() / avg_factor(mask.sum())

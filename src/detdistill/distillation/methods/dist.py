@@ -27,7 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import (
     SEGMENTATION,
     SharedClasses,
@@ -37,7 +37,7 @@ from detdistill.distillation.outputs import (
     two_stage,
 )
 from detdistill.distillation.precision import in_full_precision
-from detdistill.models.base import DenseRaw
+from detdistill.models.base import DenseOutputs
 from detdistill.recipe.methods import DISTOptions
 
 EPS = 1e-8
@@ -89,19 +89,19 @@ class DIST(Method):
     unequal size; of a cascade its first head counts.
     """
 
-    def __init__(self, setting: Setting, options: DISTOptions) -> None:
+    def __init__(self, context: PairContext, options: DISTOptions) -> None:
         super().__init__()
-        self.segments = setting.student.task == SEGMENTATION
-        regions = two_stage(setting)
+        self.segments = context.student.task == SEGMENTATION
+        regions = two_stage(context)
         if self.segments:
-            self.needs = frozenset({"raw"})
+            self.requires = frozenset({"outputs"})
         elif regions:
-            self.needs = frozenset({"student_raw"})
+            self.requires = frozenset({"student_outputs"})
         else:
-            require_alike_heads(setting, "dist")
-            self.needs = frozenset({"raw"})
-        self.classes = SharedClasses(setting, "dist", background=regions)
-        self.strides = [level.student_stride for level in setting.matching.levels]
+            require_alike_heads(context, "dist")
+            self.requires = frozenset({"outputs"})
+        self.classes = SharedClasses(context, "dist", background=regions)
+        self.strides = [level.student_stride for level in context.matching.levels]
         self.loss = DISTLoss(
             inter_weight=options.inter_weight,
             intra_weight=options.intra_weight,
@@ -109,14 +109,14 @@ class DIST(Method):
             scores=options.scores,
         )
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         if self.segments:
-            return self.loss(*pixel_logits(signals, self.classes))
-        student, teacher = signals.student_raw, signals.teacher_raw
-        if not isinstance(student, DenseRaw):
-            found = region_responses(signals, self.classes)
+            return self.loss(*pixel_logits(step, self.classes))
+        student, teacher = step.student_outputs, step.teacher_outputs
+        if not isinstance(student, DenseOutputs):
+            found = region_responses(step, self.classes)
             return self.loss(found.student_logits_RQ, found.teacher_logits_RQ)
-        assert isinstance(teacher, DenseRaw)
+        assert isinstance(teacher, DenseOutputs)
         levels = [self.classes(student.cls[s], teacher.cls[s], dim=1) for s in self.strides]
         return torch.stack([self.loss(*logits) for logits in levels]).sum()
 

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from detdistill.distillation.adapters import LevelAligner, one_over
 from detdistill.distillation.correlation import channel_parts
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import boxes_in_cells, touched_cells
 from detdistill.models.base import Batch
@@ -139,11 +139,11 @@ class GlobalContext(nn.Module):
 class FGD(Method):
     """Sum of :class:`FGDLoss` over the matched levels."""
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: FGDOptions) -> None:
+    def __init__(self, pair_context: PairContext, options: FGDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(pair_context.matching, options.adapt)
         self.unit = options.unit
         self.loss = FGDLoss(
             foreground_weight=options.foreground_weight,
@@ -154,18 +154,18 @@ class FGD(Method):
         )
         self.student_context, self.teacher_context = nn.ModuleDict(), nn.ModuleDict()
         if options.relation_weight:
-            for level in setting.matching.levels:
+            for level in pair_context.matching.levels:
                 self.student_context[str(level.student_stride)] = GlobalContext(level.teacher_channels)
                 self.teacher_context[str(level.student_stride)] = GlobalContext(level.teacher_channels)
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
-        for level, s, t in self.align(signals):
+        for level, s, t in self.align(step):
             key = str(level.student_stride)
             context: list[Any] = [None, None]
             if self.loss.relation_weight:
                 context = [self.student_context[key], self.teacher_context[key]]
-            terms.append(self.loss(s, t, *focal_masks(signals.teacher_batch, t), *context, self.unit))
+            terms.append(self.loss(s, t, *focal_masks(step.teacher_batch, t), *context, self.unit))
         return torch.stack(terms).sum()
 
 

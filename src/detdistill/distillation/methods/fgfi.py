@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from detdistill.distillation.adapters import LevelAligner, conv3x3
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import object_mask
 from detdistill.models.families.faster_rcnn import FasterRCNN
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import FGFIOptions
 
 
@@ -51,33 +51,33 @@ class FGFILoss(nn.Module):
     def forward(self, student_NCHW: Tensor, teacher_NCHW: Tensor, mask_NHW: Tensor) -> Tensor:
         """Both maps (N, C, H, W), the teacher is detached; the mask bool. Returns a scalar."""
         squares_NHW = (student_NCHW - teacher_NCHW.detach()).square().sum(dim=1)
-        return self.alpha * torch.where(mask_NHW, squares_NHW, 0).sum() / (2 * normaliser(mask_NHW.sum()))
+        return self.alpha * torch.where(mask_NHW, squares_NHW, 0).sum() / (2 * avg_factor(mask_NHW.sum()))
 
 
 class FGFI(Method):
     """Sum of :class:`FGFILoss` over the matched levels."""
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: FGFIOptions) -> None:
+    def __init__(self, context: PairContext, options: FGFIOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt, conv3x3)
+        self.align = LevelAligner(context.matching, options.adapt, conv3x3)
         self.loss = FGFILoss(alpha=options.alpha)
         self.psi = options.psi
 
-    def forward(self, signals: Signals) -> Tensor:
-        masks = self._masks(signals)
-        terms = [self.loss(s, t, masks[level.teacher_stride]) for level, s, t in self.align(signals)]
+    def forward(self, step: StepOutputs) -> Tensor:
+        masks = self._masks(step)
+        terms = [self.loss(s, t, masks[level.teacher_stride]) for level, s, t in self.align(step)]
         return torch.stack(terms).sum()
 
-    def _masks(self, signals: Signals) -> dict[int, Tensor]:
+    def _masks(self, step: StepOutputs) -> dict[int, Tensor]:
         """The cells to imitate, (N, H, W) bool for each of the teacher's strides."""
-        model, batch = signals.teacher_model, signals.teacher_batch
+        model, batch = step.teacher_model, step.teacher_batch
         if not isinstance(model, OneStage | FasterRCNN) or model.kind == "anchor_free" or batch.targets is None:
-            return {stride: object_mask(batch, x) for stride, x in signals.teacher.items()}
+            return {stride: object_mask(batch, x) for stride, x in step.teacher.items()}
         masks = {}
-        anchors = model.anchors(signals.teacher, batch)
-        for (stride, x), anchors_P4 in zip(signals.teacher.items(), anchors, strict=True):
+        anchors = model.anchors(step.teacher, batch)
+        for (stride, x), anchors_P4 in zip(step.teacher.items(), anchors, strict=True):
             masks[stride] = torch.stack([
                 near_anchors(target["boxes"].float(), anchors_P4, (x.shape[-2], x.shape[-1]), self.psi)
                 for target in batch.targets

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner, conv1x1
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import FKDOptions
 
@@ -178,14 +178,14 @@ class LevelParts(nn.Module):
 class FKD(Method):
     """Sum of :class:`FKDLoss` over the matched levels."""
 
-    def __init__(self, setting: Setting, options: FKDOptions) -> None:
+    def __init__(self, context: PairContext, options: FKDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(context.matching, options.adapt)
         self.parts = nn.ModuleDict({
             str(level.student_stride): LevelParts(
                 level.student_channels, level.teacher_channels, position, relations=options.relation_weight != 0
             )
-            for position, level in enumerate(setting.matching.levels)
+            for position, level in enumerate(context.matching.levels)
         })  # fmt: skip
         self.loss = FKDLoss(
             feature_weight=options.feature_weight,
@@ -196,12 +196,12 @@ class FKD(Method):
             reduction=options.reduction,
         )
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
-        for level, adapted, teacher in self.align(signals):
+        for level, adapted, teacher in self.align(step):
             parts = self.parts[str(level.student_stride)]
             assert isinstance(parts, LevelParts)
-            student = signals.overlay(signals.student[level.student_stride], teacher)
+            student = step.alignment(step.student[level.student_stride], teacher)
             relations = {}
             if self.loss.relation_weight:
                 relations = {

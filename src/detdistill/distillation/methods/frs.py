@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner, conv3x3
-from detdistill.distillation.method import Method, Need, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, Requirement, StepOutputs
 from detdistill.distillation.outputs import INSTEAD, SharedClasses, require_alike_heads
 from detdistill.distillation.precision import in_full_precision
 from detdistill.errors import UserError
 from detdistill.models.base import dense
 from detdistill.models.families.faster_rcnn import FasterRCNN
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import FRSOptions
 
 
@@ -63,31 +63,31 @@ class FRSLoss(nn.Module):
 class FRS(Method):
     """Sum of :class:`FRSLoss` over the matched levels."""
 
-    needs: frozenset[Need] = frozenset({"raw"})
+    requires: frozenset[Requirement] = frozenset({"outputs"})
 
-    def __init__(self, setting: Setting, options: FRSOptions) -> None:
+    def __init__(self, context: PairContext, options: FRSOptions) -> None:
         super().__init__()
-        if not isinstance(setting.teacher, OneStage | FasterRCNN):
+        if not isinstance(context.teacher, OneStage | FasterRCNN):
             raise UserError(
-                f"frs weighs cells by the teacher's scores, and a {type(setting.teacher).__name__} gives none "
+                f"frs weighs cells by the teacher's scores, and a {type(context.teacher).__name__} gives none "
                 f"cell by cell: {INSTEAD}"
             )
         self.classes = None  # of objectness there is but one
         instead = "use `cls_weight: 0` for the features alone"
         if options.cls_weight:
-            require_alike_heads(setting, "frs", instead)
-        if isinstance(setting.teacher, OneStage) and (options.cls_weight or setting.classes.pairs):
-            self.classes = SharedClasses(setting, "frs", instead=instead)
-        self.align = LevelAligner(setting.matching, options.adapt, conv3x3)
+            require_alike_heads(context, "frs", instead)
+        if isinstance(context.teacher, OneStage) and (options.cls_weight or context.classes.pairs):
+            self.classes = SharedClasses(context, "frs", instead=instead)
+        self.align = LevelAligner(context.matching, options.adapt, conv3x3)
         self.loss = FRSLoss(feature_weight=options.feature_weight, cls_weight=options.cls_weight)
 
-    def forward(self, signals: Signals) -> Tensor:
-        assert signals.student_raw is not None
-        assert signals.teacher_raw is not None
-        teacher_cls = dense(signals.teacher_raw).cls
-        student_cls = dense(signals.student_raw).cls if self.loss.cls_weight else {}
+    def forward(self, step: StepOutputs) -> Tensor:
+        assert step.student_outputs is not None
+        assert step.teacher_outputs is not None
+        teacher_cls = dense(step.teacher_outputs).cls
+        student_cls = dense(step.student_outputs).cls if self.loss.cls_weight else {}
         terms = []
-        for level, s, t in self.align(signals):
+        for level, s, t in self.align(step):
             logits = teacher_cls[level.teacher_stride]
             if self.classes is not None:
                 logits = self.classes.teacher(logits, dim=1)
@@ -108,4 +108,4 @@ def richness(logits_NAQHW: Tensor) -> Tensor:
 
 
 def _weighted(values_NHW: Tensor, weights_NHW: Tensor) -> Tensor:
-    return (values_NHW * weights_NHW).sum() / normaliser(weights_NHW.sum(), least=1e-12)
+    return (values_NHW * weights_NHW).sum() / avg_factor(weights_NHW.sum(), least=1e-12)

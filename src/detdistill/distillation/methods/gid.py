@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
 from detdistill.distillation.adapters import LevelAligner, conv3x3
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import (
     INSTEAD,
     SharedClasses,
@@ -44,9 +44,9 @@ from detdistill.distillation.outputs import (
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import in_cells, stride_of_boxes
 from detdistill.errors import UserError
-from detdistill.models.base import Batch, DenseRaw, Model, Raw
+from detdistill.models.base import Batch, DenseOutputs, HeadOutputs, Model
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import GIDOptions
 
 POOLED = 10
@@ -102,7 +102,7 @@ class GIDLoss(nn.Module):
         teacher_RCHW = teacher_RCHW.detach()
         count, _, height, width = student_RCHW.shape
         squares = (teacher_RCHW - student_RCHW).square().sum()
-        loss = self.feature_weight * squares / (normaliser(squares.new_full((), count)) * height * width)
+        loss = self.feature_weight * squares / (avg_factor(squares.new_full((), count)) * height * width)
         if count >= 3:
             s_RR, t_RR = (distances(x.flatten(1)) for x in (student_RCHW, teacher_RCHW))
             relation = F.smooth_l1_loss(s_RR, t_RR, reduction="sum") / (count * (count - 1))
@@ -114,7 +114,7 @@ class GIDLoss(nn.Module):
         assert teacher_box_NP4 is not None
         assert chosen_NP is not None
         chosen = chosen_NP.to(loss.dtype)
-        n = normaliser(chosen.sum())
+        n = avg_factor(chosen.sum())
         bce_NPQ = F.binary_cross_entropy_with_logits(
             student_cls_NPQ, teacher_cls_NPQ.detach().sigmoid(), reduction="none"
         )
@@ -133,27 +133,27 @@ class GID(Method):
     nearest that is matched.
     """
 
-    needs = frozenset({"raw"})
+    requires = frozenset({"outputs"})
 
-    def __init__(self, setting: Setting, options: GIDOptions) -> None:
+    def __init__(self, context: PairContext, options: GIDOptions) -> None:
         super().__init__()
-        student, teacher = setting.student, setting.teacher
+        student, teacher = context.student, context.teacher
         if not (isinstance(student, OneStage) and isinstance(teacher, OneStage)):
             raise UserError(f"gid chooses anchors by their class scores, so both must be one-stage: {INSTEAD}")
-        require_same_grid(setting, "gid")
+        require_same_grid(context, "gid")
         self.responses = options.cls_weight > 0 or options.box_weight > 0
         instead = "use gid's cls_weight 0 and box_weight 0, which compare no responses"
         self.classes = None  # where no class is shared, each has the scores of all of its own
-        if self.responses or setting.classes.pairs:
-            self.classes = SharedClasses(setting, "gid", instead=instead)
+        if self.responses or context.classes.pairs:
+            self.classes = SharedClasses(context, "gid", instead=instead)
         try:
-            require_alike_heads(setting, "gid", instead)
+            require_alike_heads(context, "gid", instead)
             self.by_anchor = True
         except UserError:
             if self.responses:
                 raise
             self.by_anchor = False
-        self.align = LevelAligner(setting.matching, options.adapt, adapter=cache(conv3x3))
+        self.align = LevelAligner(context.matching, options.adapt, adapter=cache(conv3x3))
         self.loss = GIDLoss(
             feature_weight=options.feature_weight,
             relation_weight=options.relation_weight,
@@ -163,19 +163,19 @@ class GID(Method):
         )
         self.instances, self.min_side = options.instances, options.min_side
 
-    def forward(self, signals: Signals) -> Tensor:
-        student, teacher = signals.student_raw, signals.teacher_raw
-        assert isinstance(student, DenseRaw)
-        assert isinstance(teacher, DenseRaw)
-        assert isinstance(signals.student_model, OneStage)
-        assert isinstance(signals.teacher_model, OneStage)
-        instances = self._choose(signals)
-        pooled = self._pool(signals, instances)
+    def forward(self, step: StepOutputs) -> Tensor:
+        student, teacher = step.student_outputs, step.teacher_outputs
+        assert isinstance(student, DenseOutputs)
+        assert isinstance(teacher, DenseOutputs)
+        assert isinstance(step.student_model, OneStage)
+        assert isinstance(step.teacher_model, OneStage)
+        instances = self._choose(step)
+        pooled = self._pool(step, instances)
         if not self.responses:
             return self.loss(*pooled)
         assert self.classes is not None
-        model = signals.student_model
-        anchors = model.anchors(student.cls, signals.student_batch)
+        model = step.student_model
+        anchors = model.anchors(student.cls, step.student_batch)
         return self.loss(
             *pooled,
             *self.classes(
@@ -183,16 +183,16 @@ class GID(Method):
                 class_logits(teacher, self.classes.teacher_count),
             ),
             box_outputs(student, model.head),
-            box_outputs(teacher, signals.teacher_model.head),
+            box_outputs(teacher, step.teacher_model.head),
             torch.stack([model.match(boxes_K4, anchors) >= 0 for boxes_K4 in instances]),
         )
 
     @torch.no_grad()
-    def _choose(self, signals: Signals) -> list[Tensor]:
+    def _choose(self, step: StepOutputs) -> list[Tensor]:
         """The general instances of each image, (K, 4) xyxy in network input."""
         views = (
-            (signals.student_model, signals.student_raw, signals.student_batch),
-            (signals.teacher_model, signals.teacher_raw, signals.teacher_batch),
+            (step.student_model, step.student_outputs, step.student_batch),
+            (step.teacher_model, step.teacher_outputs, step.teacher_batch),
         )
         shared = (None, None) if self.classes is None else (self.classes.student, self.classes.teacher)
         (score_NP, boxes_NP4), (t_score_NP, t_boxes_NP4) = (
@@ -202,7 +202,7 @@ class GID(Method):
         boxes_NP4 = torch.where(difference_NP[..., None] > 0, t_boxes_NP4, boxes_NP4)
         chosen = []
         for difference_P, boxes_P4, size in zip(
-            difference_NP, boxes_NP4, signals.student_batch.sizes, strict=True
+            difference_NP, boxes_NP4, step.student_batch.sizes, strict=True
         ):
             boxes_P4 = clip_boxes_to_image(boxes_P4, size)
             large_P = (boxes_P4[:, 2:] - boxes_P4[:, :2]).amin(dim=1) > self.min_side
@@ -214,14 +214,14 @@ class GID(Method):
         return chosen
 
     def _view(
-        self, model: Model, raw: Raw | None, batch: Batch, cut: Callable[[Tensor], Tensor] | None
+        self, model: Model, outputs: HeadOutputs | None, batch: Batch, cut: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """What one model sees: scores (N, P) and boxes (N, P, 4), of anchors or of each cell's best anchor."""
         assert isinstance(model, OneStage)
-        assert isinstance(raw, DenseRaw)
-        logits_NPQ = class_logits(raw, len(model.classes))
+        assert isinstance(outputs, DenseOutputs)
+        logits_NPQ = class_logits(outputs, len(model.classes))
         score_NP = (logits_NPQ if cut is None else cut(logits_NPQ)).sigmoid().amax(dim=2)
-        boxes_NP4 = model.boxes(raw, batch)
+        boxes_NP4 = model.boxes(outputs, batch)
         if self.by_anchor:
             return score_NP, boxes_NP4
         count = model.anchor_generator.num_anchors_per_location()[0]
@@ -229,14 +229,14 @@ class GID(Method):
         index = best_NP[..., None, None].expand(-1, -1, 1, 4)
         return score_NP, boxes_NP4.unflatten(1, (-1, count)).gather(2, index).squeeze(2)
 
-    def _pool(self, signals: Signals, instances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _pool(self, step: StepOutputs, instances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Every instance's (C, 10, 10), of student and teacher, from the level of its size."""
         strides = [level.student_stride for level in self.align.levels]
         level_R = stride_of_boxes(torch.cat(list(instances)), strides)
         student: list[Tensor] = []
         teacher: list[Tensor] = []
-        for level, s_NCHW, t_NCHW in self.align(signals):
-            boxes = [in_cells(boxes_K4, signals.teacher_batch, t_NCHW) for boxes_K4 in instances]
+        for level, s_NCHW, t_NCHW in self.align(step):
+            boxes = [in_cells(boxes_K4, step.teacher_batch, t_NCHW) for boxes_K4 in instances]
             here_R111 = (level_R == level.student_stride)[:, None, None, None]
             for x, pooled in ((s_NCHW, student), (t_NCHW, teacher)):
                 regions = roi_align(x.float(), boxes, POOLED, sampling_ratio=2, aligned=True)

@@ -3,10 +3,10 @@
 A class's prototype is the mean of an image's features over its pixels of that class, in each network's map::
 
     v(F)_p = cos(F_p, mean of F over the pixels of p's class in the image)
-    L      = alpha · mean over labelled pixels of (v(S)_p - v(T)_p)²
+    L      = alpha · mean over labeled pixels of (v(S)_p - v(T)_p)²
 
 Shape legend: N images, C channels, H W rows and columns, P pixels, Q classes.
-Reduction: "mean" over the labelled pixels; levels are summed.
+Reduction: "mean" over the labeled pixels; levels are summed.
 
 We leave pixels without a label out; the published code gives them a cosine of 1 on both sides, which adds
 nothing but counts in the mean. The published weight is 200; CIRKD's repetition has 20 (preset "cirkd").
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import class_labels
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import IFVDOptions
 
 EPS = 1e-8  # least length of a pixel's feature
@@ -53,7 +53,7 @@ class IFVDLoss(nn.Module):
         """
         is_NQP = labels_NHW.flatten(1)[:, None] == torch.arange(classes, device=labels_NHW.device)[:, None]
         ours, theirs = (variation(x.flatten(2), is_NQP) for x in (student_NCHW, teacher_NCHW.detach()))
-        return self.alpha * (ours - theirs).square().sum() / normaliser(is_NQP.sum())
+        return self.alpha * (ours - theirs).square().sum() / avg_factor(is_NQP.sum())
 
 
 def variation(x_NCP: Tensor, is_NQP: Tensor) -> Tensor:
@@ -69,19 +69,19 @@ def variation(x_NCP: Tensor, is_NQP: Tensor) -> Tensor:
 class IFVD(Method):
     """Sum of :class:`IFVDLoss` over the matched levels."""
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: IFVDOptions) -> None:
+    def __init__(self, context: PairContext, options: IFVDOptions) -> None:
         super().__init__()
-        self.levels = setting.matching.levels
-        self.class_count = len(setting.student.classes)
+        self.levels = context.matching.levels
+        self.class_count = len(context.student.classes)
         self.loss = IFVDLoss(alpha=options.alpha)
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
         for level in self.levels:
-            teacher = signals.teacher[level.teacher_stride]
-            student = signals.overlay(signals.student[level.student_stride], teacher)
-            labels_NHW = class_labels(signals.teacher_batch, teacher)
+            teacher = step.teacher[level.teacher_stride]
+            student = step.alignment(step.student[level.student_stride], teacher)
+            labels_NHW = class_labels(step.teacher_batch, teacher)
             terms.append(self.loss(student, teacher, labels_NHW, self.class_count))
         return torch.stack(terms).sum()

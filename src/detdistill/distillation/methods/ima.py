@@ -1,7 +1,7 @@
 """IMA: Instance Mask Alignment, the paper's Eq. 2-10 as a loss on two feature maps, and its method.
 
 A step of the cascade after the other (Algorithm 1): a random mask removes frequencies of the student's map
-(Eq. 2-3), instance standardisation gives every channel of every instance zero mean and unit variance
+(Eq. 2-3), instance standardization gives every channel of every instance zero mean and unit variance
 (Eq. 5-7), adaptive scale deflation multiplies an instance by its similarity to the teacher's (Eq. 8-10), and
 the mean squared error to the teacher's map is taken (Eq. 4). An instance is an item of the batch: Eq. 1 writes
 maps as N×C×H×W with "N the number of instances".
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from detdistill.data.records import UNLABELLED
+from detdistill.data.records import UNLABELED
 from detdistill.distillation.adapters import LevelAligner
 from detdistill.distillation.correlation import covariances
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.regions import boxes_in_cells, class_labels
 from detdistill.distillation.spectrum import SpectralFilter, dct_basis, hermitian
 from detdistill.errors import UserError
 from detdistill.models.base import Task
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.models.preprocess import resize_labels
 from detdistill.recipe.methods import IMAOptions, ImportanceOptions, MaskOptions, StandardizeOptions
 
@@ -38,7 +38,7 @@ POOLED = 7  # side of a box instance, as in the RoI heads of two-stage detectors
 
 
 class IMALoss(nn.Module):
-    """alpha · mean over N, C, H, W of (γ_n · standardise(mask(student)) - standardise(teacher))².
+    """alpha · mean over N, C, H, W of (γ_n · standardize(mask(student)) - standardize(teacher))².
 
     Reduction: "mean". Computed in float32 whatever the autocast (half-precision Fourier transforms exist for
     powers of two only, and variances round badly).
@@ -125,7 +125,7 @@ class IMALoss(nn.Module):
                 student, teacher = (_pool(maps, boxes) for maps in (student, teacher))
                 weight = None
                 # The mean over instances: of those that a process has on average.
-                factor = factor * len(student) / normaliser(student.new_full((), len(student)))
+                factor = factor * len(student) / avg_factor(student.new_full((), len(student)))
             if student.shape[0] == 0 or student.shape[-2] * student.shape[-1] < self.min_pixels:
                 return student_NCHW.float().sum() * 0.0
             regions_NGHW = None
@@ -175,7 +175,7 @@ class IMALoss(nn.Module):
         difference = (s - t).abs() if self.distance == "l1" else (s - t).square()
         if weight is None:
             return difference.mean()
-        return (difference * weight).sum() / (normaliser(weight.sum()) * s.shape[1])
+        return (difference * weight).sum() / (avg_factor(weight.sum()) * s.shape[1])
 
     def _is_correlation(self) -> bool:
         """Whether the distance depends on the two maps through their variances and correlation alone."""
@@ -191,7 +191,7 @@ class IMALoss(nn.Module):
         """mean over N, C of γ²a_s + a_t - 2γr: the same number in a third of the passes over memory.
 
         r is the correlation of student and teacher in a channel of an instance; a_s and a_t are the energies
-        var / (var + eps) of the standardised maps, 1 but for silent channels.
+        var / (var + eps) of the standardized maps, 1 but for silent channels.
         """
         variance_s, variance_t, covariance = covariances(student, teacher)
         a_s, a_t = (
@@ -268,7 +268,7 @@ class IMALoss(nn.Module):
     def _regions(self, labels_NHW: Tensor, size: torch.Size, classes: int | None) -> Tensor:
         """Class regions at the map's resolution as (N, G, H, W) of 0 and 1; small ones are empty."""
         labels = resize_labels(labels_NHW, size).long()
-        labels = labels.where(labels != UNLABELLED, -1)
+        labels = labels.where(labels != UNLABELED, -1)
         if classes is None:
             classes = max(0, int(labels.max())) + 1
         regions = (labels[:, None] == torch.arange(classes, device=labels.device)[:, None, None]).float()
@@ -278,18 +278,18 @@ class IMALoss(nn.Module):
 class IMA(Method):
     """Sum of :class:`IMALoss` over the matched levels."""
 
-    def __init__(self, setting: Setting, options: IMAOptions) -> None:
+    def __init__(self, context: PairContext, options: IMAOptions) -> None:
         super().__init__()
         wanted: dict[str, Task] = {"box": "detection", "class_region": "segmentation"}
-        task, instance = setting.student.task, options.instance
+        task, instance = context.student.task, options.instance
         if wanted.get(instance, task) != task:
             raise UserError(
                 f"ima: instance '{instance}' is for {wanted[instance]}, and this pair for {task}: "
                 f"give instance 'image'"
             )
         if instance != "image":
-            self.needs = frozenset({"labels"})
-        self.align = LevelAligner(setting.matching, options.adapt)
+            self.requires = frozenset({"labels"})
+        self.align = LevelAligner(context.matching, options.adapt)
         self.loss = IMALoss(
             mask=options.mask,
             standardize=options.standardize,
@@ -301,12 +301,12 @@ class IMA(Method):
             min_pixels=options.min_pixels,
             min_region=options.min_region,
         )
-        self.classes = len(setting.student.classes)
+        self.classes = len(context.student.classes)
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
-        batch, instance = signals.teacher_batch, self.loss.instance
-        for _, student, teacher in self.align(signals):
+        batch, instance = step.teacher_batch, self.loss.instance
+        for _, student, teacher in self.align(step):
             boxes = boxes_in_cells(batch, teacher) if instance == "box" else None
             labels_NHW = class_labels(batch, teacher) if instance == "class_region" else None
             terms.append(
@@ -316,7 +316,7 @@ class IMA(Method):
                     boxes=boxes,
                     labels_NHW=labels_NHW,
                     classes=self.classes,
-                    generator=signals.generator,
+                    generator=step.generator,
                 )
             )
         return torch.stack(terms).sum()
@@ -332,6 +332,6 @@ def _standardize_regions(x: Tensor, regions: Tensor, eps: float) -> Tensor:
     """Zero mean and unit variance for each channel within each region; 0 outside them."""
     total = regions.sum((-2, -1)).clamp(min=1)[:, None]  # (N, 1, G)
     mean = torch.einsum("nchw,nghw->ncg", x, regions) / total
-    centred = x * regions.sum(1, keepdim=True) - torch.einsum("ncg,nghw->nchw", mean, regions)
-    variance = torch.einsum("nchw,nghw->ncg", centred.square(), regions) / total
-    return centred * torch.einsum("ncg,nghw->nchw", torch.rsqrt(variance + eps), regions)
+    centered = x * regions.sum(1, keepdim=True) - torch.einsum("ncg,nghw->nchw", mean, regions)
+    variance = torch.einsum("nchw,nghw->ncg", centered.square(), regions) / total
+    return centered * torch.einsum("ncg,nghw->nchw", torch.rsqrt(variance + eps), regions)

@@ -18,12 +18,12 @@ that the student samples; the teacher's is run on them::
     L_cls = cls_weight · τ² · mean over regions of KL(softmax(t / τ) || softmax(s / τ))
     L_box = box_weight · sum of p · |Δ_S - Δ_T|₁ / max(1, sum of p)     p = the teacher's share of each class
 
-Segmenters choose a class for each pixel (of the cells that see a part of the image, labelled or not)::
+Segmenters choose a class for each pixel (of the cells that see a part of the image, labeled or not)::
 
     L     = cls_weight · τ² · mean over pixels of KL(softmax(t / τ) || softmax(s / τ))
 
 There is no single source for detectors: KL, τ² and soft targets are Hinton's, the weights and n are ours. The
-centre-ness of FCOS is not distilled. Shape legend: N images, P anchors, Q classes, R regions.
+centerness of FCOS is not distilled. Shape legend: N images, P anchors, Q classes, R regions.
 Reduction: "sum/mask" (the mask is w, or p) over all levels together; the classes of regions and of pixels
 "mean".
 """
@@ -33,7 +33,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import (
     SEGMENTATION,
     SharedClasses,
@@ -48,9 +48,9 @@ from detdistill.distillation.outputs import (
 )
 from detdistill.distillation.precision import in_full_precision
 from detdistill.distillation.regions import valid_mask
-from detdistill.models.base import DenseRaw
+from detdistill.models.base import DenseOutputs
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.methods import KDOptions
 
 
@@ -85,7 +85,7 @@ class KDLoss(nn.Module):
         """
         teacher_NPQ = teacher_NPQ.detach()
         weight_NP = teacher_NPQ.amax(dim=2).sigmoid()
-        count = normaliser(weight_NP.sum())
+        count = avg_factor(weight_NP.sum())
         loss = student_NPQ.new_zeros(())
         if self.cls_weight:
             s, t = student_NPQ / self.temperature, teacher_NPQ / self.temperature
@@ -112,11 +112,11 @@ class KDLoss(nn.Module):
         loss = student_RQ.new_zeros(())
         if self.cls_weight:
             kl_R = tempered_kl(student_RQ, teacher_RQ, self.temperature)
-            loss = loss + self.cls_weight * kl_R.sum() / normaliser(kl_R.new_full((), len(kl_R)))
+            loss = loss + self.cls_weight * kl_R.sum() / avg_factor(kl_R.new_full((), len(kl_R)))
         if self.box_weight:
             share_RQ = teacher_RQ.softmax(dim=1)[:, 1:]
             l1_RQ = (student_RQ4 - teacher_RQ4).abs().unflatten(1, (-1, 4)).sum(dim=2)[:, 1:]
-            loss = loss + self.box_weight * (share_RQ * l1_RQ).sum() / normaliser(share_RQ.sum())
+            loss = loss + self.box_weight * (share_RQ * l1_RQ).sum() / avg_factor(share_RQ.sum())
         return loss
 
     @in_full_precision
@@ -129,7 +129,7 @@ class KDLoss(nn.Module):
         s, t = (x / self.temperature for x in (student_NQHW, teacher_NQHW.detach()))
         log_s, log_t = s.log_softmax(dim=1), t.log_softmax(dim=1)
         kl_NHW = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(dim=1)
-        return self.cls_weight * self.temperature**2 * (kl_NHW * valid_NHW).sum() / normaliser(valid_NHW.sum())
+        return self.cls_weight * self.temperature**2 * (kl_NHW * valid_NHW).sum() / avg_factor(valid_NHW.sum())
 
 
 class KD(Method):
@@ -140,44 +140,44 @@ class KD(Method):
     counts. Segmenters: any two.
     """
 
-    def __init__(self, setting: Setting, options: KDOptions) -> None:
+    def __init__(self, context: PairContext, options: KDOptions) -> None:
         super().__init__()
-        self.segments = setting.student.task == SEGMENTATION
-        regions = two_stage(setting)
+        self.segments = context.student.task == SEGMENTATION
+        regions = two_stage(context)
         if self.segments:
-            self.needs = frozenset({"raw"})
+            self.requires = frozenset({"outputs"})
         elif regions:
-            self.needs = frozenset({"student_raw"})
+            self.requires = frozenset({"student_outputs"})
         else:
-            require_alike_heads(setting, "kd")
-            self.needs = frozenset({"raw"})
-        self.classes = SharedClasses(setting, "kd", background=regions)
-        self.strides = [level.student_stride for level in setting.matching.levels]
+            require_alike_heads(context, "kd")
+            self.requires = frozenset({"outputs"})
+        self.classes = SharedClasses(context, "kd", background=regions)
+        self.strides = [level.student_stride for level in context.matching.levels]
         self.loss = KDLoss(
             cls_weight=options.cls_weight, box_weight=options.box_weight, temperature=options.temperature
         )
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         if self.segments:
-            ours, theirs = pixel_logits(signals, self.classes)
-            return self.loss.pixels(ours, theirs, valid_mask(signals.teacher_batch, theirs))
-        student, teacher = signals.student_raw, signals.teacher_raw
-        if not isinstance(student, DenseRaw):
-            found = region_responses(signals, self.classes)
+            ours, theirs = pixel_logits(step, self.classes)
+            return self.loss.pixels(ours, theirs, valid_mask(step.teacher_batch, theirs))
+        student, teacher = step.student_outputs, step.teacher_outputs
+        if not isinstance(student, DenseOutputs):
+            found = region_responses(step, self.classes)
             return self.loss.regions(
                 found.student_logits_RQ,
                 found.teacher_logits_RQ,
                 found.student_deltas_RQ4,
                 found.teacher_deltas_RQ4,
             )
-        assert isinstance(teacher, DenseRaw)
-        student, teacher = (on_levels(raw, self.strides) for raw in (student, teacher))
+        assert isinstance(teacher, DenseOutputs)
+        student, teacher = (on_levels(outputs, self.strides) for outputs in (student, teacher))
         logits = self.classes(
             class_logits(student, self.classes.student_count), class_logits(teacher, self.classes.teacher_count)
         )
         if not self.loss.box_weight:
             return self.loss(*logits)
-        assert isinstance(signals.student_model, OneStage)
-        assert isinstance(signals.teacher_model, OneStage)
-        ours = box_outputs(student, signals.student_model.head)
-        return self.loss(*logits, ours, box_outputs(teacher, signals.teacher_model.head))
+        assert isinstance(step.student_model, OneStage)
+        assert isinstance(step.teacher_model, OneStage)
+        ours = box_outputs(student, step.student_model.head)
+        return self.loss(*logits, ours, box_outputs(teacher, step.teacher_model.head))

@@ -1,4 +1,4 @@
-"""LD: localisation distillation, of the distributions of box sides (Zheng et al., CVPR 2022).
+"""LD: localization distillation, of the distributions of box sides (Zheng et al., CVPR 2022).
 
 For heads that predict each side of a box as a distribution over bins (GFL). With
 KD(z_S, z_T; τ) = τ² · mean over bins of softmax(z_T/τ) · log(softmax(z_T/τ) / softmax(z_S/τ)), on each level::
@@ -7,7 +7,7 @@ KD(z_S, z_T; τ) = τ² · mean over bins of softmax(z_T/τ) · log(softmax(z_T/
     VLR LD   = vlr_weight · 2/N · Σ_anchors Σ_4 v · KD(box_S, box_T; temperature) / 16
     main KD  = kd_weight · mean over positive anchors of KD(cls_S, cls_T; kd_temperature)
 
-The valuable localisation region (VLR) is what nearly answers for an object: alpha · t <= DIoU < t, where t is
+The valuable localization region (VLR) is what nearly answers for an object: alpha · t <= DIoU < t, where t is
 ATSS's threshold, and v the anchor's IoU. Positive are the anchors of the student's own assignment.
 
 Shape legend: N images, P anchors of a level, Q classes, B bins, K objects.
@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_iou, distance_box_iou
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import INSTEAD, SharedClasses, require_alike_heads, tempered_kl
 from detdistill.distillation.precision import in_full_precision
 from detdistill.errors import UserError
-from detdistill.models.base import DenseRaw
+from detdistill.models.base import DenseOutputs
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.assignment import atss_thresholds, centre_depths, nearest_anchors
-from detdistill.models.layers.heads import flatten_maps, normaliser
+from detdistill.models.layers.assignment import atss_thresholds, center_depths, nearest_anchors
+from detdistill.models.layers.heads import avg_factor, flatten_maps
 from detdistill.recipe.methods import LDOptions
 
 PUBLISHED_IMAGES = 2  # of a process, over which the published sums go
@@ -96,18 +96,18 @@ class LDLoss(nn.Module):
         two_images = PUBLISHED_IMAGES / len(box_NP)
         main = two_images * (positive * score_NP * box_NP).sum() / 4
         vlr = two_images * (vlr_NP.detach() * box_NP).sum() / 16
-        kd = (positive * cls_NP).sum() / normaliser(positive.sum())
+        kd = (positive * cls_NP).sum() / avg_factor(positive.sum())
         return self.main_weight * main + self.vlr_weight * vlr + self.kd_weight * kd
 
 
 class LD(Method):
     """Sum of :class:`LDLoss` over the matched levels, for two alike heads with distributions."""
 
-    needs = frozenset({"raw", "labels"})
+    requires = frozenset({"outputs", "labels"})
 
-    def __init__(self, setting: Setting, options: LDOptions) -> None:
+    def __init__(self, context: PairContext, options: LDOptions) -> None:
         super().__init__()
-        student, teacher = setting.student, setting.teacher
+        student, teacher = context.student, context.teacher
         one_stage = isinstance(student, OneStage) and isinstance(teacher, OneStage)
         other = "the method kd or crosskd" if one_stage else INSTEAD.removeprefix("use ")
         for model in (student, teacher):
@@ -124,9 +124,9 @@ class LD(Method):
                 f"ld compares distributions bin by bin, the student's {ours} with the teacher's {theirs}: use "
                 "a teacher with as many bins, or the method crosskd"
             )
-        require_alike_heads(setting, "ld")
-        self.classes = SharedClasses(setting, "ld")
-        self.strides = [level.student_stride for level in setting.matching.levels]
+        require_alike_heads(context, "ld")
+        self.classes = SharedClasses(context, "ld")
+        self.strides = [level.student_stride for level in context.matching.levels]
         self.loss = LDLoss(
             main_weight=options.main_weight,
             vlr_weight=options.vlr_weight,
@@ -136,15 +136,15 @@ class LD(Method):
         )
         self.region, self.alpha, self.topk = options.region, options.alpha, options.topk
 
-    def forward(self, signals: Signals) -> Tensor:
-        student, teacher, model = signals.student_raw, signals.teacher_raw, signals.student_model
-        assert isinstance(student, DenseRaw)
-        assert isinstance(teacher, DenseRaw)
+    def forward(self, step: StepOutputs) -> Tensor:
+        student, teacher, model = step.student_outputs, step.teacher_outputs, step.student_model
+        assert isinstance(student, DenseOutputs)
+        assert isinstance(teacher, DenseOutputs)
         assert isinstance(model, OneStage)
         assert model.head.bins is not None
-        targets = signals.student_batch.targets
+        targets = step.student_batch.targets
         assert targets is not None, "ld needs a batch with targets"
-        anchors = model.anchors(student.cls, signals.student_batch)
+        anchors = model.anchors(student.cls, step.student_batch)
         sizes = [len(anchors_P4) for anchors_P4 in anchors]
         objects = [target["boxes"].float() for target in targets]
         positive_NP = torch.stack([model.match(boxes_K4, anchors) >= 0 for boxes_K4 in objects])
@@ -160,8 +160,8 @@ class LD(Method):
                 *flatten_maps([teacher.cls[stride]], self.classes.teacher_count),
             )
             box = [
-                flatten_maps([raw.box[stride]], 4 * model.head.bins)[0].unflatten(2, (4, model.head.bins))
-                for raw in (student, teacher)
+                flatten_maps([outputs.box[stride]], 4 * model.head.bins)[0].unflatten(2, (4, model.head.bins))
+                for outputs in (student, teacher)
             ]
             positive, weight = positive_of[stride], region_of[stride]
             if self.region == "inside":
@@ -173,7 +173,7 @@ class LD(Method):
         """(P,) v of an image's anchors; for "inside" 1 within an object."""
         if self.region == "vlr":
             return valuable_region(boxes_K4, anchors, self.alpha, self.topk)
-        return (centre_depths(boxes_K4, torch.cat(list(anchors))) > 0).any(dim=0).float()
+        return (center_depths(boxes_K4, torch.cat(list(anchors))) > 0).any(dim=0).float()
 
 
 def valuable_region(boxes_K4: Tensor, anchors: Sequence[Tensor], alpha: float = 0.25, topk: int = 9) -> Tensor:

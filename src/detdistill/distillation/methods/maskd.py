@@ -24,7 +24,7 @@ Reduction: "sum/mask"; the levels are summed.
 
 Paper and code: we follow the code, which squares masks (they multiply both maps) but divides by their plain
 sum; the weights are for that. It first trains the tokens for 2000 steps with Adam at 0.01, in a program of its
-own, where here they share the student's optimiser. Its detectors use the student's masks from a step on, of
+own, where here they share the student's optimizer. Its detectors use the student's masks from a step on, of
 175920: 5000 (FCOS, RepPoints, Faster R-CNN with a Cascade R-CNN as teacher), 7000 and 8500 (RetinaNet with a
 ResNet-101 and an X101 as teacher), 7330 (Faster R-CNN). Its segmentation loss never uses them, nor does the
 preset "segmentation"; its 0.4 times the same loss on the auxiliary head is left out, as a teacher in evaluation
@@ -42,11 +42,11 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.adapters import LevelAligner
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.outputs import INSTEAD, SEGMENTATION, SharedClasses, own_draws, pixel_logits
 from detdistill.distillation.precision import in_full_precision
 from detdistill.errors import UserError
-from detdistill.models.base import SegmentationRaw
+from detdistill.models.base import SegmentationOutputs
 from detdistill.recipe.methods import MasKDOptions
 
 LOGITS = "logits"  # the one key of segmenters' tokens
@@ -126,15 +126,15 @@ class MasKD(Method):
     """Sum of :class:`MasKDLoss` over the matched levels, and stage 1 beside it.
 
     The tokens in use are buffers, copied from those that learn for as long as these do: a decaying weight or an
-    optimiser's momentum cannot move them later, and a resumed run goes on with the same.
+    optimizer's momentum cannot move them later, and a resumed run goes on with the same.
     """
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: MasKDOptions) -> None:
+    def __init__(self, context: PairContext, options: MasKDOptions) -> None:
         super().__init__()
-        student, teacher = setting.student, setting.teacher
-        if teacher.opaque:
+        student, teacher = context.student, context.teacher
+        if teacher.incomparable:
             raise UserError(
                 f"maskd runs the teacher's head on masked maps, and that of a {type(teacher).__name__} runs "
                 f"on its own alone: {INSTEAD}"
@@ -144,7 +144,7 @@ class MasKD(Method):
                 f"maskd's tokens learn from the teacher's own losses, and those of a {type(teacher).__name__} "
                 f"want masks, which are at hand only for a student with masks and the same input: {INSTEAD}"
             )
-        self.classes = SharedClasses(setting, "maskd")
+        self.classes = SharedClasses(context, "maskd")
         self.segments = student.task == SEGMENTATION
         if self.segments and self.classes.missing:
             raise UserError(f"maskd wants a teacher that knows all of a segmenter's classes: {INSTEAD}")
@@ -152,23 +152,23 @@ class MasKD(Method):
         self.token_fraction, self.student_masks_from = options.token_fraction, options.student_masks_from
         self.learning, self.in_use = nn.ModuleDict(), nn.ModuleDict()
         if self.segments:
-            self.needs = frozenset({"raw", "labels"})
+            self.requires = frozenset({"outputs", "labels"})
             widths = {LOGITS: len(student.classes)}
         else:
-            self.align = LevelAligner(setting.matching, options.adapt)
-            widths = {str(level.student_stride): level.teacher_channels for level in setting.matching.levels}
+            self.align = LevelAligner(context.matching, options.adapt)
+            widths = {str(level.student_stride): level.teacher_channels for level in context.matching.levels}
         for key, width in widths.items():
             learning = ReceptiveTokens(width, options.tokens, options.token_shares)
             self.learning[key] = learning
             self.in_use[key] = as_buffers(learning)
 
-    def forward(self, signals: Signals) -> Tensor:
-        progress = signals.progress
+    def forward(self, step: StepOutputs) -> Tensor:
+        progress = step.progress
         learns = self.training and (progress is None or progress <= self.token_fraction)
         if learns:
             self.in_use.load_state_dict(self.learning.state_dict())
         terms = []
-        for key, student, teacher in self._maps(signals):
+        for key, student, teacher in self._maps(step):
             tokens = self.in_use[key]
             assert isinstance(tokens, ReceptiveTokens)
             with torch.no_grad():
@@ -179,32 +179,32 @@ class MasKD(Method):
             terms.append(self.loss(student, teacher, masks_NTHW, shares_NT))
         loss = torch.stack(terms).sum()
         if learns:
-            stage_1 = self._stage_1(signals)
+            stage_1 = self._stage_1(step)
         else:  # DistributedDataParallel wants a gradient for every parameter, at every step
             stage_1 = torch.stack([parameter.sum() for parameter in self.learning.parameters()]).sum() * 0
         return loss + stage_1 - stage_1.detach()
 
-    def _maps(self, signals: Signals) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _maps(self, step: StepOutputs) -> Iterator[tuple[str, Tensor, Tensor]]:
         if self.segments:
-            yield LOGITS, *pixel_logits(signals, self.classes)
+            yield LOGITS, *pixel_logits(step, self.classes)
             return
-        for level, student, teacher in self.align(signals):
+        for level, student, teacher in self.align(step):
             yield str(level.student_stride), student, teacher
 
-    def _stage_1(self, signals: Signals) -> Tensor:
+    def _stage_1(self, step: StepOutputs) -> Tensor:
         if self.segments:
-            ((_, _, logits_NQHW),) = self._maps(signals)
+            ((_, _, logits_NQHW),) = self._maps(step)
             masked_NQHW, masks_NTHW = self.learning[LOGITS](logits_NQHW)
             # The logits are in the student's order of classes, as its labels are.
-            losses = signals.teacher_model.losses(SegmentationRaw(masked_NQHW), signals.student_batch)
+            losses = step.teacher_model.losses(SegmentationOutputs(masked_NQHW), step.student_batch)
             return torch.stack([*losses.values(), self.loss.overlap(masks_NTHW)]).sum()
-        pyramid, overlaps = dict(signals.teacher), []
+        pyramid, overlaps = dict(step.teacher), []
         for level in self.align.levels:
             stride = level.teacher_stride
             # two of the student's levels may meet one of the teacher's: it is then masked twice
             pyramid[stride], masks_NTHW = self.learning[str(level.student_stride)](pyramid[stride])
             overlaps.append(self.loss.overlap(masks_NTHW))
-        teacher, batch = signals.teacher_model, signals.teacher_batch
+        teacher, batch = step.teacher_model, step.teacher_batch
         assert batch.targets is not None, "maskd needs a batch with targets"
         if not self.classes.same:
             batch = replace(batch, targets=self.classes.teacher_targets(batch.targets))
@@ -212,8 +212,8 @@ class MasKD(Method):
             # The flag of the detector alone: a two-stage one then samples regions as in training, while the
             # layers below stay in evaluation mode.
             teacher.training = True
-            with own_draws(signals.generator):
-                losses = teacher.losses(teacher.predict(pyramid, batch), batch)
+            with own_draws(step.generator):
+                losses = teacher.losses(teacher.forward_head(pyramid, batch), batch)
         finally:
             teacher.training = False
         return torch.stack([*losses.values(), *overlaps]).sum()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from detdistill.distillation.adapters import LevelAligner, conv3x3
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import MGDOptions
 
@@ -48,19 +48,19 @@ class MGDLoss(nn.Module):
 class MGD(Method):
     """Sum of :class:`MGDLoss` over the matched levels."""
 
-    def __init__(self, setting: Setting, options: MGDOptions) -> None:
+    def __init__(self, context: PairContext, options: MGDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt, unit=options.unit)
+        self.align = LevelAligner(context.matching, options.adapt, unit=options.unit)
         self.generators = nn.ModuleDict({
-            str(level.student_stride): generator(level.teacher_channels) for level in setting.matching.levels
+            str(level.student_stride): generator(level.teacher_channels) for level in context.matching.levels
         })  # fmt: skip
         self.loss = MGDLoss(alpha=options.alpha)
         self.mask_ratio = options.mask_ratio
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
-        for level, s, t in self.align(signals):
-            masked = s * random_mask(s, self.mask_ratio, signals.generator)
+        for level, s, t in self.align(step):
+            masked = s * random_mask(s, self.mask_ratio, step.generator)
             terms.append(self.loss(self.generators[str(level.student_stride)](masked), t))
         return torch.stack(terms).sum()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import MimicOptions
 
@@ -37,11 +37,11 @@ class MimicLoss(nn.Module):
 class Mimic(Method):
     """Sum of :class:`MimicLoss` over the matched levels."""
 
-    def __init__(self, setting: Setting, options: MimicOptions) -> None:
+    def __init__(self, context: PairContext, options: MimicOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(context.matching, options.adapt)
         self.loss = MimicLoss(alpha=options.alpha)
 
-    def forward(self, signals: Signals) -> Tensor:
-        terms = [self.loss(s, t) for _, s, t in self.align(signals)]
+    def forward(self, step: StepOutputs) -> Tensor:
+        terms = [self.loss(s, t) for _, s, t in self.align(step)]
         return torch.stack(terms).sum()

@@ -1,6 +1,6 @@
 """PKD: Pearson correlation of feature maps (Cao et al., NeurIPS 2022).
 
-L = alpha · ½ · mean over N, C, H, W of (ŝ - t̂)², where every channel is standardised over the batch's N·H·W
+L = alpha · ½ · mean over N, C, H, W of (ŝ - t̂)², where every channel is standardized over the batch's N·H·W
 values: x̂ = (x - mean) / (std + 1e-6), std with n - 1. But for the 1e-6 this is alpha · (1 - r), r the Pearson
 correlation of a channel. Reduction: "mean"; levels are summed.
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from detdistill.distillation.adapters import LevelAligner
 from detdistill.distillation.correlation import covariances
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import PKDOptions
 
@@ -28,10 +28,10 @@ NO_VARIANCE = 1e-30  # below this the square root is taken as constant: its slop
 
 
 class PKDLoss(nn.Module):
-    """alpha · ½ · mean over N, C, H, W of (ŝ - t̂)², each channel standardised over N·H·W.
+    """alpha · ½ · mean over N, C, H, W of (ŝ - t̂)², each channel standardized over N·H·W.
 
     Reduction: "mean". Computed as ½ (var_s / d_s² + var_t / d_t²) - cov / (d_s·d_t) for each channel, with
-    d = std + 1e-6: the same number without a standardised map.
+    d = std + 1e-6: the same number without a standardized map.
 
     Args:
         alpha: factor on the loss.
@@ -54,11 +54,11 @@ class PKDLoss(nn.Module):
 class PKD(Method):
     """Sum of :class:`PKDLoss` over the matched levels."""
 
-    def __init__(self, setting: Setting, options: PKDOptions) -> None:
+    def __init__(self, context: PairContext, options: PKDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(context.matching, options.adapt)
         self.loss = PKDLoss(alpha=options.alpha)
 
-    def forward(self, signals: Signals) -> Tensor:
-        terms = [self.loss(s, t) for _, s, t in self.align(signals)]
+    def forward(self, step: StepOutputs) -> Tensor:
+        terms = [self.loss(s, t) for _, s, t in self.align(step)]
         return torch.stack(terms).sum()

@@ -24,7 +24,7 @@ something. The assistant's ground-truth loss adds its gradient, but not its valu
 Shape legend: N images, C channels, H W rows and columns, D channels of an attention head, K keys.
 Reduction: "sum/(N·H·W)" for features, summed over levels; "sum/mask" for predictions. The weights are the
 paper's, which does not say its reductions: the sum over channels is what makes 0.01 matter. Not taken over:
-freezing the backbone for the first steps, and an optimiser of the assistant's own (Adam, 3e-4).
+freezing the backbone for the first steps, and an optimizer of the assistant's own (Adam, 3e-4).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.outputs import INSTEAD, box_outputs, class_logits, own_draws
 from detdistill.distillation.precision import in_full_precision
 from detdistill.errors import UserError
-from detdistill.models.base import DenseRaw, Pyramid, TwoStageRaw
+from detdistill.models.base import DenseOutputs, Pyramid, TwoStageOutputs
 from detdistill.models.families.faster_rcnn import FasterRCNN, RoIHead
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.heads import DenseHead
@@ -134,17 +134,17 @@ class ScaleKD(Method):
     The teacher may be of another kind than the student: the assistant's head is one like the student's.
     """
 
-    needs = frozenset({"labels"})
+    requires = frozenset({"labels"})
 
-    def __init__(self, setting: Setting, options: ScaleKDOptions) -> None:
+    def __init__(self, context: PairContext, options: ScaleKDOptions) -> None:
         super().__init__()
-        student = setting.student
+        student = context.student
         if not isinstance(student, OneStage | FasterRCNN):
             raise UserError(
                 f"scalekd copies the student's head, and {type(student).__name__} has none that it knows: "
                 f"{INSTEAD}"
             )
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(context.matching, options.adapt)
         self.loss = ScaleKDLoss(
             feature_weight=options.feature_weight,
             cls_weight=options.cls_weight,
@@ -153,7 +153,7 @@ class ScaleKD(Method):
         )
         self.imitate_from = options.imitate_from
         self.num_classes = len(student.classes)
-        widths = {(level.student_channels, level.teacher_channels) for level in setting.matching.levels}
+        widths = {(level.student_channels, level.teacher_channels) for level in context.matching.levels}
         if len(widths) > 1:
             raise UserError(
                 "scalekd shares its parts among the levels, whose channels differ here: use `strides` of equal "
@@ -164,45 +164,45 @@ class ScaleKD(Method):
         self.attention = CrossScaleAttention(student_channels, teacher_channels)
         self.head = copy.deepcopy(student.roi_head if isinstance(student, FasterRCNN) else student.head)
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
-        for _, student, teacher in self.align(signals):
+        for _, student, teacher in self.align(step):
             ours = self.decoupled(student)
             with torch.no_grad():  # second: an autocast may keep the half-precision weights of the first use
                 target = self.decoupled(teacher)
             terms.append(self.loss(ours, target))
 
-        pyramid = {stride: x.detach() for stride, x in signals.student.items()}
+        pyramid = {stride: x.detach() for stride, x in step.student.items()}
         for position, level in enumerate(self.align.levels):
             rates = RATES[min(position, len(RATES) - 1)]
-            student, teacher = pyramid[level.student_stride], signals.teacher[level.teacher_stride]
+            student, teacher = pyramid[level.student_stride], step.teacher[level.teacher_stride]
             pyramid[level.student_stride] = self.attention(student, teacher, rates)
         predictions, ground_truth = (
-            self._dense(signals, pyramid)
-            if isinstance(signals.student_raw, DenseRaw)
-            else self._regions(signals, pyramid)
+            self._dense(step, pyramid)
+            if isinstance(step.student_outputs, DenseOutputs)
+            else self._regions(step, pyramid)
         )
-        if signals.progress is None or signals.progress >= self.imitate_from:
+        if step.progress is None or step.progress >= self.imitate_from:
             terms.append(predictions)
         return torch.stack(terms).sum() + ground_truth - ground_truth.detach()
 
-    def _dense(self, signals: Signals, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    def _dense(self, step: StepOutputs, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """The student's distance from the assistant's predictions, and the assistant's ground-truth loss."""
-        student = signals.student_raw
-        assert isinstance(student, DenseRaw)
+        student = step.student_outputs
+        assert isinstance(student, DenseOutputs)
         assert isinstance(self.head, DenseHead)
         assistant = self.head(pyramid)
-        logits = [class_logits(raw, self.num_classes) for raw in (student, assistant)]
+        logits = [class_logits(outputs, self.num_classes) for outputs in (student, assistant)]
         with_boxes = self.loss.predictions.box_weight != 0
-        boxes = [box_outputs(raw, self.head) for raw in (student, assistant)] if with_boxes else []
-        with own_draws(signals.generator):
-            losses = signals.student_model.losses(assistant, signals.student_batch)
+        boxes = [box_outputs(outputs, self.head) for outputs in (student, assistant)] if with_boxes else []
+        with own_draws(step.generator):
+            losses = step.student_model.losses(assistant, step.student_batch)
         return self.loss.predictions(*logits, *boxes), torch.stack(list(losses.values())).sum()
 
-    def _regions(self, signals: Signals, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    def _regions(self, step: StepOutputs, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """The same for the second stage, on the regions that the student samples."""
-        student, model, batch = signals.student_raw, signals.student_model, signals.student_batch
-        assert isinstance(student, TwoStageRaw)
+        student, model, batch = step.student_outputs, step.student_model, step.student_batch
+        assert isinstance(student, TwoStageOutputs)
         assert isinstance(model, FasterRCNN)
         assert isinstance(self.head, RoIHead)
         maps = {str(stride): x for stride, x in pyramid.items()}
@@ -213,9 +213,9 @@ class ScaleKD(Method):
         )
         if student.roi_labels is None:  # the student is not training
             return distance, distance.detach()
-        assistant = TwoStageRaw(
+        assistant = TwoStageOutputs(
             student.rpn, student.proposals, logits_RQ, deltas_RQ4, student.roi_labels, student.roi_targets
         )
-        with own_draws(signals.generator):
+        with own_draws(step.generator):
             losses = model.losses(assistant, batch)
         return distance, losses["loss_classifier"] + losses["loss_box_reg"]

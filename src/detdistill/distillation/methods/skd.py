@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from detdistill.distillation.adapters import LevelAligner
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.precision import in_full_precision
 from detdistill.recipe.methods import SKDOptions
 
@@ -119,11 +119,11 @@ def _window(side: int, like: Tensor) -> Tensor:
 class SKD(Method):
     """Sum of :class:`SKDLoss` over the matched levels."""
 
-    def __init__(self, setting: Setting, options: SKDOptions) -> None:
+    def __init__(self, context: PairContext, options: SKDOptions) -> None:
         super().__init__()
-        self.align = LevelAligner(setting.matching, options.adapt)
+        self.align = LevelAligner(context.matching, options.adapt)
         self.loss = SKDLoss(alpha=options.alpha)
 
-    def forward(self, signals: Signals) -> Tensor:
-        terms = [self.loss(s, t) for _, s, t in self.align(signals)]
+    def forward(self, step: StepOutputs) -> Tensor:
+        terms = [self.loss(s, t) for _, s, t in self.align(step)]
         return torch.stack(terms).sum()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.distillation.method import Method, Setting, Signals
+from detdistill.distillation.method import Method, PairContext, StepOutputs
 from detdistill.distillation.methods.kd import KDLoss
 from detdistill.distillation.outputs import SEGMENTATION, SharedClasses, pixel_logits
 from detdistill.distillation.precision import in_full_precision
@@ -72,10 +72,10 @@ class SKDSLoss(nn.Module):
 class SKDS(Method):
     """Sum of :class:`SKDSLoss`'s pairs over the matched levels, and its pixels."""
 
-    def __init__(self, setting: Setting, options: SKDSOptions) -> None:
+    def __init__(self, context: PairContext, options: SKDSOptions) -> None:
         super().__init__()
-        assert setting.student.task == SEGMENTATION
-        self.levels = setting.matching.levels
+        assert context.student.task == SEGMENTATION
+        self.levels = context.matching.levels
         self.loss = SKDSLoss(
             pixel_weight=options.pixel_weight,
             pair_weight=options.pair_weight,
@@ -83,19 +83,17 @@ class SKDS(Method):
             pool=options.pool,
         )
         if options.pixel_weight:
-            self.needs = frozenset({"raw"})
-            self.classes = SharedClasses(setting, "skds", instead="set pixel_weight to 0")
+            self.requires = frozenset({"outputs"})
+            self.classes = SharedClasses(context, "skds", instead="set pixel_weight to 0")
 
-    def forward(self, signals: Signals) -> Tensor:
+    def forward(self, step: StepOutputs) -> Tensor:
         terms = []
         if self.loss.pixel_weight:
-            ours, theirs = pixel_logits(signals, self.classes)
-            terms.append(self.loss.pixel_loss.pixels(ours, theirs, valid_mask(signals.teacher_batch, theirs)))
+            ours, theirs = pixel_logits(step, self.classes)
+            terms.append(self.loss.pixel_loss.pixels(ours, theirs, valid_mask(step.teacher_batch, theirs)))
         if self.loss.pair_weight:
             for level in self.levels:
-                teacher = signals.teacher[level.teacher_stride]
-                terms.append(
-                    self.loss(signals.overlay(signals.student[level.student_stride], teacher), teacher)
-                )
-        nothing = signals.student[self.levels[0].student_stride].float().sum() * 0
+                teacher = step.teacher[level.teacher_stride]
+                terms.append(self.loss(step.alignment(step.student[level.student_stride], teacher), teacher))
+        nothing = step.student[self.levels[0].student_stride].float().sum() * 0
         return torch.stack(terms).sum() if terms else nothing

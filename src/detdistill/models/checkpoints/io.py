@@ -1,6 +1,6 @@
 """Saved detectors: safetensors files that say what model they hold.
 
-The metadata hold the spec: the recipe's model section, the classes, and the input normalisation. Of a model
+The metadata hold the spec: the recipe's model section, the classes, and the input normalization. Of a model
 that no recipe can build they say in words what it was; its weights have the names that it gives them itself.
 """
 

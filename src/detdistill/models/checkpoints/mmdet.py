@@ -1,7 +1,7 @@
 """MMDetection's checkpoints: which model they hold, and their weights under this project's names.
 
 The names and shapes of a file's entries say its family, backbone and sizes. What they cannot say (where the
-strides are, the colours' order and scale, thresholds) stands in the config that MMDetection writes into its
+strides are, the colors' order and scale, thresholds) stands in the config that MMDetection writes into its
 files (``mmdet_configs.py``). ``docs/mmdet.md`` lists what is understood.
 """
 
@@ -28,7 +28,7 @@ from detdistill.models.checkpoints.mmdet_configs import (
     detection_settings,
     has_tricks,
     input_scale,
-    normalisation,
+    normalization,
     read_config,
     refuse_what_differs,
     value_at,
@@ -210,7 +210,7 @@ def describe(
         refuse_what_differs(config, family, options["channels"], source)
         caffe = value_at(config, "model.backbone.style", "pytorch") == "caffe"
         tricks = family == "fcos" and has_tricks(config, source)
-        mean, std, bgr = normalisation(config, source)
+        mean, std, bgr = normalization(config, source)
         options |= detection_settings(config, source)
     else:
         caffe = bgr = style == "caffe"

@@ -242,7 +242,7 @@ def refuse_what_differs(config: Config, family: str, channels: int, source: str)
 
 
 def has_tricks(config: Config, source: str) -> bool:
-    """Whether an FCOS has normalised boxes and centerness beside them.
+    """Whether an FCOS has normalized boxes and centerness beside them.
 
     Raises:
         UserError: it has one of the two.
@@ -256,7 +256,7 @@ def has_tricks(config: Config, source: str) -> bool:
     return all(given)
 
 
-def normalisation(config: Config, source: str) -> tuple[Triple, Triple, bool]:
+def normalization(config: Config, source: str) -> tuple[Triple, Triple, bool]:
     """Mean and deviation of RGB in [0, 1], and whether the network sees BGR.
 
     Raises:

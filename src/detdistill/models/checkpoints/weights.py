@@ -38,7 +38,7 @@ class LoadReport:
         source: the file, or what the weights are called.
         matched, missing, unexpected: entry names in the model's naming.
         wrong_shape: ``name: file (shape), model (shape)``, or their types where these do not fit.
-        absent_classes: classes of the model that the file does not know; their rows stay as initialised.
+        absent_classes: classes of the model that the file does not know; their rows stay as initialized.
     """
 
     source: str

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import remove_small_boxes
 
-from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw, TwoStageRaw
+from detdistill.models.base import Batch, DenseOutputs, HeadOutputs, Pyramid, TwoStageOutputs
 from detdistill.models.families.faster_rcnn import FasterRCNN, RoIHead, roi_losses
 from detdistill.models.families.two_stage import TwoStageParts, build_parts
 from detdistill.models.layers.heads import clip_to_image
@@ -72,56 +72,60 @@ class CascadeRCNN(FasterRCNN):
         self.later_heads = nn.ModuleList(later)
         self.loss_weights = [stage.loss_weight for stage in stages]
 
-    def _stages(self, rpn: DenseRaw, proposals: list[Tensor], pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
-        first = raw = super()._stages(rpn, proposals, pyramid, batch)
+    def _stages(
+        self, rpn: DenseOutputs, proposals: list[Tensor], pyramid: Pyramid, batch: Batch
+    ) -> TwoStageOutputs:
+        first = outputs = super()._stages(rpn, proposals, pyramid, batch)
         head, later = self.roi_head, []
         for stage, next_head in enumerate(self.later_heads, start=1):
             assert isinstance(next_head, RoIHead)
-            refined = self._refine(head, raw, batch)
+            refined = self._refine(head, outputs, batch)
             head = next_head
-            raw = self._look(stage, head, first.rpn, refined, pyramid, batch)
-            later.append(raw)
+            outputs = self._look(stage, head, first.rpn, refined, pyramid, batch)
+            later.append(outputs)
         first.later = later
         return first
 
     @torch.no_grad()
-    def _refine(self, head: RoIHead, raw: TwoStageRaw, batch: Batch) -> list[Tensor]:
+    def _refine(self, head: RoIHead, outputs: TwoStageOutputs, batch: Batch) -> list[Tensor]:
         """The boxes that a head makes of its proposals; no gradient flows through them.
 
         In training without those of the objects themselves, which every stage has among its proposals anew, and
         without those that have no area left within the image.
         """
-        counts = [len(proposals_R4) for proposals_R4 in raw.proposals]
-        boxes_R4 = head.coder.decode_single(raw.roi_deltas_RQ4[:, :4].float(), torch.cat(raw.proposals))
+        counts = [len(proposals_R4) for proposals_R4 in outputs.proposals]
+        boxes_R4 = head.coder.decode_single(outputs.roi_deltas_RQ4[:, :4].float(), torch.cat(outputs.proposals))
         refined = []
         for i, boxes in enumerate(boxes_R4.split(counts)):
             boxes = clip_to_image(boxes, batch.sizes[i])
-            if raw.roi_labels is not None and batch.targets is not None:
+            if outputs.roi_labels is not None and batch.targets is not None:
                 objects_K4 = batch.targets[i]["boxes"].float()
-                is_object_R = (raw.proposals[i][:, None] == objects_K4).all(dim=2).any(dim=1)
+                is_object_R = (outputs.proposals[i][:, None] == objects_K4).all(dim=2).any(dim=1)
                 boxes = boxes[~is_object_R]
                 boxes = boxes[remove_small_boxes(boxes, min_size=1e-2)]
             refined.append(boxes)
         return refined
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, TwoStageRaw)
-        losses = super().losses(raw, batch)
-        weights = self.loss_weights[1 : 1 + len(raw.later)]
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, TwoStageOutputs)
+        losses = super().losses(outputs, batch)
+        weights = self.loss_weights[1 : 1 + len(outputs.later)]
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            for number, (weight, stage) in enumerate(zip(weights, raw.later, strict=True), start=2):
+            for number, (weight, stage) in enumerate(zip(weights, outputs.later, strict=True), start=2):
                 losses |= {f"{name}_{number}": weight * loss for name, loss in roi_losses(stage).items()}
         return losses
 
-    def _answers(self, raw: TwoStageRaw) -> tuple[Tensor, Tensor]:
-        assert raw.roi_labels is None, "in training each stage has proposals of its own: predict in eval mode"
-        stages = [raw, *raw.later]
+    def _answers(self, outputs: TwoStageOutputs) -> tuple[Tensor, Tensor]:
+        assert outputs.roi_labels is None, (
+            "in training each stage has proposals of its own: predict in eval mode"
+        )
+        stages = [outputs, *outputs.later]
         logits = torch.stack([stage.roi_logits_RQ.float() for stage in stages])
         if self.convention == "torchvision":
             scores_RQ = logits.softmax(dim=2).mean(dim=0)
         else:
             scores_RQ = logits.mean(dim=0).softmax(dim=1)
-        last = (self.roi_head, *self.later_heads)[len(raw.later)]
+        last = (self.roi_head, *self.later_heads)[len(outputs.later)]
         assert isinstance(last, RoIHead)
         deltas_R4 = stages[-1].roi_deltas_RQ4[:, :4].float()
         boxes_R4 = last.coder.decode_single(deltas_R4, torch.cat(stages[-1].proposals))

@@ -25,12 +25,12 @@ from detdistill.models.base import (
     Candidates,
     Detections,
     ExportableDetector,
+    HeadOutputs,
     Preprocess,
     Pyramid,
-    QueryRaw,
-    Raw,
+    QueryOutputs,
 )
-from detdistill.models.layers.heads import best_scores, normaliser
+from detdistill.models.layers.heads import avg_factor, best_scores
 
 STRIDES = (8, 16, 32)
 NO_MEAN, NO_STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the published weights want RGB in [0, 1] as it is
@@ -116,10 +116,10 @@ class DETR(ExportableDetector):
         self.score_threshold = score_threshold
         self.max_detections = max_detections
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> QueryRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> QueryOutputs:
         maps = list(pyramid.values())
         queries = min(self.num_queries, sum(x.shape[-2] * x.shape[-1] for x in maps))
         self.head.config.num_queries = queries  # each begins as a cell of its own: a small input has fewer
@@ -127,24 +127,24 @@ class DETR(ExportableDetector):
             None,
             encoder_outputs=_encoded(maps),
             inputs_embeds=maps[0],  # with encoder_outputs only its batch size and device are read
-            labels=normalised_targets(batch) if self.training and batch.targets is not None else None,
+            labels=normalized_targets(batch) if self.training and batch.targets is not None else None,
         )
-        return QueryRaw(
+        return QueryOutputs(
             logits_NSQ=outputs.intermediate_logits[:, -1, -queries:],
             boxes_NS4=outputs.intermediate_reference_points[:, -1, -queries:],
             outputs=outputs,
         )
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, QueryRaw)
+    def losses(self, head_outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(head_outputs, QueryOutputs)
         assert batch.targets is not None, "losses need a batch with targets"
-        outputs = raw.outputs
+        outputs = head_outputs.outputs
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
             logits_NLSQ = outputs.intermediate_logits.float()
             boxes_NLS4 = outputs.intermediate_reference_points.float()
             _, terms, _ = self.criterion(
                 logits_NLSQ[:, -1],
-                normalised_targets(batch),
+                normalized_targets(batch),
                 logits_NLSQ.device,
                 boxes_NLS4[:, -1],
                 self.head.config,
@@ -158,7 +158,7 @@ class DETR(ExportableDetector):
             )
             # transformers divides by this process's number of objects.
             objects = float(sum(len(target["boxes"]) for target in batch.targets))
-            share = max(objects, 1.0) / normaliser(logits_NLSQ.new_tensor(objects))
+            share = max(objects, 1.0) / avg_factor(logits_NLSQ.new_tensor(objects))
             losses: dict[str, Tensor] = {}
             for term, value in terms.items():
                 kind, *layer = term.removeprefix("loss_").split("_")
@@ -169,9 +169,9 @@ class DETR(ExportableDetector):
                 losses["denoising"] = self.head.denoising_class_embed.weight.sum() * 0
         return losses
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, QueryRaw)
-        boxes_NM4, scores_NM, labels_NM, _ = self._best(raw, batch)
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(head_outputs, QueryOutputs)
+        boxes_NM4, scores_NM, labels_NM, _ = self._best(head_outputs, batch)
         detections = []
         for i, (size, original) in enumerate(zip(batch.sizes, batch.original_sizes, strict=True)):
             kept = scores_NM[i] > 0
@@ -185,21 +185,21 @@ class DETR(ExportableDetector):
         return detections
 
     def candidates(self, batch: Batch) -> Candidates:
-        return self._best(self.predict(self.pyramid(batch), batch), batch)
+        return self._best(self.forward_head(self.forward_features(batch), batch), batch)
 
-    def _best(self, raw: QueryRaw, batch: Batch) -> Candidates:
+    def _best(self, head_outputs: QueryOutputs, batch: Batch) -> Candidates:
         """The best scores of all queries and classes, with their boxes in network input, falling."""
         height, width = batch.padded_size
-        boxes_NS4 = box_convert(raw.boxes_NS4.float(), "cxcywh", "xyxy")
+        boxes_NS4 = box_convert(head_outputs.boxes_NS4.float(), "cxcywh", "xyxy")
         boxes_NS4 = boxes_NS4 * boxes_NS4.new_tensor([width, height, width, height])
-        count = min(raw.logits_NSQ.shape[1], self.max_detections)
-        scores_NM, at_NM, labels_NM = best_scores(raw.logits_NSQ.float().sigmoid(), count)
+        count = min(head_outputs.logits_NSQ.shape[1], self.max_detections)
+        scores_NM, at_NM, labels_NM = best_scores(head_outputs.logits_NSQ.float().sigmoid(), count)
         boxes_NM4 = boxes_NS4.gather(1, at_NM[..., None].expand(-1, -1, 4))
         return Candidates(boxes_NM4, torch.where(scores_NM > self.score_threshold, scores_NM, 0.0), labels_NM)
 
 
-def normalised_targets(batch: Batch) -> list[dict[str, Tensor]]:
-    """The targets as transformers wants them: boxes as centre and size over those of the padded input."""
+def normalized_targets(batch: Batch) -> list[dict[str, Tensor]]:
+    """The targets as transformers wants them: boxes as center and size over those of the padded input."""
     assert batch.targets is not None
     height, width = batch.padded_size
     targets = []

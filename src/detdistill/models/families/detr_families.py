@@ -33,7 +33,7 @@ class Scale:
 
     Attributes:
         depth: decoder layers.
-        neck_width: hidden width of the neck's convolution blocks over its channels.
+        neck_width: tower_features width of the neck's convolution blocks over its channels.
         neck_depth: factor on the convolutions of such a block (D-FINE).
     """
 
@@ -131,7 +131,7 @@ def _build(
     if body is None:
         body = TransformersBackbone(model.backbone.model, settings.feat_strides)
     del model.backbone
-    _initialise(network)
+    _initialize(network)
     neck = HybridEncoder(model.encoder_input_proj, model.encoder)
     del model.encoder_input_proj, model.encoder
     module, _, function = criterion.partition(".")
@@ -183,7 +183,7 @@ def _require_numbers(value: Any, at: str) -> None:
             raise UserError(f"the transformers configuration says {at}: {value}; at most {most:,} can be built")
 
 
-def _initialise(network: Any) -> None:
+def _initialize(network: Any) -> None:
     """Start neck and head from where the papers' code starts.
 
     transformers draws convolutions, linear layers and RT-DETRv2's BatchNorm gains from N(0, 0.01): right for

@@ -22,14 +22,14 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from detdistill.models.base import (
     Batch,
     Candidates,
-    DenseRaw,
+    DenseOutputs,
     Detections,
     ExportableDetector,
+    HeadOutputs,
     Preprocess,
     Pyramid,
-    Raw,
     Target,
-    TwoStageRaw,
+    TwoStageOutputs,
 )
 from detdistill.models.families.two_stage import (
     LEAST_PROPOSAL,
@@ -48,13 +48,13 @@ from detdistill.models.layers.heads import (
     box_coder,
     clip_to_image,
     flatten_maps,
+    gather_matched_boxes,
     in_original_pixels,
     level_anchors,
     match_boxes,
     pool_regions,
     region_pool,
     suppressed,
-    take_objects,
 )
 from detdistill.models.layers.masks import MaskBranch, crop_masks, mask_loss, paste_masks
 from detdistill.recipe.models import FasterRCNNConfig
@@ -109,14 +109,16 @@ class FasterRCNN(ExportableDetector):
         self.nms_threshold = config.nms_threshold
         self.max_detections = config.max_detections
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> TwoStageOutputs:
         rpn = self.rpn(pyramid)
         return self._stages(rpn, self._propose(rpn, batch), pyramid, batch)
 
-    def _stages(self, rpn: DenseRaw, proposals: list[Tensor], pyramid: Pyramid, batch: Batch) -> TwoStageRaw:
+    def _stages(
+        self, rpn: DenseOutputs, proposals: list[Tensor], pyramid: Pyramid, batch: Batch
+    ) -> TwoStageOutputs:
         """What the second stage says of the proposals; a cascade has more of them."""
         return self._look(0, self.roi_head, rpn, proposals, pyramid, batch)
 
@@ -133,23 +135,29 @@ class FasterRCNN(ExportableDetector):
         return self.roi_head(pool_regions(self.roi_pool, pyramid, proposals, batch))
 
     def _look(
-        self, stage: int, head: RoIHead, rpn: DenseRaw, proposals: list[Tensor], pyramid: Pyramid, batch: Batch
-    ) -> TwoStageRaw:
+        self,
+        stage: int,
+        head: RoIHead,
+        rpn: DenseOutputs,
+        proposals: list[Tensor],
+        pyramid: Pyramid,
+        batch: Batch,
+    ) -> TwoStageOutputs:
         """What a head says of the proposals; in training of a sample of them, beside what it should say."""
         samples: list[Sample] = []
         if self.training and batch.targets is not None:
             samples = [self._sample(head, *pair) for pair in zip(proposals, batch.targets, strict=True)]
             proposals = [sample.proposals_R4 for sample in samples]
         logits_RQ, deltas_RQ4 = head(pool_regions(self.roi_pool, pyramid, proposals, batch))
-        raw = TwoStageRaw(rpn, proposals, logits_RQ, deltas_RQ4)
+        outputs = TwoStageOutputs(rpn, proposals, logits_RQ, deltas_RQ4)
         if samples:
-            raw.roi_labels = [sample.labels_R for sample in samples]
-            raw.roi_targets = [sample.targets_R4 for sample in samples]
+            outputs.roi_labels = [sample.labels_R for sample in samples]
+            outputs.roi_targets = [sample.targets_R4 for sample in samples]
         if self.mask_branch is not None:
-            raw.pyramid = pyramid
+            outputs.pyramid = pyramid
             if samples:
-                raw.mask_logits, raw.mask_targets = self._draw(stage, samples, pyramid, batch)
-        return raw
+                outputs.mask_logits, outputs.mask_targets = self._draw(stage, samples, pyramid, batch)
+        return outputs
 
     def _draw(
         self, stage: int, samples: Sequence[Sample], pyramid: Pyramid, batch: Batch
@@ -178,7 +186,7 @@ class FasterRCNN(ExportableDetector):
         return level_anchors(self.anchor_generator, pyramid, batch, self.convention != "torchvision")
 
     @torch.no_grad()
-    def _propose(self, rpn: DenseRaw, batch: Batch) -> list[Tensor]:
+    def _propose(self, rpn: DenseOutputs, batch: Batch) -> list[Tensor]:
         """The regions worth a second look, (R_n, 4) for each image; no gradient flows through them."""
         limit = RPN_LIMIT[self.training]
         by_level = best_anchors(rpn, self.anchors(rpn.cls, batch), self.rpn_coder, limit)
@@ -195,14 +203,14 @@ class FasterRCNN(ExportableDetector):
 
     def candidates(self, batch: Batch) -> Candidates:
         """Of one image, with as many proposals as there may be: those that are suppressed have no score."""
-        rpn = self.rpn(pyramid := self.pyramid(batch))
+        rpn = self.rpn(pyramid := self.forward_features(batch))
         (size,), limit = batch.sizes, RPN_LIMIT[False]
         by_level = best_anchors(rpn, self.anchors(rpn.cls, batch), self.rpn_coder, limit)
         kept = [suppress_proposals(*boxes_and_scores, size) for boxes_and_scores in by_level]
         boxes_M4, scores_M = (torch.cat(parts) for parts in zip(*kept, strict=True))
         scores_R, at_R = scores_M.topk(min(limit, len(scores_M)))
-        raw = self._stages(rpn, [boxes_M4[at_R]], pyramid, batch)
-        scores_RQ, boxes_RQ4 = self._answers(raw)
+        outputs = self._stages(rpn, [boxes_M4[at_R]], pyramid, batch)
+        scores_RQ, boxes_RQ4 = self._answers(outputs)
         boxes_RQ4 = clip_to_image(boxes_RQ4, size)
         solid_RQ = (boxes_RQ4[..., 2:] - boxes_RQ4[..., :2] >= LEAST_SIDE).all(dim=2)
         kept_RQ = solid_RQ & (scores_RQ > self.score_threshold) & (scores_R >= 0)[:, None]
@@ -213,8 +221,8 @@ class FasterRCNN(ExportableDetector):
         assert self.nms_threshold is not None
         found = suppressed(found, self.nms_threshold, self.max_detections)
         boxes_and_labels = [{"boxes": found.boxes_NM4[0], "labels": found.labels_NM[0]}]
-        assert raw.pyramid is not None
-        (masks_MSS,) = self.mask_branch.probabilities(raw.pyramid, boxes_and_labels, batch)
+        assert outputs.pyramid is not None
+        (masks_MSS,) = self.mask_branch.probabilities(outputs.pyramid, boxes_and_labels, batch)
         return found._replace(masks_NMSS=masks_MSS[None])
 
     @torch.no_grad()
@@ -229,16 +237,16 @@ class FasterRCNN(ExportableDetector):
         (positive,), (negative,) = self.roi_sampler([labels_R])
         chosen = torch.where(positive | negative)[0]
         proposals_R4, labels_R, matched_R = proposals_R4[chosen], labels_R[chosen], matched_R[chosen]
-        objects_R4 = take_objects(matched_R, boxes_K4, proposals_R4)
+        objects_R4 = gather_matched_boxes(matched_R, boxes_K4, proposals_R4)
         return Sample(proposals_R4, labels_R, head.coder.encode_single(objects_R4, proposals_R4), matched_R)
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, TwoStageRaw)
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, TwoStageOutputs)
         assert batch.targets is not None, "losses need a batch with targets"
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            return {**self._rpn_losses(raw.rpn, batch, batch.targets), **roi_losses(raw)}
+            return {**self._rpn_losses(outputs.rpn, batch, batch.targets), **roi_losses(outputs)}
 
-    def _rpn_losses(self, rpn: DenseRaw, batch: Batch, targets: Sequence[Target]) -> dict[str, Tensor]:
+    def _rpn_losses(self, rpn: DenseOutputs, batch: Batch, targets: Sequence[Target]) -> dict[str, Tensor]:
         logits_NP = torch.cat(flatten_maps(rpn.cls.values(), 1), dim=1).squeeze(2)
         deltas_NP4 = torch.cat(flatten_maps(rpn.box.values(), 4), dim=1)
         anchors_P4 = torch.cat(self.anchors(rpn.cls, batch))
@@ -247,7 +255,7 @@ class FasterRCNN(ExportableDetector):
             boxes_K4 = target["boxes"].float()
             matched_P = match_boxes(boxes_K4, anchors_P4, high=0.7, low=0.3, keep_best=True)
             labels.append(torch.where(matched_P == IGNORED, -1.0, (matched_P >= 0).float()))
-            objects_P4 = take_objects(matched_P, boxes_K4, anchors_P4)
+            objects_P4 = gather_matched_boxes(matched_P, boxes_K4, anchors_P4)
             wanted.append(self.rpn_coder.encode_single(objects_P4, anchors_P4))
         positive, negative = (torch.stack(masks).bool() for masks in self.rpn_sampler(labels))
         sampled = positive | negative
@@ -259,13 +267,13 @@ class FasterRCNN(ExportableDetector):
             "loss_rpn_box_reg": torch.where(positive[..., None], box_NP4, 0).sum() / count,
         }
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, TwoStageRaw)
-        found = self._find(raw, batch)
+    def decode(self, outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(outputs, TwoStageOutputs)
+        found = self._find(outputs, batch)
         masks = None
         if self.mask_branch is not None:
-            assert raw.pyramid is not None
-            masks = self.mask_branch.probabilities(raw.pyramid, found, batch)
+            assert outputs.pyramid is not None
+            masks = self.mask_branch.probabilities(outputs.pyramid, found, batch)
         for i, detections in enumerate(found):
             size, original_size = batch.sizes[i], batch.original_sizes[i]
             detections["boxes"] = in_original_pixels(detections["boxes"], size, original_size)
@@ -273,11 +281,11 @@ class FasterRCNN(ExportableDetector):
                 detections["masks"] = paste_masks(masks[i], detections["boxes"], original_size, self.convention)
         return found
 
-    def _find(self, raw: TwoStageRaw, batch: Batch) -> list[Detections]:
+    def _find(self, outputs: TwoStageOutputs, batch: Batch) -> list[Detections]:
         """The detections, with boxes in network input."""
-        counts = [len(proposals_R4) for proposals_R4 in raw.proposals]
+        counts = [len(proposals_R4) for proposals_R4 in outputs.proposals]
         num_classes = len(self.classes)
-        scores_RQ, boxes_RQ4 = self._answers(raw)
+        scores_RQ, boxes_RQ4 = self._answers(outputs)
         found = []
         for i, (scores, boxes) in enumerate(zip(scores_RQ.split(counts), boxes_RQ4.split(counts), strict=True)):
             size = batch.sizes[i]
@@ -290,28 +298,30 @@ class FasterRCNN(ExportableDetector):
             found.append(best_detections(boxes_M4, scores_M, labels_M, *limits, size, original_size=size))
         return found
 
-    def _answers(self, raw: TwoStageRaw) -> tuple[Tensor, Tensor]:
+    def _answers(self, outputs: TwoStageOutputs) -> tuple[Tensor, Tensor]:
         """Probabilities (R, Q), the background's left out, and boxes (R, Q, 4) in network input."""
-        scores_RQ = raw.roi_logits_RQ.float().softmax(dim=1)
-        decoded = self.roi_head.coder.decode_single(raw.roi_deltas_RQ4.float(), torch.cat(raw.proposals))
+        scores_RQ = outputs.roi_logits_RQ.float().softmax(dim=1)
+        decoded = self.roi_head.coder.decode_single(
+            outputs.roi_deltas_RQ4.float(), torch.cat(outputs.proposals)
+        )
         return scores_RQ[:, 1:], decoded.unflatten(1, (-1, 4))[:, 1:]
 
 
-def roi_losses(raw: TwoStageRaw) -> dict[str, Tensor]:
+def roi_losses(outputs: TwoStageOutputs) -> dict[str, Tensor]:
     """The losses of one head on the proposals that it sampled."""
-    assert raw.roi_labels is not None, "losses need raw predictions made in training mode"
-    assert raw.roi_targets is not None
-    labels_R, wanted_R4 = torch.cat(raw.roi_labels), torch.cat(raw.roi_targets)
+    assert outputs.roi_labels is not None, "losses need raw predictions made in training mode"
+    assert outputs.roi_targets is not None
+    labels_R, wanted_R4 = torch.cat(outputs.roi_labels), torch.cat(outputs.roi_targets)
     count = max(1, len(labels_R))
-    deltas_RQ4 = raw.roi_deltas_RQ4.float().unflatten(1, (-1, 4))
+    deltas_RQ4 = outputs.roi_deltas_RQ4.float().unflatten(1, (-1, 4))
     deltas_R4 = deltas_RQ4.gather(1, labels_R[:, None, None].expand(-1, 1, 4)).squeeze(1)
     box_R4 = F.smooth_l1_loss(deltas_R4, wanted_R4, beta=BETA, reduction="none")
     losses = {
-        "loss_classifier": F.cross_entropy(raw.roi_logits_RQ.float(), labels_R, reduction="sum") / count,
+        "loss_classifier": F.cross_entropy(outputs.roi_logits_RQ.float(), labels_R, reduction="sum") / count,
         "loss_box_reg": torch.where(labels_R[:, None] > 0, box_R4, 0).sum() / count,
     }
-    if raw.mask_logits is not None and raw.mask_targets is not None:
-        losses["loss_mask"] = mask_loss(raw.mask_logits, raw.mask_targets)
+    if outputs.mask_logits is not None and outputs.mask_targets is not None:
+        losses["loss_mask"] = mask_loss(outputs.mask_logits, outputs.mask_targets)
     return losses
 
 

@@ -3,12 +3,12 @@
 The same losses and detections as torchvision's ``FCOS``; a test holds the proof. Other conventions give
 MMDetection's detections:
 
-- ``mmdet_tricks``, its configs with normalised boxes: each level scales its box outputs by a factor of its own;
-  cell i's centre is at (i + 0.5) · stride; candidates are chosen by their class score, and ranked by class
+- ``mmdet_tricks``, its configs with normalized boxes: each level scales its box outputs by a factor of its own;
+  cell i's center is at (i + 0.5) · stride; candidates are chosen by their class score, and ranked by class
   score times centerness, where torchvision takes the root of it for both.
 - ``mmdet``, its plain configs: as well a side is exp(x) pixels, and centerness is beside the classes.
 
-What is learnt is the same in all; MMDetection's plain configs have an IoU loss and no centre sampling.
+What is learnt is the same in all; MMDetection's plain configs have an IoU loss and no center sampling.
 
 Shape legend: N images, P all cells of an image, Q classes, K objects.
 """
@@ -23,24 +23,24 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
+from detdistill.models.base import Batch, DenseOutputs, HeadOutputs, Pyramid
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.layers.heads import (
     UNMATCHED,
     DenseHead,
+    avg_factor,
     flatten_maps,
+    gather_matched_boxes,
     giou_loss,
     init_head,
-    normaliser,
     one_hot_targets,
     square_cells,
-    take_objects,
 )
 from detdistill.recipe.models import Convention, FCOSConfig
 
 CODER = BoxLinearCoder(normalize_by_size=True)
-CENTER_RADIUS = 1.5  # in strides: how far from an object's centre a cell may answer for it
+CENTER_RADIUS = 1.5  # in strides: how far from an object's center a cell may answer for it
 RANGE = (4.0, 8.0)  # in strides: a level's objects reach so far from the cell (64…128 at stride 16)
 
 
@@ -71,8 +71,8 @@ class FCOSHead(DenseHead):
         assert self.box.bias is not None
         nn.init.constant_(self.box.bias, 2.0)
 
-    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
-        return DenseRaw(
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseOutputs:
+        return DenseOutputs(
             cls={stride: self.cls(x) for stride, x in cls.items()},
             box={stride: self._distances(stride, self.box(x)) for stride, x in box.items()},
             centerness={
@@ -100,25 +100,25 @@ class FCOS(OneStage):
     kind = "anchor_free"
     head: FCOSHead
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, DenseRaw)
-        assert raw.centerness is not None
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, DenseOutputs)
+        assert outputs.centerness is not None
         assert batch.targets is not None, "losses need a batch with targets"
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
-            distances_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
-            centerness_NP = torch.cat(flatten_maps(raw.centerness.values(), 1), dim=1).squeeze(2)
-            cells = self.anchors(raw.cls, batch)
+            logits_NPQ = torch.cat(flatten_maps(outputs.cls.values(), len(self.classes)), dim=1)
+            distances_NP4 = torch.cat(flatten_maps(outputs.box.values(), 4), dim=1)
+            centerness_NP = torch.cat(flatten_maps(outputs.centerness.values(), 1), dim=1).squeeze(2)
+            cells = self.anchors(outputs.cls, batch)
             cells_P4 = torch.cat(cells)
             wanted_NPQ, boxes_NP4, positive_NP = [], [], []
             for target in batch.targets:
                 boxes_K4 = target["boxes"].float()
                 matched_P = self.match(boxes_K4, cells)
                 wanted_NPQ.append(one_hot_targets(matched_P, target["labels"], len(self.classes)))
-                boxes_NP4.append(take_objects(matched_P, boxes_K4, cells_P4))
+                boxes_NP4.append(gather_matched_boxes(matched_P, boxes_K4, cells_P4))
                 positive_NP.append(matched_P >= 0)
             positive, boxes = torch.stack(positive_NP), torch.stack(boxes_NP4)
-            count = normaliser(positive.sum())
+            count = avg_factor(positive.sum())
             focal = sigmoid_focal_loss(logits_NPQ, torch.stack(wanted_NPQ), reduction="sum")
             giou_NP = giou_loss(CODER.decode(distances_NP4, cells_P4), boxes)
             wanted_NP = torch.where(positive, centerness_of(CODER.encode(cells_P4, boxes)), 0)
@@ -132,19 +132,19 @@ class FCOS(OneStage):
     def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
         return match_cells(boxes_K4, anchors)
 
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
-        assert raw.centerness is not None
-        scores = [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+    def scores(self, outputs: DenseOutputs) -> list[Tensor]:
+        assert outputs.centerness is not None
+        scores = [logits.sigmoid() for logits in flatten_maps(outputs.cls.values(), len(self.classes))]
         if self.head.convention != "torchvision":
             return scores
-        centerness = flatten_maps(raw.centerness.values(), 1)
+        centerness = flatten_maps(outputs.centerness.values(), 1)
         return [torch.sqrt(a * b.sigmoid()) for a, b in zip(scores, centerness, strict=True)]
 
-    def score_factors(self, raw: DenseRaw) -> list[Tensor] | None:
-        assert raw.centerness is not None
+    def score_factors(self, outputs: DenseOutputs) -> list[Tensor] | None:
+        assert outputs.centerness is not None
         if self.head.convention == "torchvision":
             return None
-        return [logits.sigmoid().squeeze(2) for logits in flatten_maps(raw.centerness.values(), 1)]
+        return [logits.sigmoid().squeeze(2) for logits in flatten_maps(outputs.centerness.values(), 1)]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         return CODER.decode(encoded, anchors)
@@ -153,12 +153,12 @@ class FCOS(OneStage):
 def match_cells(boxes_K4: Tensor, cells: Sequence[Tensor], radius: float = CENTER_RADIUS) -> Tensor:
     """Which object each cell answers for.
 
-    A cell answers for an object when it lies inside it, within ``radius`` strides of its centre, and the
+    A cell answers for an object when it lies inside it, within ``radius`` strides of its center, and the
     farthest side is within the level's range; of several objects for the smallest (FCOS, section 3.1 and 3.2).
 
     Args:
         boxes_K4: objects; K may be 0.
-        cells: for each level squares (P_l, 4) whose centre is the cell and whose side is the stride.
+        cells: for each level squares (P_l, 4) whose center is the cell and whose side is the stride.
 
     Returns:
         (P,) int64: index of the object or UNMATCHED.

@@ -9,8 +9,8 @@ class and anchor), S the softmax over the bins of a side, y the side's distance 
     a decoded side is Σ_i i · S_i                                     Eq. 4
 
 Paper and code: what the paper leaves open follows the authors' code. P6 and P7 are convolutions from P5 without
-a ReLU between them, the towers' convolutions have no bias, cell (0, 0) has its centre at (0, 0) and its
-neighbours exactly a stride away, and a distance is cut at 0.1 below the last bin.
+a ReLU between them, the towers' convolutions have no bias, cell (0, 0) has its center at (0, 0) and its
+neighbors exactly a stride away, and a distance is cut at 0.1 below the last bin.
 
 Shape legend: N images, P anchors of all levels, Q classes, K objects, B bins, E = 4·B.
 """
@@ -23,20 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
+from detdistill.models.base import Batch, DenseOutputs, HeadOutputs, Pyramid
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.assignment import atss_assign, centres
+from detdistill.models.layers.assignment import atss_assign, centers
 from detdistill.models.layers.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.layers.heads import (
     DenseHead,
+    avg_factor,
     flatten_maps,
+    gather_matched_boxes,
     giou_loss,
     init_head,
     mean_sides,
-    normaliser,
     one_hot_targets,
     square_cells,
-    take_objects,
 )
 from detdistill.recipe.models import GFLConfig
 
@@ -67,8 +67,8 @@ class GFLHead(DenseHead):
         self.scales = nn.ParameterDict({str(stride): torch.ones(()) for stride in strides})
         init_head(self, class_layer=self.cls)
 
-    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
-        return DenseRaw(
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseOutputs:
+        return DenseOutputs(
             cls={stride: self.cls(x) for stride, x in cls.items()},
             box={stride: self.box(x) * self.scales[str(stride)] for stride, x in box.items()},
         )
@@ -90,27 +90,27 @@ class GFL(OneStage):
     convention = "mmdet"
     head: GFLHead
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, DenseRaw)
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, DenseOutputs)
         assert batch.targets is not None, "losses need a batch with targets"
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
-            sides_NPE = torch.cat(flatten_maps(raw.box.values(), self.head.box_width), dim=1)
-            anchors = self.anchors(raw.cls, batch)
+            logits_NPQ = torch.cat(flatten_maps(outputs.cls.values(), len(self.classes)), dim=1)
+            sides_NPE = torch.cat(flatten_maps(outputs.box.values(), self.head.box_width), dim=1)
+            anchors = self.anchors(outputs.cls, batch)
             anchors_P4 = torch.cat(anchors)
             wanted_NPQ, objects_NP4, positive_NP = [], [], []
             for target in batch.targets:
                 boxes_K4 = target["boxes"].float()
                 matched_P = self.match(boxes_K4, anchors)
                 wanted_NPQ.append(one_hot_targets(matched_P, target["labels"], len(self.classes)))
-                objects_NP4.append(take_objects(matched_P, boxes_K4, anchors_P4))
+                objects_NP4.append(gather_matched_boxes(matched_P, boxes_K4, anchors_P4))
                 positive_NP.append(matched_P >= 0)
             wanted, objects, positive = (torch.stack(x) for x in (wanted_NPQ, objects_NP4, positive_NP))
 
             boxes_NP4 = self.decode_boxes(sides_NPE, anchors_P4)
             quality_NP = paired_iou(boxes_NP4.detach(), objects)
             weight_NP = torch.where(positive, logits_NPQ.detach().sigmoid().amax(dim=2), 0)
-            count, weight = normaliser(torch.stack([positive.sum(), weight_NP.sum()]))
+            count, weight = avg_factor(torch.stack([positive.sum(), weight_NP.sum()]))
             qfl = quality_focal_loss(logits_NPQ, wanted * quality_NP[..., None])
             giou_NP = giou_loss(boxes_NP4, objects)
             distances_NP4 = encode_boxes(objects, anchors_P4)
@@ -124,13 +124,13 @@ class GFL(OneStage):
     def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
         return atss_assign(boxes_K4, anchors)
 
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
-        return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+    def scores(self, outputs: DenseOutputs) -> list[Tensor]:
+        return [logits.sigmoid() for logits in flatten_maps(outputs.cls.values(), len(self.classes))]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         assert self.head.bins is not None
         distances = mean_sides(encoded, self.head.bins) * strides_of(anchors)
-        point = centres(anchors)
+        point = centers(anchors)
         return torch.cat([point - distances[..., :2], point + distances[..., 2:]], dim=-1)
 
 
@@ -140,8 +140,8 @@ def strides_of(anchors: Tensor) -> Tensor:
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """(..., 4) distances of a box's sides from the anchor's centre, in strides; one is negative outside it."""
-    point = centres(anchors)
+    """(..., 4) distances of a box's sides from the anchor's center, in strides; one is negative outside it."""
+    point = centers(anchors)
     return torch.cat([point - boxes[..., :2], boxes[..., 2:] - point], dim=-1) / strides_of(anchors)
 
 

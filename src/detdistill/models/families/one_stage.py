@@ -17,12 +17,12 @@ from torchvision.ops import clip_boxes_to_image
 from detdistill.models.base import (
     Batch,
     Candidates,
-    DenseRaw,
+    DenseOutputs,
     Detections,
     ExportableDetector,
+    HeadOutputs,
     Preprocess,
     Pyramid,
-    Raw,
 )
 from detdistill.models.layers.backbones import Backbone, FeaturePyramid
 from detdistill.models.layers.heads import (
@@ -71,18 +71,18 @@ class OneStage(ExportableDetector):
         self.max_detections = config.max_detections
         self.topk_candidates = config.topk_candidates
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         return self.neck(self.backbone(batch.images_N3HW))
 
-    def predict(self, pyramid: Pyramid, batch: Batch, *, hidden: bool = False) -> DenseRaw:
-        """Head outputs; with ``hidden`` also the towers' maps before each ReLU."""
-        return self.head(pyramid, hidden)
+    def forward_head(self, pyramid: Pyramid, batch: Batch, *, tower_features: bool = False) -> DenseOutputs:
+        """Head outputs; with ``tower_features`` also the towers' maps before each ReLU."""
+        return self.head(pyramid, tower_features)
 
     def anchors(self, pyramid: Pyramid, batch: Batch) -> list[Tensor]:
         """What the dense outputs answer for, level by level: (H·W·A, 4) xyxy in network input, rows first.
 
         The same for every image. Anchor-free heads have one square, of the stride's size, about each cell's
-        centre.
+        center.
         """
         return level_anchors(self.anchor_generator, pyramid, batch, self.convention != "torchvision")
 
@@ -95,14 +95,14 @@ class OneStage(ExportableDetector):
             anchors: of each level, as :meth:`anchors` gives them.
 
         Returns:
-            (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronisation.
+            (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronization.
         """
 
     @abstractmethod
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
+    def scores(self, outputs: DenseOutputs) -> list[Tensor]:
         """Level by level (N, P, Q) in [0, 1]: by what candidates are chosen."""
 
-    def score_factors(self, raw: DenseRaw) -> list[Tensor] | None:
+    def score_factors(self, outputs: DenseOutputs) -> list[Tensor] | None:
         """Level by level (N, P): by what candidates' scores are multiplied before suppression, or None."""
         return None
 
@@ -110,10 +110,10 @@ class OneStage(ExportableDetector):
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         """Boxes (..., 4) xyxy from the head's encoding (..., E), at anchors (..., 4) that broadcast to them."""
 
-    def boxes(self, raw: DenseRaw, batch: Batch) -> Tensor:
+    def boxes(self, outputs: DenseOutputs, batch: Batch) -> Tensor:
         """Every anchor's box, (N, P, 4) float32 xyxy in network input, all levels."""
-        encoded_NPE = torch.cat(flatten_maps(raw.box.values(), self.head.box_width), dim=1)
-        return self.decode_boxes(encoded_NPE, torch.cat(self.anchors(raw.cls, batch)))
+        encoded_NPE = torch.cat(flatten_maps(outputs.box.values(), self.head.box_width), dim=1)
+        return self.decode_boxes(encoded_NPE, torch.cat(self.anchors(outputs.cls, batch)))
 
     @property
     def drop_empty(self) -> bool:  # type: ignore[override]
@@ -121,12 +121,12 @@ class OneStage(ExportableDetector):
 
     def candidates(self, batch: Batch) -> Candidates:
         """The best of each level, one level after the other."""
-        raw = self.predict(self.pyramid(batch), batch)
-        encoded = flatten_maps(raw.box.values(), self.head.box_width)
-        factors = self.score_factors(raw)
+        outputs = self.forward_head(self.forward_features(batch), batch)
+        encoded = flatten_maps(outputs.box.values(), self.head.box_width)
+        factors = self.score_factors(outputs)
         found = []
         for level, (scores_NPQ, encoded_NPE, anchors_P4) in enumerate(
-            zip(self.scores(raw), encoded, self.anchors(raw.cls, batch), strict=True)
+            zip(self.scores(outputs), encoded, self.anchors(outputs.cls, batch), strict=True)
         ):
             scores, at, labels = best_scores(scores_NPQ, self.topk_candidates)
             kept = scores > self.score_threshold
@@ -138,17 +138,17 @@ class OneStage(ExportableDetector):
             found.append((boxes, torch.where(kept, scores, 0.0), labels))
         return Candidates(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, DenseRaw)
+    def decode(self, outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(outputs, DenseOutputs)
         levels = list(
             zip(
-                self.scores(raw),
-                flatten_maps(raw.box.values(), self.head.box_width),
-                self.anchors(raw.cls, batch),
+                self.scores(outputs),
+                flatten_maps(outputs.box.values(), self.head.box_width),
+                self.anchors(outputs.cls, batch),
                 strict=True,
             )
         )
-        factors = self.score_factors(raw)
+        factors = self.score_factors(outputs)
         detections = []
         for i, size in enumerate(batch.sizes):
             found = []

@@ -5,7 +5,7 @@ A cell places nine points, looks at the features under them, and from what it se
 points once more. Both sets of points stand for boxes, and both learn from the objects' boxes.
 
 Paper and code: what the paper leaves open follows the authors' code. P6 and P7 are convolutions from C5 without
-a ReLU between them, convolutions before a GroupNorm have no bias, cell (0, 0) has its centre at (0, 0). But an
+a ReLU between them, convolutions before a GroupNorm have no bias, cell (0, 0) has its center at (0, 0). But an
 object that overlaps no first box has no cell in the second stage here; in the code it takes every cell whose
 first box it does not touch.
 
@@ -21,24 +21,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import DeformConv2d, box_iou, sigmoid_focal_loss
 
-from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
+from detdistill.models.base import Batch, DenseOutputs, HeadOutputs, Pyramid
 from detdistill.models.families.one_stage import OneStage
-from detdistill.models.layers.assignment import centres
+from detdistill.models.layers.assignment import centers
 from detdistill.models.layers.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.layers.heads import (
     IGNORED,
     UNMATCHED,
     DenseHead,
+    avg_factor,
     flatten_maps,
+    gather_matched_boxes,
     init_head,
-    normaliser,
     one_hot_targets,
     square_cells,
-    take_objects,
 )
 from detdistill.recipe.models import RepPointsConfig
 
-TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3×3 convolution, from its centre
+TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3×3 convolution, from its center
 POINT_GRADIENT = 0.1  # share of the second look's gradient that moves the first points
 MOMENT_GRADIENT = 0.01  # share of its gradient by which the multiplier of the deviations learns
 SCALE = 4.0  # side, in strides, of the boxes that a level is for; box losses are in this unit
@@ -71,7 +71,7 @@ class RepPointsHead(DenseHead):
         for look in (self.cls_look, self.box_look):
             nn.init.normal_(look.weight, std=0.01)
 
-    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseOutputs:
         logits: Pyramid = {}
         boxes: Pyramid = {}
         initial: Pyramid = {}
@@ -83,7 +83,7 @@ class RepPointsHead(DenseHead):
             logits[stride] = self.cls(look_at(self.cls_look, cls[stride], offsets))
             boxes[stride] = moment_boxes(moved, self.moment_transfer)
             initial[stride] = moment_boxes(points, self.moment_transfer)
-        return DenseRaw(cls=logits, box=boxes, initial_box=initial)
+        return DenseOutputs(cls=logits, box=boxes, initial_box=initial)
 
 
 def look_at(look: DeformConv2d, x_NCHW: Tensor, offsets: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ def moment_boxes(points: Tensor, transfer_2: Tensor) -> Tensor:
         # Points on one spot have no deviation; a square root has no finite slope there.
         deviation_N2HW = variance_N2HW.clamp(min=1e-12).sqrt().flip(1)
         half_N2HW = deviation_N2HW * scale_gradient(transfer_2, MOMENT_GRADIENT).exp()[:, None, None]
-        centre_N2HW = mean_N2HW.flip(1)
-        return torch.cat([centre_N2HW - half_N2HW, centre_N2HW + half_N2HW], dim=1)
+        center_N2HW = mean_N2HW.flip(1)
+        return torch.cat([center_N2HW - half_N2HW, center_N2HW + half_N2HW], dim=1)
 
 
 def scale_gradient(x: Tensor, share: float) -> Tensor:
@@ -136,15 +136,15 @@ class RepPoints(OneStage):
     kind = "anchor_free"
     convention = "mmdet"
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, DenseRaw)
-        assert raw.initial_box is not None
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, DenseOutputs)
+        assert outputs.initial_box is not None
         assert batch.targets is not None, "losses need a batch with targets"
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
-            first_NP4 = torch.cat(flatten_maps(raw.initial_box.values(), 4), dim=1)
-            moved_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
-            cells = self.anchors(raw.cls, batch)
+            logits_NPQ = torch.cat(flatten_maps(outputs.cls.values(), len(self.classes)), dim=1)
+            first_NP4 = torch.cat(flatten_maps(outputs.initial_box.values(), 4), dim=1)
+            moved_NP4 = torch.cat(flatten_maps(outputs.box.values(), 4), dim=1)
+            cells = self.anchors(outputs.cls, batch)
             cells_P4 = torch.cat(cells)
             first_boxes_NP4 = self.decode_boxes(first_NP4.detach(), cells_P4)
             wanted, matched, objects = [], [], []
@@ -152,11 +152,13 @@ class RepPoints(OneStage):
                 boxes_K4 = target["boxes"].float()
                 matched_2P = torch.stack([self.match(boxes_K4, cells), match_first_boxes(boxes_K4, boxes_P4)])
                 wanted.append(one_hot_targets(matched_2P[1], target["labels"], len(self.classes)))
-                objects.append(torch.stack([take_objects(m_P, boxes_K4, cells_P4) for m_P in matched_2P]))
+                objects.append(
+                    torch.stack([gather_matched_boxes(m_P, boxes_K4, cells_P4) for m_P in matched_2P])
+                )
                 matched.append(matched_2P)
             matched_N2P = torch.stack(matched)
             positive_N2P = matched_N2P >= 0
-            first_count, count = normaliser(positive_N2P.sum(dim=(0, 2)))
+            first_count, count = avg_factor(positive_N2P.sum(dim=(0, 2)))
             focal_NPQ = sigmoid_focal_loss(logits_NPQ, torch.stack(wanted))
             boxes_N2P4 = torch.stack([first_NP4, moved_NP4], dim=1)
             wanted_N2P4 = in_strides(torch.stack(objects), cells_P4)
@@ -172,8 +174,8 @@ class RepPoints(OneStage):
         """As in the first stage, which asks no prediction."""
         return match_nearest(boxes_K4, anchors)
 
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
-        return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+    def scores(self, outputs: DenseOutputs) -> list[Tensor]:
+        return [logits.sigmoid() for logits in flatten_maps(outputs.cls.values(), len(self.classes))]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         return encoded * _stride(anchors) + _point(anchors)
@@ -186,7 +188,7 @@ def in_strides(boxes: Tensor, cells: Tensor) -> Tensor:
 
 def _point(cells: Tensor) -> Tensor:
     """(..., 4) the cell's x, y, x, y."""
-    return torch.cat([centres(cells)] * 2, dim=-1)
+    return torch.cat([centers(cells)] * 2, dim=-1)
 
 
 def _stride(cells: Tensor) -> Tensor:
@@ -197,15 +199,15 @@ def match_nearest(boxes_K4: Tensor, cells: Sequence[Tensor]) -> Tensor:
     """Which object each cell's first points answer for.
 
     An object is for the level whose stride is a quarter of its side (the geometric mean of width and height),
-    rounded down to a level. There it takes the cell nearest to its centre, in units of its width and height; a
+    rounded down to a level. There it takes the cell nearest to its center, in units of its width and height; a
     cell that several objects take answers for the nearest.
 
     Args:
         boxes_K4: objects; K may be 0.
-        cells: for each level squares (P_l, 4) whose centre is the cell and whose side is the stride.
+        cells: for each level squares (P_l, 4) whose center is the cell and whose side is the stride.
 
     Returns:
-        (P,) int64: index of the object or UNMATCHED. No host synchronisation.
+        (P,) int64: index of the object or UNMATCHED. No host synchronization.
     """
     cells_P4 = torch.cat(list(cells))
     if len(boxes_K4) == 0:
@@ -213,7 +215,7 @@ def match_nearest(boxes_K4: Tensor, cells: Sequence[Tensor]) -> Tensor:
     level_P = _stride(cells_P4).squeeze(1).log2().round()
     size_K2 = (boxes_K4[:, 2:] - boxes_K4[:, :2]).clamp(min=1e-6)
     level_K = (size_K2 / SCALE).log2().mean(dim=1).floor().clamp(level_P.min(), level_P.max())
-    away_KP2 = (centres(cells_P4) - centres(boxes_K4)[:, None]) / size_K2[:, None]
+    away_KP2 = (centers(cells_P4) - centers(boxes_K4)[:, None]) / size_K2[:, None]
     distance_KP = torch.where(level_P == level_K[:, None], away_KP2.norm(dim=2), float("inf"))
     taken_KP = torch.zeros_like(distance_KP, dtype=torch.bool)
     taken_KP.scatter_(1, distance_KP.argmin(dim=1, keepdim=True), True)
@@ -233,7 +235,7 @@ def match_first_boxes(boxes_K4: Tensor, first_P4: Tensor) -> Tensor:
         first_P4: boxes of the first points.
 
     Returns:
-        (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronisation.
+        (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronization.
     """
     if len(boxes_K4) == 0:
         return torch.full((len(first_P4),), UNMATCHED, device=first_P4.device)

@@ -18,7 +18,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import sigmoid_focal_loss
 
-from detdistill.models.base import Batch, DenseRaw, Pyramid, Raw
+from detdistill.models.base import Batch, DenseOutputs, HeadOutputs, Pyramid
 from detdistill.models.families.one_stage import OneStage
 from detdistill.models.layers.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.layers.heads import (
@@ -27,10 +27,10 @@ from detdistill.models.layers.heads import (
     ExactAnchors,
     box_coder,
     flatten_maps,
+    gather_matched_boxes,
     init_head,
     match_boxes,
     one_hot_targets,
-    take_objects,
 )
 from detdistill.recipe.models import RetinaNetConfig
 
@@ -48,8 +48,8 @@ class RetinaNetHead(DenseHead):
         self.box = nn.Conv2d(channels, num_anchors * 4, 3, padding=1)
         init_head(self, class_layer=self.cls)
 
-    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
-        return DenseRaw(
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseOutputs:
+        return DenseOutputs(
             cls={stride: self.cls(x) for stride, x in cls.items()},
             box={stride: self.box(x) for stride, x in box.items()},
         )
@@ -66,13 +66,13 @@ class RetinaNet(OneStage):
     family = "retinanet"
     kind = "anchor"
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, DenseRaw)
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, DenseOutputs)
         assert batch.targets is not None, "losses need a batch with targets"
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            logits_NPQ = torch.cat(flatten_maps(raw.cls.values(), len(self.classes)), dim=1)
-            deltas_NP4 = torch.cat(flatten_maps(raw.box.values(), 4), dim=1)
-            anchors = self.anchors(raw.cls, batch)
+            logits_NPQ = torch.cat(flatten_maps(outputs.cls.values(), len(self.classes)), dim=1)
+            deltas_NP4 = torch.cat(flatten_maps(outputs.box.values(), 4), dim=1)
+            anchors = self.anchors(outputs.cls, batch)
             anchors_P4 = torch.cat(anchors)
             classification, regression = [], []
             for logits_PQ, deltas_P4, target in zip(logits_NPQ, deltas_NP4, batch.targets, strict=True):
@@ -83,7 +83,9 @@ class RetinaNet(OneStage):
                 wanted_PQ = one_hot_targets(matched_P, target["labels"], len(self.classes))
                 focal_PQ = sigmoid_focal_loss(logits_PQ, wanted_PQ)
                 classification.append((focal_PQ.sum(dim=1) * (matched_P != IGNORED)).sum() / count)
-                wanted_P4 = CODER.encode_single(take_objects(matched_P, boxes_K4, anchors_P4), anchors_P4)
+                wanted_P4 = CODER.encode_single(
+                    gather_matched_boxes(matched_P, boxes_K4, anchors_P4), anchors_P4
+                )
                 l1_P4 = F.l1_loss(deltas_P4, wanted_P4, reduction="none")
                 regression.append(torch.where(positive_P[:, None], l1_P4, 0).sum() / count)
         return {
@@ -94,8 +96,8 @@ class RetinaNet(OneStage):
     def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
         return match_boxes(boxes_K4, torch.cat(list(anchors)), high=0.5, low=0.4, keep_best=True)
 
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
-        return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+    def scores(self, outputs: DenseOutputs) -> list[Tensor]:
+        return [logits.sigmoid() for logits in flatten_maps(outputs.cls.values(), len(self.classes))]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         coder = box_coder(WEIGHTS, self.convention)

@@ -24,20 +24,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from detdistill.data.records import UNLABELLED
+from detdistill.data.records import UNLABELED
 from detdistill.errors import UserError
 from detdistill.models.base import (
     Batch,
     Detections,
+    HeadOutputs,
     Preprocess,
     Pyramid,
-    Raw,
-    SegmentationRaw,
+    SegmentationOutputs,
     Segmenter,
     TappedPyramid,
 )
 from detdistill.models.layers.backbones import Backbone, offered_strides
-from detdistill.models.layers.heads import normaliser
+from detdistill.models.layers.heads import avg_factor
 from detdistill.recipe.models import DeepLabV3Config, PSPNetConfig, SegmenterConfig
 
 OUTPUT_STRIDE = 8
@@ -118,8 +118,8 @@ class SegmentationHead(nn.Module):
         self.aux = conv(aux_channels, width, 3)
         self.aux_cls = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, x_NCHW: Tensor, aux_NCHW: Tensor | None) -> SegmentationRaw:
-        return SegmentationRaw(
+    def forward(self, x_NCHW: Tensor, aux_NCHW: Tensor | None) -> SegmentationOutputs:
+        return SegmentationOutputs(
             self.cls(self.dropout(x_NCHW)),
             None if aux_NCHW is None else self.aux_cls(self.dropout(self.aux(aux_NCHW))),
         )
@@ -131,7 +131,7 @@ class EncoderDecoder(Segmenter):
     The pyramid has one level, {8: the last map before the classifier}.
 
     Losses: ``cross_entropy`` and, 0.4 times, ``cross_entropy_aux``, of logits resized to network input, summed
-    over the batch's labelled pixels and divided by their number (at least 1). Under torch.distributed that
+    over the batch's labeled pixels and divided by their number (at least 1). Under torch.distributed that
     number is averaged over the processes, so that after the mean of gradients N processes equal one process on
     the same images; every process must then call ``losses``.
 
@@ -148,9 +148,9 @@ class EncoderDecoder(Segmenter):
         neck: nn.Module,
     ) -> None:
         super().__init__()
-        if len(classes) > UNLABELLED:
+        if len(classes) > UNLABELED:
             raise UserError(
-                f"{len(classes)} classes: label maps hold {UNLABELLED}; keep fewer with data.classes"
+                f"{len(classes)} classes: label maps hold {UNLABELED}; keep fewer with data.classes"
             )
         self.family = config.family
         self.backbone = backbone
@@ -161,28 +161,28 @@ class EncoderDecoder(Segmenter):
         self.pyramid_channels = {OUTPUT_STRIDE: config.channels}
         self.window = config.window
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         earlier_NCHW, last_NCHW = self.backbone(batch.images_N3HW).values()
         pyramid = TappedPyramid({OUTPUT_STRIDE: self.neck(last_NCHW)})
         pyramid.output = earlier_NCHW if self.training else None
         return pyramid
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> SegmentationRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> SegmentationOutputs:
         aux_NCHW = pyramid.output if isinstance(pyramid, TappedPyramid) else None
         return self.head(pyramid[OUTPUT_STRIDE], aux_NCHW)
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, SegmentationRaw)
-        return pixel_losses(raw, batch)
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, SegmentationOutputs)
+        return pixel_losses(outputs, batch)
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, SegmentationRaw)
-        return label_maps(raw, batch)
+    def decode(self, outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(outputs, SegmentationOutputs)
+        return label_maps(outputs, batch)
 
-    def answer(self, batch: Batch) -> list[Detections]:
+    def predict(self, batch: Batch) -> list[Detections]:
         if self.window is None or max(batch.padded_size) <= self.window[0]:
-            return super().answer(batch)
-        return self.decode(SegmentationRaw(self._logits_by_window(batch, *self.window)), batch)
+            return super().predict(batch)
+        return self.decode(SegmentationOutputs(self._logits_by_window(batch, *self.window)), batch)
 
     def _logits_by_window(self, batch: Batch, side: int, stride: int) -> Tensor:
         """(N, Q, H, W) at the padded size: of each pixel the mean over the windows that see it."""
@@ -192,26 +192,26 @@ class EncoderDecoder(Segmenter):
         for top, left in product(_starts(height, side, stride), _starts(width, side, stride)):
             seen = (..., slice(top, top + side), slice(left, left + side))
             part = replace(batch, images_N3HW=batch.images_N3HW[seen], targets=None)
-            raw = self.predict(self.pyramid(part), part)
-            total_NQHW[seen] += resize_logits(raw.logits_NQHW, part.padded_size)
+            outputs = self.forward_head(self.forward_features(part), part)
+            total_NQHW[seen] += resize_logits(outputs.logits_NQHW, part.padded_size)
             views_HW[seen] += 1
         return total_NQHW / views_HW
 
 
-def pixel_losses(raw: SegmentationRaw, batch: Batch) -> dict[str, Tensor]:
+def pixel_losses(outputs: SegmentationOutputs, batch: Batch) -> dict[str, Tensor]:
     """The losses of :class:`EncoderDecoder`, of any such outputs."""
     labels_NHW = batch.semantic_labels()
-    count = normaliser((labels_NHW != UNLABELLED).sum())
-    losses = {"cross_entropy": _cross_entropy(raw.logits_NQHW, labels_NHW) / count}
-    if raw.aux_NQHW is not None:
-        losses["cross_entropy_aux"] = AUX_WEIGHT * _cross_entropy(raw.aux_NQHW, labels_NHW) / count
+    count = avg_factor((labels_NHW != UNLABELED).sum())
+    losses = {"cross_entropy": _cross_entropy(outputs.logits_NQHW, labels_NHW) / count}
+    if outputs.aux_NQHW is not None:
+        losses["cross_entropy_aux"] = AUX_WEIGHT * _cross_entropy(outputs.aux_NQHW, labels_NHW) / count
     return losses
 
 
-def label_maps(raw: SegmentationRaw, batch: Batch) -> list[Detections]:
+def label_maps(outputs: SegmentationOutputs, batch: Batch) -> list[Detections]:
     """The likeliest class of each pixel of the original images."""
     maps = []
-    for logits_QHW, size, original in zip(raw.logits_NQHW, batch.sizes, batch.original_sizes, strict=True):
+    for logits_QHW, size, original in zip(outputs.logits_NQHW, batch.sizes, batch.original_sizes, strict=True):
         logits_QHW = resize_logits(logits_QHW[None], batch.padded_size)[0, :, : size[0], : size[1]]
         maps.append({"semantic": resize_logits(logits_QHW[None], original)[0].argmax(dim=0)})
     return maps
@@ -231,10 +231,10 @@ def resize_logits(x_NQHW: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _cross_entropy(logits_NQHW: Tensor, labels_NHW: Tensor) -> Tensor:
-    """Summed over the labelled pixels, in float32."""
+    """Summed over the labeled pixels, in float32."""
     with torch.autocast(logits_NQHW.device.type, enabled=False):
         logits_NQHW = resize_logits(logits_NQHW, labels_NHW.shape[-2:])
-        return F.cross_entropy(logits_NQHW, labels_NHW, ignore_index=UNLABELLED, reduction="sum")
+        return F.cross_entropy(logits_NQHW, labels_NHW, ignore_index=UNLABELED, reduction="sum")
 
 
 def build_pspnet(config: PSPNetConfig, classes: Sequence[str]) -> EncoderDecoder:

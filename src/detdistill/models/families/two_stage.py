@@ -15,7 +15,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import nms
 
-from detdistill.models.base import DenseRaw, Pyramid
+from detdistill.models.base import DenseOutputs, Pyramid
 from detdistill.models.layers.backbones import Backbone, FeaturePyramid, split_strides
 from detdistill.models.layers.heads import (
     ExactAnchors,
@@ -43,9 +43,9 @@ class RPNHead(nn.Module):
         self.box = nn.Conv2d(channels, num_anchors * 4, 1)
         init_head(self)
 
-    def forward(self, pyramid: Pyramid) -> DenseRaw:
+    def forward(self, pyramid: Pyramid) -> DenseOutputs:
         features = {stride: self.tower(x) for stride, x in pyramid.items()}
-        return DenseRaw(
+        return DenseOutputs(
             cls={stride: self.objectness(x) for stride, x in features.items()},
             box={stride: self.box(x) for stride, x in features.items()},
         )
@@ -121,7 +121,7 @@ def build_parts(config: TwoStageConfig, classes: Sequence[str]) -> TwoStageParts
 
 
 def best_anchors(
-    rpn: DenseRaw, anchors: Sequence[Tensor], coder: BoxCoder, limit: int
+    rpn: DenseOutputs, anchors: Sequence[Tensor], coder: BoxCoder, limit: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each level the best anchors' boxes (N, M, 4), not clipped, and their scores (N, M), falling."""
     found = []

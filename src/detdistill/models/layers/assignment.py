@@ -14,14 +14,14 @@ from torchvision.ops import box_iou
 from detdistill.models.layers.heads import UNMATCHED
 
 TOPK = 9  # candidates of a level
-INSIDE = 0.01  # pixels that a positive anchor's centre keeps from the object's sides
+INSIDE = 0.01  # pixels that a positive anchor's center keeps from the object's sides
 
 
 def atss_assign(boxes_K4: Tensor, anchors: Sequence[Tensor], topk: int = TOPK) -> Tensor:
     """Which object each anchor answers for.
 
-    An object's candidates are, in each level, the ``topk`` anchors whose centres are nearest to its own. Those
-    whose IoU reaches the threshold (:func:`atss_thresholds`) and whose centre lies inside answer for it; an
+    An object's candidates are, in each level, the ``topk`` anchors whose centers are nearest to its own. Those
+    whose IoU reaches the threshold (:func:`atss_thresholds`) and whose center lies inside answer for it; an
     anchor of several objects for that of the highest IoU.
 
     Args:
@@ -30,7 +30,7 @@ def atss_assign(boxes_K4: Tensor, anchors: Sequence[Tensor], topk: int = TOPK) -
         topk: candidates of a level.
 
     Returns:
-        (P,) int64: index of the object or UNMATCHED. No host synchronisation.
+        (P,) int64: index of the object or UNMATCHED. No host synchronization.
     """
     anchors_P4 = torch.cat(list(anchors))
     if len(boxes_K4) == 0:
@@ -39,7 +39,7 @@ def atss_assign(boxes_K4: Tensor, anchors: Sequence[Tensor], topk: int = TOPK) -
     candidates_KM = nearest_anchors(boxes_K4, anchors, topk)
     positive_KP = torch.zeros_like(iou_KP, dtype=torch.bool).scatter(1, candidates_KM, True)
     positive_KP &= iou_KP >= atss_thresholds(iou_KP, candidates_KM)[:, None]
-    positive_KP &= centre_depths(boxes_K4, anchors_P4) > INSIDE
+    positive_KP &= center_depths(boxes_K4, anchors_P4) > INSIDE
     best_P, object_P = torch.where(positive_KP, iou_KP, -1.0).max(dim=0)
     return torch.where(best_P < 0, UNMATCHED, object_P)
 
@@ -54,23 +54,23 @@ def atss_thresholds(iou_KP: Tensor, candidates_KM: Tensor) -> Tensor:
 
 def nearest_anchors(boxes_K4: Tensor, anchors: Sequence[Tensor], topk: int = TOPK) -> Tensor:
     """(K, M) indices of the ``topk`` anchors of each level (all, where it has fewer) nearest to each object."""
-    centre_K12 = centres(boxes_K4)[:, None]
+    center_K12 = centers(boxes_K4)[:, None]
     found, start = [], 0
     for anchors_P4 in anchors:
-        distance_KP = (centres(anchors_P4) - centre_K12).square().sum(dim=2)
+        distance_KP = (centers(anchors_P4) - center_K12).square().sum(dim=2)
         nearest_KM = distance_KP.topk(min(topk, len(anchors_P4)), dim=1, largest=False).indices
         found.append(nearest_KM + start)
         start += len(anchors_P4)
     return torch.cat(found, dim=1)
 
 
-def centre_depths(boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
-    """(K, P) how far each anchor's centre is from the nearest side of each box; negative outside it."""
-    point_P2 = centres(anchors_P4)
+def center_depths(boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
+    """(K, P) how far each anchor's center is from the nearest side of each box; negative outside it."""
+    point_P2 = centers(anchors_P4)
     inner_KP2 = torch.minimum(point_P2 - boxes_K4[:, None, :2], boxes_K4[:, None, 2:] - point_P2)
     return inner_KP2.amin(dim=2)
 
 
-def centres(boxes: Tensor) -> Tensor:
+def centers(boxes: Tensor) -> Tensor:
     """(..., 2) of boxes (..., 4)."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2

@@ -47,7 +47,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: ``{stride: channels}`` of what ``forward`` returns.
-        mean, std: the input normalisation that the model's published weights were trained with.
+        mean, std: the input normalization that the model's published weights were trained with.
 
     Raises:
         UserError: unknown name, no feature maps, a stride that is not offered, weights that cannot be had, no
@@ -240,8 +240,8 @@ class FeaturePyramid(nn.Module):
             the level before.
         extra: how: ``conv`` is a 3×3 convolution of stride 2, with a ReLU between two of them; ``linear`` the
             same without the ReLU; ``pool`` takes every second cell (Faster R-CNN's P6).
-        extra_from: what the first of them is made from: ``pyramid``, its last map (P5), or ``backbone``, the
-            backbone's last map (C5, the paper's way for RetinaNet).
+        extra_from: what the first of them is made from: ``forward_features``, its last map (P5), or
+            ``backbone``, the backbone's last map (C5, the paper's way for RetinaNet).
         group_norm: whether a GroupNorm follows each convolution, which then has no bias (RepPoints).
     """
 

@@ -19,7 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes
 from torchvision.ops._utils import convert_boxes_to_roi_format
 from torchvision.ops.poolers import LevelMapper
 
-from detdistill.models.base import Batch, Candidates, DenseRaw, Detections, Pyramid
+from detdistill.models.base import Batch, Candidates, DenseOutputs, Detections, Pyramid
 from detdistill.models.layers.backbones import group_norm_of
 from detdistill.recipe import Convention
 
@@ -59,12 +59,12 @@ class DenseHead(nn.Module, ABC):
         return len(self.cls_tower)
 
     @abstractmethod
-    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseRaw:
+    def outputs(self, cls: Pyramid, box: Pyramid) -> DenseOutputs:
         """Predictions from the towers' last maps."""
 
-    def forward(self, pyramid: Pyramid, hidden: bool = False) -> DenseRaw:
-        """Predictions; with ``hidden`` also every block's maps before the ReLU."""
-        if not hidden:
+    def forward(self, pyramid: Pyramid, tower_features: bool = False) -> DenseOutputs:
+        """Predictions; with ``tower_features`` also every block's maps before the ReLU."""
+        if not tower_features:
             return self.outputs(
                 {stride: self.cls_tower(x) for stride, x in pyramid.items()},
                 {stride: self.box_tower(x) for stride, x in pyramid.items()},
@@ -74,11 +74,11 @@ class DenseHead(nn.Module, ABC):
         for cls_block, box_block in zip(self.cls_tower, self.box_tower, strict=True):
             seen.append((_before_relu(cls_block, cls), _before_relu(box_block, box)))
             cls, box = (_relu(maps) for maps in seen[-1])
-        raw = self.outputs(cls, box)
-        raw.hidden = seen
-        return raw
+        outputs = self.outputs(cls, box)
+        outputs.tower_features = seen
+        return outputs
 
-    def go_on(self, cls: Pyramid, box: Pyramid, depth: int) -> DenseRaw:
+    def go_on(self, cls: Pyramid, box: Pyramid, depth: int) -> DenseOutputs:
         """Predictions from maps before the ReLU of block ``depth`` (1: the first), perhaps of another head."""
         return self.outputs(
             {stride: self.cls_tower[depth:](x) for stride, x in _relu(cls).items()},
@@ -183,7 +183,7 @@ def match_boxes(boxes_K4: Tensor, anchors_P4: Tensor, high: float, low: float, k
         keep_best: an object's best anchors (ties too) are matched whatever their IoU.
 
     Returns:
-        (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronisation.
+        (P,) int64: index of the object, UNMATCHED or IGNORED. No host synchronization.
     """
     if len(boxes_K4) == 0 or len(anchors_P4) == 0:
         return torch.full((len(anchors_P4),), UNMATCHED, device=anchors_P4.device)
@@ -196,7 +196,7 @@ def match_boxes(boxes_K4: Tensor, anchors_P4: Tensor, high: float, low: float, k
     return matched_P
 
 
-def take_objects(matched_P: Tensor, boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
+def gather_matched_boxes(matched_P: Tensor, boxes_K4: Tensor, anchors_P4: Tensor) -> Tensor:
     """The matched objects' boxes (P, 4); an anchor without one gets some box of positive size."""
     return boxes_K4[matched_P.clamp(min=0)] if len(boxes_K4) else anchors_P4
 
@@ -224,7 +224,7 @@ def one_hot_targets(matched_P: Tensor, labels_K: Tensor, num_classes: int) -> Te
     return targets_PQ
 
 
-def normaliser(total: Tensor, least: float = 1.0) -> Tensor:
+def avg_factor(total: Tensor, least: float = 1.0) -> Tensor:
     """What a sum over the batch is divided by: the batch's total, such as its number of matches, at least 1.
 
     Under torch.distributed the total is averaged over the processes, so that after the mean of gradients N
@@ -314,7 +314,7 @@ def region_pool(strides: Iterable[int], side: int, convention: Convention) -> nn
 
 
 class AlignedRoIAlign(nn.Module):
-    """MMDetection's way to pool regions: aligned to the centres of the map's cells, and sampled as finely.
+    """MMDetection's way to pool regions: aligned to the centers of the map's cells, and sampled as finely.
 
     torchvision's ``MultiScaleRoIAlign``, which is called alike, is half a cell off and takes 2×2 samples in
     each cell of the output.

@@ -106,7 +106,7 @@ def paste_masks(masks_KSS: Tensor, boxes_K4: Tensor, size: tuple[int, int], conv
     """Masks where their boxes are, (K, 1, height, width) in [0, 1], and 0 elsewhere.
 
     torchvision stretches a mask, with a rim of one cell, to a box of whole pixels; MMDetection looks up each
-    pixel's centre in the mask.
+    pixel's center in the mask.
 
     Args:
         masks_KSS: of the boxes.

@@ -25,15 +25,15 @@ from torchvision.ops import box_iou
 from detdistill.errors import UserError
 from detdistill.models.base import (
     Batch,
-    DenseRaw,
+    DenseOutputs,
     Detections,
     Detector,
-    ForeignRaw,
+    HeadOutputs,
     Preprocess,
     Pyramid,
-    Raw,
     TappedPyramid,
     Target,
+    ThirdPartyOutputs,
     eval_mode,
 )
 from detdistill.models.checkpoints.torchvision import BACKGROUND, COCO_CATEGORIES
@@ -72,7 +72,7 @@ def wrap_torchvision(
 
 
 @dataclass(slots=True)
-class RowsRaw(DenseRaw):
+class RowsRaw(DenseOutputs):
     """Dense outputs, and the class rows as the object has them: with its background, where it has one."""
 
     rows: Pyramid | None = None
@@ -158,18 +158,18 @@ class TorchvisionOneStage(OneStage):
     def exported(self) -> nn.Module:
         return self.model
 
-    def pyramid(self, batch: Batch) -> Pyramid:
+    def forward_features(self, batch: Batch) -> Pyramid:
         features = self.model.backbone(batch.images_N3HW)
         maps = [features] if isinstance(features, Tensor) else features.values()
         return dict(zip(self.pyramid_channels, maps, strict=True))
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, RowsRaw)
+    def losses(self, head_outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(head_outputs, RowsRaw)
         assert batch.targets is not None, "losses need a batch with targets"
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
-            outputs = {name: torch.cat(levels, dim=1) for name, levels in self._outputs(raw).items()}
+            outputs = {name: torch.cat(levels, dim=1) for name, levels in self._outputs(head_outputs).items()}
             targets = with_background(batch.targets, self.head.background)
-            return self._own_losses(targets, outputs, self.anchors(raw.cls, batch))
+            return self._own_losses(targets, outputs, self.anchors(head_outputs.cls, batch))
 
     def _own_losses(
         self, targets: list[Target], outputs: dict[str, Tensor], anchors: list[Tensor]
@@ -177,21 +177,21 @@ class TorchvisionOneStage(OneStage):
         anchors_P4 = torch.cat(anchors)
         return self.model.compute_loss(targets, outputs, [anchors_P4] * len(targets))
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, RowsRaw)
-        anchors = [self.anchors(raw.cls, batch)] * len(batch.sizes)
-        found = self.model.postprocess_detections(self._outputs(raw), anchors, batch.sizes)
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(head_outputs, RowsRaw)
+        anchors = [self.anchors(head_outputs.cls, batch)] * len(batch.sizes)
+        found = self.model.postprocess_detections(self._outputs(head_outputs), anchors, batch.sizes)
         return without_background(self.model.transform, found, batch, self.head.background)
 
-    def _outputs(self, raw: RowsRaw) -> dict[str, list[Tensor]]:
+    def _outputs(self, head_outputs: RowsRaw) -> dict[str, list[Tensor]]:
         """The head's outputs under torchvision's names, level by level (N, P, numbers)."""
-        assert raw.rows is not None
+        assert head_outputs.rows is not None
         outputs = {
-            "cls_logits": flatten_maps(raw.rows.values(), self.head.num_rows),
-            "bbox_regression": flatten_maps(raw.box.values(), 4),
+            "cls_logits": flatten_maps(head_outputs.rows.values(), self.head.num_rows),
+            "bbox_regression": flatten_maps(head_outputs.box.values(), 4),
         }
-        if raw.centerness is not None:
-            outputs["bbox_ctrness"] = flatten_maps(raw.centerness.values(), 1)
+        if head_outputs.centerness is not None:
+            outputs["bbox_ctrness"] = flatten_maps(head_outputs.centerness.values(), 1)
         return outputs
 
 
@@ -209,8 +209,8 @@ class TorchvisionRetinaNet(TorchvisionOneStage):
         matched_P: Tensor = self.model.proposal_matcher(box_iou(boxes_K4, anchors_P4))
         return matched_P
 
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
-        return [logits.sigmoid() for logits in flatten_maps(raw.cls.values(), len(self.classes))]
+    def scores(self, head_outputs: DenseOutputs) -> list[Tensor]:
+        return [logits.sigmoid() for logits in flatten_maps(head_outputs.cls.values(), len(self.classes))]
 
     def decode_boxes(self, encoded: Tensor, anchors: Tensor) -> Tensor:
         flat = self.model.box_coder.decode_single(
@@ -235,11 +235,11 @@ class TorchvisionFCOS(TorchvisionOneStage):
     def match(self, boxes_K4: Tensor, anchors: Sequence[Tensor]) -> Tensor:
         return match_cells(boxes_K4, anchors, self.model.center_sampling_radius)
 
-    def scores(self, raw: DenseRaw) -> list[Tensor]:
-        assert raw.centerness is not None
+    def scores(self, head_outputs: DenseOutputs) -> list[Tensor]:
+        assert head_outputs.centerness is not None
         levels = zip(
-            flatten_maps(raw.cls.values(), len(self.classes)),
-            flatten_maps(raw.centerness.values(), 1),
+            flatten_maps(head_outputs.cls.values(), len(self.classes)),
+            flatten_maps(head_outputs.centerness.values(), 1),
             strict=True,
         )
         return [torch.sqrt(a.sigmoid() * b.sigmoid()) for a, b in levels]
@@ -257,7 +257,7 @@ class TorchvisionFasterRCNN(Detector):
 
     family = "faster_rcnn"
     kind = "two_stage"
-    opaque = True
+    incomparable = True
     model: detection.FasterRCNN
 
     def __init__(
@@ -283,7 +283,7 @@ class TorchvisionFasterRCNN(Detector):
     def exported(self) -> nn.Module:
         return self.model
 
-    def pyramid(self, batch: Batch) -> TappedPyramid:
+    def forward_features(self, batch: Batch) -> TappedPyramid:
         """The feature maps by stride; of several with one stride the first, as the heads still see them all."""
         features = self.model.backbone(batch.images_N3HW)
         features = {"0": features} if isinstance(features, Tensor) else features
@@ -293,7 +293,7 @@ class TorchvisionFasterRCNN(Detector):
             pyramid.setdefault(stride, x_NCHW)
         return pyramid
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> ThirdPartyOutputs:
         assert isinstance(pyramid, TappedPyramid)
         images, features = ImageList(batch.images_N3HW, batch.sizes), pyramid.output
         targets = None
@@ -301,17 +301,17 @@ class TorchvisionFasterRCNN(Detector):
             targets = with_background(batch.targets, self.background)
         proposals, rpn_losses = self.model.rpn(images, features, targets)
         found, roi_losses = self.model.roi_heads(features, proposals, batch.sizes, targets)
-        return ForeignRaw((found, {**roi_losses, **rpn_losses}))
+        return ThirdPartyOutputs((found, {**roi_losses, **rpn_losses}))
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, ForeignRaw)
-        losses: dict[str, Tensor] = raw.output[1]
+    def losses(self, head_outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(head_outputs, ThirdPartyOutputs)
+        losses: dict[str, Tensor] = head_outputs.output[1]
         assert losses, "losses need raw predictions made in training mode"
         return dict(losses)
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, ForeignRaw)
-        return without_background(self.model.transform, raw.output[0], batch, self.background)
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(head_outputs, ThirdPartyOutputs)
+        return without_background(self.model.transform, head_outputs.output[0], batch, self.background)
 
 
 class TorchvisionMaskRCNN(TorchvisionFasterRCNN):

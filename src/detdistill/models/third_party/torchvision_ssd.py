@@ -21,11 +21,11 @@ from detdistill.models.base import (
     Batch,
     Detections,
     Detector,
-    ForeignRaw,
+    HeadOutputs,
     Preprocess,
     Pyramid,
-    Raw,
     TappedPyramid,
+    ThirdPartyOutputs,
     eval_mode,
 )
 from detdistill.models.layers.heads import UNMATCHED
@@ -47,7 +47,7 @@ class TorchvisionSSD(Detector):
     """
 
     kind = "anchor"
-    opaque = True
+    incomparable = True
     model: SSD
 
     def __init__(self, model: SSD, classes: Sequence[str], preprocess: Preprocess | None) -> None:
@@ -65,24 +65,24 @@ class TorchvisionSSD(Detector):
     def exported(self) -> nn.Module:
         return self.model
 
-    def pyramid(self, batch: Batch) -> TappedPyramid:
+    def forward_features(self, batch: Batch) -> TappedPyramid:
         """The levels that have a stride; the head still sees them all."""
         features = _maps(self.model.backbone(batch.images_N3HW))
         pyramid = TappedPyramid({stride: features[at] for at, stride, _ in self._levels})
         pyramid.output = features
         return pyramid
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> ThirdPartyOutputs:
         """The head's outputs under torchvision's names, and each image's anchors."""
         assert isinstance(pyramid, TappedPyramid)
         features = pyramid.output
         anchors = self.model.anchor_generator(ImageList(batch.images_N3HW, batch.sizes), features)
-        return ForeignRaw((self.model.head(features), anchors))
+        return ThirdPartyOutputs((self.model.head(features), anchors))
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, ForeignRaw)
+    def losses(self, head_outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(head_outputs, ThirdPartyOutputs)
         assert batch.targets is not None, "losses need a batch with targets"
-        outputs, anchors = raw.output
+        outputs, anchors = head_outputs.output
         targets = with_background(batch.targets, self.background)
         with torch.autocast(batch.images_N3HW.device.type, enabled=False):
             outputs = {name: x.float() for name, x in outputs.items()}
@@ -98,9 +98,9 @@ class TorchvisionSSD(Detector):
         matched_P: Tensor = self.model.proposal_matcher(box_iou(boxes_K4, anchors_P4))
         return matched_P
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, ForeignRaw)
-        found = self.model.postprocess_detections(*raw.output, batch.sizes)
+    def decode(self, head_outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(head_outputs, ThirdPartyOutputs)
+        found = self.model.postprocess_detections(*head_outputs.output, batch.sizes)
         return without_background(self.model.transform, found, batch, self.background)
 
 

@@ -17,15 +17,15 @@ from detdistill.models.base import (
     Batch,
     Detections,
     Detector,
-    ForeignRaw,
+    HeadOutputs,
     Kind,
     Model,
     Preprocess,
     Pyramid,
-    Raw,
-    SegmentationRaw,
+    SegmentationOutputs,
     Segmenter,
     TappedPyramid,
+    ThirdPartyOutputs,
 )
 from detdistill.models.families.segmentation import label_maps, pixel_losses
 from detdistill.models.third_party.taps import Call, Taps, seen
@@ -98,7 +98,7 @@ def wrap(
         return wrap_torchvision(model, classes, preprocess)
     if preprocess is None:
         raise UserError(
-            "wrap: preprocess is missing: give the normalisation that the model was trained with, as "
+            "wrap: preprocess is missing: give the normalization that the model was trained with, as "
             "preprocess=Preprocess(mean=(0, 0, 0), std=(1, 1, 1)) for RGB in [0, 1]"
         )
     if (losses or decode or logits) and not classes:
@@ -161,10 +161,10 @@ class _Tapped(Model):
     def exported(self) -> nn.Module:
         return self.model
 
-    def pyramid(self, batch: Batch) -> TappedPyramid:
+    def forward_features(self, batch: Batch) -> TappedPyramid:
         return self.taps.run(self.model, batch)
 
-    def pyramid_alone(self, batch: Batch) -> Pyramid:
+    def forward_features_only(self, batch: Batch) -> Pyramid:
         return self.taps.run(self.model, batch, stop=True)
 
     def output(self, pyramid: Pyramid) -> Any:
@@ -177,7 +177,7 @@ class _Tapped(Model):
 class Wrapped(_Tapped, Detector):
     """The five steps of a foreign detector; build it with :func:`wrap`."""
 
-    opaque = True
+    incomparable = True
 
     def __init__(
         self,
@@ -191,24 +191,24 @@ class Wrapped(_Tapped, Detector):
     ) -> None:
         super().__init__(model, taps, preprocess, classes)
         self.kind = kind
-        self.can_learn, self.can_answer = losses is not None, decode is not None
+        self.can_learn, self.can_predict = losses is not None, decode is not None
         self._losses, self._decode = losses, decode
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignRaw:
-        return ForeignRaw(self.output(pyramid))
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> ThirdPartyOutputs:
+        return ThirdPartyOutputs(self.output(pyramid))
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, ForeignRaw)
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, ThirdPartyOutputs)
         if self._losses is None:
             raise UserError("this wrapped model cannot learn: give wrap(..., losses=...)")
-        return _scalars(self._losses(self.model, raw.output, batch))
+        return _scalars(self._losses(self.model, outputs.output, batch))
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, ForeignRaw)
+    def decode(self, outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(outputs, ThirdPartyOutputs)
         if self._decode is None:
             raise UserError("this wrapped model gives no detections: give wrap(..., decode=...)")
         detections = []
-        found = self._decode(self.model, raw.output, batch)
+        found = self._decode(self.model, outputs.output, batch)
         _check_detections(found, len(batch.sizes), len(self.classes))
         for one, size, original in zip(found, batch.sizes, batch.original_sizes, strict=True):
             order = one["scores"].argsort(descending=True, stable=True)
@@ -235,7 +235,7 @@ class WrappedSegmenter(_Tapped, Segmenter):
         super().__init__(model, taps, preprocess, classes)
         self._logits, self._losses = logits, losses
 
-    def predict(self, pyramid: Pyramid, batch: Batch) -> ForeignSegmentationRaw:
+    def forward_head(self, pyramid: Pyramid, batch: Batch) -> ThirdPartySegmentationOutputs:
         output = self.output(pyramid)
         logits_NQHW = self._logits(self.model, output, batch)
         wanted = (len(batch.images_N3HW), len(self.classes))
@@ -244,21 +244,21 @@ class WrappedSegmenter(_Tapped, Segmenter):
                 f"logits(model, output, batch) gave {seen(logits_NQHW)}: return a tensor "
                 f"({wanted[0]} images, {wanted[1]} classes, rows, columns)"
             )
-        return ForeignSegmentationRaw(logits_NQHW, output=output)
+        return ThirdPartySegmentationOutputs(logits_NQHW, output=output)
 
-    def losses(self, raw: Raw, batch: Batch) -> dict[str, Tensor]:
-        assert isinstance(raw, ForeignSegmentationRaw)
+    def losses(self, outputs: HeadOutputs, batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(outputs, ThirdPartySegmentationOutputs)
         if self._losses is None:
-            return pixel_losses(raw, batch)
-        return _scalars(self._losses(self.model, raw.output, batch))
+            return pixel_losses(outputs, batch)
+        return _scalars(self._losses(self.model, outputs.output, batch))
 
-    def decode(self, raw: Raw, batch: Batch) -> list[Detections]:
-        assert isinstance(raw, SegmentationRaw)
-        return label_maps(raw, batch)
+    def decode(self, outputs: HeadOutputs, batch: Batch) -> list[Detections]:
+        assert isinstance(outputs, SegmentationOutputs)
+        return label_maps(outputs, batch)
 
 
 @dataclass(slots=True)
-class ForeignSegmentationRaw(SegmentationRaw):
+class ThirdPartySegmentationOutputs(SegmentationOutputs):
     """Logits, beside all that the model answered."""
 
     output: Any = None

@@ -10,14 +10,14 @@ from PIL import Image
 
 from detdistill.data.inspect import inspect_data
 from detdistill.data.loading import open_data
-from detdistill.data.unlabelled import UnlabelledImages, find_unlabelled
+from detdistill.data.unlabeled import UnlabeledImages, find_unlabeled
 from detdistill.errors import UserError
 from detdistill.recipe import AugmentConfig, DataConfig, parse_recipe
 
 
-def draw(path, colour=(200, 30, 30), size=(40, 30)):
+def draw(path, color=(200, 30, 30), size=(40, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
@@ -41,19 +41,19 @@ def root(tmp_path):
 
 
 def test_a_folder_is_searched_with_its_subfolders(root):
-    found = find_unlabelled(DataConfig(root=root, unlabelled="more"))
+    found = find_unlabeled(DataConfig(root=root, unlabeled="more"))
     assert [str(path.relative_to(root / "more")) for path in found] == ["a.jpg", "b/1.png", "b/2.png"]
 
 
 def test_any_path_will_do_and_each_image_counts_once(root, tmp_path):
     names = tmp_path / "more" / "names.txt"
     names.write_text("b/1.png\n\na.jpg\nb/1.png\n")
-    found = find_unlabelled(DataConfig(root=root / "train", unlabelled=str(names)))
+    found = find_unlabeled(DataConfig(root=root / "train", unlabeled=str(names)))
     assert found == [root / "more" / "a.jpg", root / "more" / "b" / "1.png"]
 
 
 def test_of_a_coco_file_the_images_are_taken(root):
-    found = find_unlabelled(DataConfig(root=root, unlabelled="train.json"))
+    found = find_unlabeled(DataConfig(root=root, unlabeled="train.json"))
     assert found == sorted((root / "train").iterdir())
 
 
@@ -70,14 +70,14 @@ def test_what_is_not_there_is_refused_in_a_line(root, given, message):
     (root / "more" / "names.txt").write_text("a.jpg\ngone.png\n")
     (root / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match=message) as error:
-        find_unlabelled(DataConfig(root=root, unlabelled=given))
+        find_unlabeled(DataConfig(root=root, unlabeled=given))
     assert "\n" not in str(error.value)
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_alone(root):
-    files = find_unlabelled(DataConfig(root=root, unlabelled="more"))
+    files = find_unlabeled(DataConfig(root=root, unlabeled="more"))
     augment = AugmentConfig(flip=0.5, photometric=True, crop=0.5, zoom_out=0.5)
-    images, again = (UnlabelledImages(files, augment, 3, label_maps=False) for _ in range(2))
+    images, again = (UnlabeledImages(files, augment, 3, label_maps=False) for _ in range(2))
     first = images[(0, 1)][0]
     images[(0, 2)]
     assert torch.equal(first, again[(0, 1)][0])
@@ -90,12 +90,12 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(root):
 
 def test_the_doctor_counts_and_decodes_them_and_tells_of_those_in_val(root):
     (root / "more" / "broken.png").write_bytes(b"\x89PNG")
-    inspection = inspect_data(DataConfig(root=root, unlabelled="more"))
-    assert inspection.unlabelled == 4
+    inspection = inspect_data(DataConfig(root=root, unlabeled="more"))
+    assert inspection.unlabeled == 4
     assert [finding.file.name for finding in inspection.errors] == ["broken.png"]
-    assert "unlabelled: 4 images" in inspection.lines()
-    shared = inspect_data(DataConfig(root=root, unlabelled="val.json"))
-    assert sum("2 images of data.unlabelled are in val" in f.message for f in shared.findings) == 1
+    assert "unlabeled: 4 images" in inspection.lines()
+    shared = inspect_data(DataConfig(root=root, unlabeled="val.json"))
+    assert sum("2 images of data.unlabeled are in val" in f.message for f in shared.findings) == 1
 
 
 def test_limit_keeps_some_training_images_evenly_spread(root):
@@ -108,12 +108,12 @@ def test_limit_keeps_some_training_images_evenly_spread(root):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"training": {"unlabelled_batch": 4}}, r"add `data\.unlabelled"),
-        ({"training": {"unlabelled_batch": 3, "accumulate": 2}}, "unlabelled_batch must be a multiple"),
+        ({"training": {"unlabeled_batch": 4}}, r"add `data\.unlabeled"),
+        ({"training": {"unlabeled_batch": 3, "accumulate": 2}}, "unlabeled_batch must be a multiple"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(sections, message):
-    data = {"root": "x", **({"unlabelled": "more"} if "accumulate" in sections["training"] else {})}
+    data = {"root": "x", **({"unlabeled": "more"} if "accumulate" in sections["training"] else {})}
     with pytest.raises(UserError, match=message):
         parse_recipe({"data": data, "student": {}, **sections})
 
@@ -121,6 +121,6 @@ def test_a_recipe_that_makes_no_sense_is_refused(sections, message):
 def test_digits_have_a_root_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("DETDISTILL_CACHE", str(tmp_path))
     data = DataConfig(
-        format="digits", train_size=4, val_size=2, image_size=64, unlabelled="annotations/instances_train.json"
+        format="digits", train_size=4, val_size=2, image_size=64, unlabeled="annotations/instances_train.json"
     )
-    assert [path.parent.name for path in find_unlabelled(data)] == ["train"] * 4
+    assert [path.parent.name for path in find_unlabeled(data)] == ["train"] * 4

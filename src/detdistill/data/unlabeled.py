@@ -1,4 +1,4 @@
-"""Images without labels, ``data.unlabelled``: what a teacher sees in them teaches, too."""
+"""Images without labels, ``data.unlabeled``: what a teacher sees in them teaches, too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from detdistill.data.formats.digits import digits_root
 from detdistill.data.formats.layout import ListedImages, is_file
 from detdistill.data.images import find_images, read_image
 from detdistill.data.loading import Sample
-from detdistill.data.records import UNLABELLED
+from detdistill.data.records import UNLABELED
 from detdistill.data.text import read_lines
 from detdistill.data.transforms import augment_seeded, build_augment
 from detdistill.errors import UserError
@@ -23,8 +23,8 @@ from detdistill.recipe import AugmentConfig, DataConfig
 from detdistill.seeding import mix_seed
 
 
-def find_unlabelled(config: DataConfig) -> list[Path]:
-    """The images of ``data.unlabelled``, sorted and each once.
+def find_unlabeled(config: DataConfig) -> list[Path]:
+    """The images of ``data.unlabeled``, sorted and each once.
 
     A folder is searched with its subfolders; a .txt file lists images, one to a line, from its own folder or
     from ``data.root``; of a COCO .json the images are taken and the annotations, if there are any, left alone.
@@ -33,13 +33,13 @@ def find_unlabelled(config: DataConfig) -> list[Path]:
     Raises:
         UserError: there is no such folder or file, it lists an image that is missing, or it holds none.
     """
-    assert config.unlabelled is not None
+    assert config.unlabeled is not None
     root = digits_root(config) if config.format == "digits" else config.root
     assert root is not None, "DataConfig refuses data without a root"
-    source = Path(config.unlabelled).expanduser()
+    source = Path(config.unlabeled).expanduser()
     source = root / source if os.path.exists(root / source) else source  # noqa: PTH110 - does not raise
     if not os.path.exists(source):  # noqa: PTH110
-        raise UserError(f"data.unlabelled: no such folder or file {config.unlabelled!r}, nor in {root}")
+        raise UserError(f"data.unlabeled: no such folder or file {config.unlabeled!r}, nor in {root}")
     if source.suffix == ".json":
         files = image_files(source, config.images, root)
     elif source.suffix == ".txt":
@@ -52,16 +52,16 @@ def find_unlabelled(config: DataConfig) -> list[Path]:
     missing = [file for file in files if not is_file(file)]
     if missing or not files:
         what = f"lists {missing[0]}, which is missing ({len(missing)} are)" if missing else "lists no image"
-        raise UserError(f"data.unlabelled: {source} {what}; correct it")
+        raise UserError(f"data.unlabeled: {source} {what}; correct it")
     return files
 
 
-class UnlabelledImages(Dataset[Sample]):
+class UnlabeledImages(Dataset[Sample]):
     """Images as :class:`~detdistill.data.loading.DetectionDataset` gives them, with nothing in their targets.
 
     Args:
         files: the images.
-        augment: as for the labelled ones.
+        augment: as for the labeled ones.
         seed: of the augmentation.
         label_maps: the augmentation is one for label maps.
 
@@ -92,5 +92,5 @@ class UnlabelledImages(Dataset[Sample]):
     def _nothing(self, image: Tensor) -> dict[str, Tensor]:
         """The target of an image in which nothing is known, as augmentation wants it."""
         if self.label_maps:
-            return {"semantic": torch.full(image.shape[1:], UNLABELLED, dtype=torch.uint8)}
+            return {"semantic": torch.full(image.shape[1:], UNLABELED, dtype=torch.uint8)}
         return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}

@@ -41,11 +41,11 @@ def test_methods_that_declare_no_labels_do_not_look_at_them(method, family):
 
 
 @pytest.mark.parametrize(("method", "family"), TEACHABLE)
-def test_a_term_is_the_mean_over_all_images_and_the_task_sees_the_labelled_alone(method, family):
+def test_a_term_is_the_mean_over_all_images_and_the_task_sees_the_labeled_alone(method, family):
     pair = still(make_pair([method], family))
     images, targets = batch()
     more, _ = batch(n=1, seed=7)
-    alone, both = same_draws(pair, images, targets), same_draws(pair, images, targets, unlabelled=more)
+    alone, both = same_draws(pair, images, targets), same_draws(pair, images, targets, unlabeled=more)
     assert {name: value.item() for name, value in alone.items() if name != method} == {
         name: value.item() for name, value in both.items() if name != method
     }
@@ -64,11 +64,11 @@ def test_a_term_is_the_mean_over_all_images_and_the_task_sees_the_labelled_alone
 def test_methods_that_need_labels_do_not_see_images_without(method):
     family = "gfl" if method == "ld" else "fcos"
     pair = still(make_pair([method, "mimic"], family))
-    values = [same_draws(pair, *batch(), unlabelled=more) for more in ([], batch(seed=7)[0])]
+    values = [same_draws(pair, *batch(), unlabeled=more) for more in ([], batch(seed=7)[0])]
     assert values[0][method].item() == values[1][method].item()
     assert values[0]["mimic"].item() != values[1]["mimic"].item()
     assert pair.without_labels() == ["mimic"]
-    with pytest.raises(UserError, match=r"needs labels, and data\.unlabelled has none: use"):
+    with pytest.raises(UserError, match=r"needs labels, and data\.unlabeled has none: use"):
         make_pair([method], family).without_labels()
 
 
@@ -80,5 +80,5 @@ def test_neither_head_runs_for_images_whose_features_alone_teach():
         model.predict = lambda pyramid, batch, name=name, original=original: (
             seen.append((name, len(batch.sizes))) or original(pyramid, batch)
         )
-    pair(*batch(n=2), unlabelled=batch(n=3)[0])
+    pair(*batch(n=2), unlabeled=batch(n=3)[0])
     assert seen == [("student", 2)]
