@@ -129,3 +129,11 @@ def test_a_label_of_no_class_is_refused(label: int, tmp_path: Path) -> None:
     model = load_onnx(write(tmp_path / "x.onnx", outputs=outputs))
     with pytest.raises(UserError, match="its metadata name 2 classes"):
         model([torch.zeros(3, 32, 64)])
+
+
+@pytest.mark.parametrize("name", ["boxes", "scores"])
+def test_a_graph_with_damaged_weights_is_refused(name: str, tmp_path: Path) -> None:
+    outputs = OUTPUTS | {name: np.full_like(OUTPUTS[name], np.nan)}
+    model = load_onnx(write(tmp_path / "x.onnx", outputs=outputs))
+    with pytest.raises(UserError, match="gives NaN: its weights are damaged"):
+        model([torch.zeros(3, 32, 64)])

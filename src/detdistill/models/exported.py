@@ -192,12 +192,14 @@ class _Exported(Model):
         """The graph's outputs for a batch; inputs have a row for each image.
 
         Raises:
-            UserError: a label is not of a class.
+            UserError: a label is not of a class, or a number is NaN.
         """
         (graph,) = self._graph
         parts = [inputs] if self.any_batch else zip(*(x.split(1) for x in inputs), strict=True)
         runs = [graph(*part) for part in parts]
         outputs = [torch.cat(part) for part in zip(*runs, strict=True)]
+        if any(part.is_floating_point() and part.isnan().any() for part in outputs):
+            raise UserError("an exported graph gives NaN: its weights are damaged, export the model again")
         labels = outputs[-1] if isinstance(self, Segmenter) else outputs[2]
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
             raise UserError(
