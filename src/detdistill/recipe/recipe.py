@@ -28,11 +28,12 @@ from detdistill.text import require_folder_name
 class Recipe(Section):
     """One experiment: data, a student, perhaps a teacher and methods, and a budget."""
 
-    name: str = Field("run", description="the run folder is `runs/NAME` unless `--out` is given")
+    name: str = Field("run", description="the run folder is `runs/NAME`; `--out` overrides it")
     data: DataConfig = Field(description="`FOLDER`, `digits`, or the section below")
     student: AnyModel = Field(description="the detector that learns")
     teacher: AnyModel | None = Field(
-        None, description="a run folder or weights file, or a section as the student's; none: plain training"
+        None,
+        description="a run folder or weights file, or a section like the student's; default: no distillation",
     )
     inherit: bool = Field(False, description="the student starts from the teacher's neck and head")
     methods: tuple[MethodConfig, ...] = Field(

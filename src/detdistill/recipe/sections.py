@@ -85,7 +85,7 @@ class DataConfig(Section):
 
     root: Path | None = Field(None, description="the dataset's folder; not needed for `digits`")
     format: Literal["auto", "coco", "voc", "yolo", "digits", "label_maps", "cityscapes", "voc_segmentation"] = (
-        Field("auto", description="told by looking at the folder unless given; the last three are segmentation")
+        Field("auto", description="auto: detected from the folder; the last three are segmentation")
     )
     train: str | None = Field(
         None,
@@ -94,13 +94,13 @@ class DataConfig(Section):
     val: str | None = Field(
         None, description="as `train`, for evaluation; or `20%`: as much of train, held out"
     )
-    images: str | None = Field(None, description="COCO: image folder, where it is not beside the json")
+    images: str | None = Field(None, description="COCO: image folder, if it is not next to the json")
     classes: tuple[str, ...] | None = Field(None, description="keep these classes, in this order")
     limit: int | None = Field(
-        None, gt=0, description="train on so many of the training images alone, evenly spread over the file"
+        None, gt=0, description="train on this many training images only, evenly spread over the file"
     )
     unlabeled: str | None = Field(
-        None, description="images without labels, by which methods teach: a folder, a list, or a COCO json"
+        None, description="unlabeled images for distillation: a folder, a list, or a COCO json"
     )
     train_size: int = Field(
         600, gt=0, le=MOST_IMAGES, description="digits only: images to generate for training"
@@ -140,7 +140,7 @@ class AugmentConfig(Section):
     vertical_flip: float = Field(0.0, ge=0, le=1, description="probability of a vertical flip")
     photometric: bool = Field(
         False,
-        description="brightness, contrast, saturation, hue, sometimes another order of channels",
+        description="random brightness, contrast, saturation, hue and channel order",
     )
     crop: float = Field(0.0, ge=0, le=1, description="probability of a random crop that keeps boxes (IoU crop)")
     zoom_out: float = Field(0.0, ge=0, le=1, description="probability of pasting on a larger canvas")
@@ -152,7 +152,7 @@ class AugmentConfig(Section):
     )
     multi_scale: tuple[float, float] | None = Field(
         None,
-        description="factors on the model's input size, drawn once a batch for teacher and student alike",
+        description="factors on the model's input size, drawn once per batch for teacher and student",
     )
 
     @field_validator("crop_size")
@@ -234,30 +234,30 @@ class TrainingConfig(Section):
     max_steps: int | None = Field(
         None, gt=0, le=MOST_STEPS, description="number of optimizer steps; replaces `epochs` as the budget"
     )
-    max_time: float | None = Field(None, gt=0, description="stop, and save, after so many minutes")
+    max_time: float | None = Field(None, gt=0, description="save and stop after this many minutes")
     batch_size: int = Field(
-        16, gt=0, le=MOST_IMAGES, description="images of one optimizer step, over all processes"
+        16, gt=0, le=MOST_IMAGES, description="images per optimizer step, over all processes"
     )
-    accumulate: int = Field(1, gt=0, le=MOST_IMAGES, description="forward passes that make one step")
+    accumulate: int = Field(1, gt=0, le=MOST_IMAGES, description="forward passes per step")
     unlabeled_batch: int | None = Field(
         None,
         gt=0,
         le=MOST_IMAGES,
-        description="images of `data.unlabeled` in a step beside those; none: as many as those",
+        description="images of `data.unlabeled` per step, in addition; default: as many as `batch_size`",
     )
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="see below")
     schedule: ScheduleConfig = Field(default_factory=lambda: ScheduleConfig(), description="see below")
     augment: AugmentConfig = Field(default_factory=lambda: AugmentConfig(), description="see below")
     clip_norm: float | None = Field(35.0, gt=0, description="largest norm of the whole gradient")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16 and fp16 run under autocast; auto: bf16 where the device computes in it"
+        "fp32", description="bf16 and fp16 run under autocast; auto: bf16 if the device supports it"
     )
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of averaged weights; they are what is exported"
+        None, gt=0, lt=1, description="decay of the averaged weights, which are then exported"
     )
     channels_last: bool = Field(False, description="memory format that suits tensor cores")
     sync_batchnorm: bool = Field(False, description="BatchNorm statistics over all processes")
-    workers: int = Field(2, ge=0, le=1024, description="processes that decode and augment")
+    workers: int = Field(2, ge=0, le=1024, description="loader processes")
     seed: int = Field(0, ge=0, lt=2**32, description="of weights, order, augmentation and methods")
     evaluate_every: float = Field(
         1, ge=0, le=MOST_EPOCHS, description="epochs between evaluations; 0: only at the end"
@@ -269,14 +269,14 @@ class TrainingConfig(Section):
         None,
         gt=0,
         le=MOST_STEPS,
-        description="stop after so many evaluations without a better one, and export the best",
+        description="stop after this many evaluations without improvement, and export the best weights",
     )
     trackers: tuple[str, ...] | None = Field(
-        None, description="experiment trackers, as `[wandb]`; none: TensorBoard where it is installed"
+        None, description="experiment trackers, as `[wandb]`; default: TensorBoard if it is installed"
     )
-    callbacks: tuple[str, ...] = Field((), description="callbacks that installed packages bring, by name")
+    callbacks: tuple[str, ...] = Field((), description="callbacks of installed packages, by name")
     pictures: bool = Field(True, description="draw curves.png and samples.png")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator where there is one")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: an accelerator if there is one")
 
     @model_validator(mode="after")
     def _steps_divide(self) -> TrainingConfig:
