@@ -142,7 +142,7 @@ def export(
             run folder, or the weights' name with ``.onnx``, if not given.
         size: (height, width) of the input; the model's own where it has one.
         dynamic_batch: let the graph take any number of images; else one.
-        check: a folder of images to compare on (the first 16); drawn digits and noise if not given.
+        check: a folder of images to compare on (the first 16); default: synthetic digits and noise.
 
     Raises:
         UserError: a wrapped model, no or a wrong size, a file that cannot be written,
