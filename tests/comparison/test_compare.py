@@ -110,14 +110,14 @@ def test_every_arm_starts_from_the_same_weights_and_sees_the_same_pixels(recipe,
     """Seen at the optimizer's door: the student's bytes before the first step, each step's images and boxes."""
     seen: dict[str, list[str]] = {}
 
-    def watched(accelerator, model, optimizer, micro_batches, step, config):
+    def watched(accelerator, model, distiller, optimizer, micro_batches, step, config):
         if step == 0:
             seen[arm].append(digest(model.student.state_dict().values()))
-        shown = [image for micro_batch in micro_batches for image in micro_batch.images]
-        targets = [target for micro_batch in micro_batches for target in micro_batch.targets]
+        shown = [image for micro_batch in micro_batches for image in micro_batch.labeled.images]
+        targets = [target for micro_batch in micro_batches for target in micro_batch.labeled.targets]
         told = [value for target in targets for value in target.values()]
         seen[arm].append(digest([*shown, *(value for value in told if torch.is_tensor(value))]))
-        return optimization_step(accelerator, model, optimizer, micro_batches, step, config)
+        return optimization_step(accelerator, model, distiller, optimizer, micro_batches, step, config)
 
     monkeypatch.setattr("detdistill.training.loop.optimization_step", watched)
     methods = ["none", "mimic", "ima", "fgd", "crosskd"]

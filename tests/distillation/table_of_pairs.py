@@ -35,11 +35,11 @@ Every ordered pair of families, student and teacher with the same classes and in
 levels. `wrapped` is a foreign module with taps (`detdistill.wrap`); torchvision's RetinaNet and FCOS objects
 count as `retinanet` and `fcos`. Two detectors may differ in more:
 
-- **Input sizes.** Levels then meet by the part of the image that a cell covers, and maps are laid over each
+- **Input sizes.** Levels then meet by the part of the image that a cell covers, and maps are aligned with each
   other image by image. Regions of two-stage detectors (`kd`, `dist`, `defeat`) and `crosskd` follow. One-stage
   `kd` and `dist`, `ld`, `gid` and the scores of `frs` go cell by cell and want equal inputs.
 - **Classes.** They meet by name, in any order. The teacher's other classes are left out, and those that it does
-  not know are told. Methods that compare classes need one that is shared.
+  not know are reported. Methods that compare classes need one that is shared.
 
 `detdistill check` says of a recipe which levels meet, through what, and which classes are shared. Below, ✓ is a
 pair that runs; a number is the line with which it is refused, in which … stands for a detector.

@@ -23,7 +23,7 @@ def masks_of(teacher_family):
     masks = method._masks
     method._masks = lambda step: seen.update(step=step, masks=masks(step)) or seen["masks"]
     pair(*batch())
-    return seen["masks"], seen["signals"].teacher_batch, seen["signals"].teacher
+    return seen["masks"], seen["step"].teacher_batch, seen["step"].teacher
 
 
 def test_a_teacher_without_anchors_gives_the_cells_of_the_boxes():

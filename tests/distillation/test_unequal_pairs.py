@@ -146,7 +146,7 @@ def coordinates(batch: Batch, stride: int) -> torch.Tensor:
         (Preprocess(), Preprocess(divisor=64), (8, 8)),
     ],
 )
-@pytest.mark.parametrize("zoom", [1.0, 0.83])
+@pytest.mark.parametrize("scale_factor", [1.0, 0.83])
 def test_cells_see_the_same_part_of_each_image(student, teacher, strides, scale_factor):
     """Maps whose values are coordinates: after the overlay they differ by a thousandth of a cell at most."""
     images = [torch.zeros(3, *size) for size in ((97, 130), (200, 61), (128, 128), (75, 211))]
@@ -250,7 +250,7 @@ def test_two_stage_detectors_of_unequal_inputs(method, student):
     assert step(Pair(build(student, 16), teacher, [with_head(method)]))[method].isfinite()
 
 
-@pytest.mark.parametrize("zoom", [0.7, 1.3])
+@pytest.mark.parametrize("scale_factor", [0.7, 1.3])
 def test_zoom_and_stretched_inputs(scale_factor):
     student, teacher = build("fcos", 16), build("retinanet", 24, seed=1)
     teacher.preprocessor = STRETCHED
@@ -277,9 +277,9 @@ def test_regions_are_where_they_are_in_the_teachers_input():
     """By each image's own scales, which rounding makes unequal."""
     pair = Pair(build("faster_rcnn", 16), build("faster_rcnn", 24, size=(150, 170), seed=1), ["kd"]).train()
     seen = []
-    classify, predict = pair.teacher.classify, pair.student.predict
+    classify, predict = pair.teacher.classify, pair.student.forward_head
     pair.teacher.classify = lambda maps, *rest: seen.append(rest) or classify(maps, *rest)
-    pair.student.predict = lambda maps, batch: seen.append((predict(maps, batch), batch)) or seen[-1][0]
+    pair.student.forward_head = lambda maps, batch: seen.append((predict(maps, batch), batch)) or seen[-1][0]
     pair(*examples())
     (outputs, ours), (regions, theirs) = seen
     assert ours.sizes != theirs.sizes

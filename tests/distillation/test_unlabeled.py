@@ -76,8 +76,8 @@ def test_neither_head_runs_for_images_whose_features_alone_teach():
     pair = make_pair(["ima"]).train()
     seen = []
     for name, model in (("student", pair.student), ("teacher", pair.teacher)):
-        original = model.predict
-        model.predict = lambda pyramid, batch, name=name, original=original: (
+        original = model.forward_head
+        model.forward_head = lambda pyramid, batch, name=name, original=original: (
             seen.append((name, len(batch.sizes))) or original(pyramid, batch)
         )
     pair(*batch(n=2), unlabeled=batch(n=3)[0])

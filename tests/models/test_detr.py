@@ -266,7 +266,7 @@ def test_processes_divide_by_the_mean_number_of_objects(monkeypatch: pytest.Monk
     outputs = model.forward_head(model.forward_features(batch), batch)
     alone = model.losses(outputs, batch)
     monkeypatch.setattr(
-        "detdistill.models.families.detr.normalizer", lambda total: total * 2
+        "detdistill.models.families.detr.avg_factor", lambda total: total * 2
     )  # others have three times as many
     shared = model.losses(outputs, batch)
     for name in ("classification", "bbox_l1", "bbox_giou", "bbox_distribution"):
@@ -284,7 +284,7 @@ def test_a_pair_takes_a_step_on_features_and_the_teachers_decoder_rests(
     student: str, teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(built(student), built(teacher, 64), ["ima"]).train()
-    monkeypatch.setattr(pair.teacher, "predict", None)
+    monkeypatch.setattr(pair.teacher, "forward_head", None)
     before = pair.student.backbone.body.conv_stem.weight.clone()
     losses = pair(*data())
     assert losses["ima"] > 0
@@ -301,7 +301,7 @@ def test_a_method_does_not_outweigh_the_task_of_a_query_based_student(
     pair = Pair(built(student), built("fcos", 64), ["ima"]).train()
     maps = {}
     forward = pair.student.forward_features
-    monkeypatch.setattr(pair.student, "pyramid", lambda batch: maps.setdefault(0, forward(batch)))
+    monkeypatch.setattr(pair.student, "forward_features", lambda batch: maps.setdefault(0, forward(batch)))
     losses = pair(*data())
     term = losses.pop("ima")
     if ratio is None:
@@ -487,7 +487,9 @@ def test_stretching_is_torchvisions_resize_and_boxes_follow() -> None:
     torch.testing.assert_close(batch.targets[0]["boxes"], targets[0]["boxes"] * scale)
 
 
-@pytest.mark.parametrize(("zoom", "side"), [(0.5, 320), (0.8, 512), (1.01, 640), (1.26, 800), (0.01, 32)])
+@pytest.mark.parametrize(
+    ("scale_factor", "side"), [(0.5, 320), (0.8, 512), (1.01, 640), (1.26, 800), (0.01, 32)]
+)
 def test_a_zoom_goes_to_a_multiple_of_the_divisor(scale_factor: float, side: int) -> None:
     preprocess = Preprocess((640, 640), keep_ratio=False)
     assert preprocess([torch.rand(3, 40, 60)], scale_factor=scale_factor).padded_size == (side, side)
