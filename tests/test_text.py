@@ -21,6 +21,7 @@ from detdistill.cli import main
 from detdistill.cli.printing import say, show
 from detdistill.comparison.study import Study
 from detdistill.errors import UserError
+from detdistill.output import output_json
 from detdistill.recipe import parse_recipe
 from detdistill.recipe.reading import read_yaml
 from detdistill.text import markdown_table, printable, require_folder_name
@@ -221,3 +222,27 @@ def test_a_picture_that_fails_does_not_cost_a_run_its_result(tmp_path, monkeypat
     assert (tmp_path / "run" / "result.json").is_file()
     shown = capsys.readouterr().out
     assert shown.count("was not drawn (ZeroDivisionError") == 2
+
+
+def test_json_replaces_nothing_but_its_own_kind(tmp_path):
+    annotations, rows, numbers = (tmp_path / f"{name}.json" for name in ("val", "rows", "numbers"))
+    annotations.write_text('{"images": [], "annotations": []}')
+    rows.write_text("[]")
+    numbers.write_text('{"AP": 0.5}')
+    assert output_json(rows, "--results", list) == rows
+    assert output_json(numbers, "--json", dict) == numbers
+    assert output_json(tmp_path / "new.json", "--json", dict)
+    for path, kind in ((annotations, dict), (annotations, list), (numbers, list), (rows, dict)):
+        with pytest.raises(UserError, match="no earlier output of --x: give another name"):
+            output_json(path, "--x", kind)
+    with pytest.raises(UserError, match=r"ends in \.json"):
+        output_json(tmp_path / "student.safetensors", "--json", dict)
+    assert annotations.read_text().startswith('{"images"')
+
+
+def test_a_deleted_working_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["check", "../recipe.yaml"]) == 2
+    assert "the working folder was deleted" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,36 @@ def output_file(path: Any, what: str = "out") -> Path:
     make_folder(path.parent, what)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError(f"{path}: cannot be written (permission denied); give another {what}")
+    return path
+
+
+_OF_INPUTS = {"annotations", "images", "categories", "classes", "arms", "format"}
+"""Keys of JSON files that commands read: annotations, class names, comparisons, facts of exported files."""
+
+
+def output_json(path: Any, what: str, kind: type[dict[Any, Any]] | type[list[Any]]) -> Path:
+    """As :func:`output_file`, of a JSON file that replaces nothing but an earlier one of its kind.
+
+    Args:
+        kind: what the file will hold: an object of numbers, or a list of rows.
+
+    Raises:
+        UserError: it does not end in .json, or is another file, such as a data set's annotations.
+    """
+    path = output_file(path, what)
+    if path.exists() and not path.is_file():  # /dev/stdout
+        return path
+    if path.suffix.lower() != ".json":
+        raise UserError(f"{path}: give {what} a name that ends in .json")
+    if path.exists() and path.stat().st_size:
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, kind) or (isinstance(content, dict) and _OF_INPUTS & content.keys()):
+            raise UserError(
+                f"{path}: exists, and is no earlier output of {what}: give another name, or delete it"
+            )
     return path
 
 

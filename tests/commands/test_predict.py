@@ -190,3 +190,13 @@ def test_no_image_of_the_folder_is_overwritten_by_what_is_drawn_of_another(
     with pytest.raises(UserError, match="would overwrite"):
         predict(model, tmp_path, out=tmp_path, device="cpu")
     assert (tmp_path / "sub" / "x.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"batch_size": 0}, "batch_size is 0"), ({"threshold": 30}, "a score from 0 to 1"),
+     ({"threshold": float("nan")}, "a score from 0 to 1"), ({"batch_size": 1.5}, "whole number")],
+)  # fmt: skip
+def test_arguments_that_would_find_nothing_are_refused(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        predict("nowhere", tmp_path, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +301,13 @@ def test_the_graph_keeps_the_model(saved: tuple[Path, Path]) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     DetectionGraph(model)(torch.rand(1, 3, *SIZE) * 255)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_images_at_another_scale_than_in_pytorch_are_a_warning(folder: Path, tmp_path: Path) -> None:
+    model = detector()
+    model.preprocessor = replace(model.preprocessor, size=(64, 128))
+    upright = tmp_path / "in"
+    upright.mkdir()
+    Image.new("RGB", (50, 100)).save(upright / "a.png")
+    with pytest.warns(UserWarning, match=r"1 of 1 images.*factor of up to 0\.50.*--size 128 128"):
+        export(model, tmp_path / "x.onnx", check=upright)

@@ -220,3 +220,40 @@ def test_fcos_boxes_are_alive_before_training() -> None:
     assert alive.float().mean() > 0.99
     model.losses(head_outputs, batch)["bbox_regression"].backward()
     assert model.head.box.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([torch.rand(3, 32, 32) * 255], "values up to 25"),
+        ([torch.ones(3, 32, 32, dtype=torch.int32)], "is torch.int32"),
+        ([torch.rand(3, 0, 32)], "has shape"),
+        ([torch.rand(1, 32, 32)], "has shape"),
+    ],
+)
+def test_images_of_another_kind_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(
+            "fcos", ["a", "b"], backbone="mobilenetv3_small_050", channels=8, strides=(8, 16), head_depth=1
+        ).eval()(images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": torch.tensor([[5.0, 5.0, 2.0, 9.0]])}, "x1 ≤ x2"),
+        ({"boxes": torch.tensor([[5.0, 5.0, float("nan"), 9.0]])}, "x1 ≤ x2"),
+        ({"labels": torch.tensor([0, 1])}, "boxes of shape"),
+        ({"labels": torch.tensor([9])}, "has the label 9: labels are 0 to"),
+        ({"labels": torch.tensor([-1])}, "has the label -1"),
+    ],
+)
+def test_targets_that_would_train_something_else_are_refused(change, message):
+    target = {"boxes": torch.tensor([[5.0, 5.0, 20.0, 20.0]]), "labels": torch.tensor([0])} | change
+    model = build_model(
+        "fcos", ["a", "b"], backbone="mobilenetv3_small_050", channels=8, strides=(8, 16), head_depth=1
+    ).train()
+    with pytest.raises(ValueError, match=message):
+        model([torch.rand(3, 32, 32)], [target])
+    with pytest.raises(ValueError, match="give one for each image"):
+        model([torch.rand(3, 32, 32)], [target, target])

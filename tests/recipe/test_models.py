@@ -135,3 +135,9 @@ def test_recipes_and_families_are_read_without_torch() -> None:
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("classes", [[1, 2], ["a", "a"], [], 0, -1, True, [""], [None, "b"], "ab", b"a"])
+def test_classes_that_a_file_could_not_keep_are_refused(classes):
+    with pytest.raises(UserError, match="classes"):
+        detdistill.build_model("fcos", classes, backbone="mobilenetv3_small_050", channels=8)

@@ -387,3 +387,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, make_recipe):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run/checkpoints: cannot be made \(Not a directory\)"):
         train(make_recipe(), tmp_path / "file" / "run")
+
+
+def test_a_finished_run_without_its_weights_says_how_to_get_them_back(make_recipe, tmp_path):
+    recipe = make_recipe(training={"max_steps": 1})
+    done = train(recipe, tmp_path)
+    before = done.student.read_bytes()
+    done.student.unlink()
+    with pytest.raises(UserError, match=r"student\.safetensors: missing.*delete .*result\.json"):
+        train(recipe, tmp_path)
+    (tmp_path / "result.json").unlink()
+    train(recipe, tmp_path)
+    assert done.student.read_bytes() == before

@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            _require_working_folder()
             arguments = [_expanded(each) for each in (sys.argv[1:] if arguments is None else arguments)]
             code = command.main(arguments, prog_name="detdistill", standalone_mode=False)
         except KeyboardInterrupt:
@@ -57,6 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return int(code or 0)
+
+
+def _require_working_folder() -> None:
+    """Raises:
+    UserError: it was deleted, so that no relative path means anything.
+    """
+    try:
+        os.getcwd()  # noqa: PTH109 - the cheapest way to ask
+    except FileNotFoundError:
+        from detdistill.errors import UserError
+
+        raise UserError("the working folder was deleted: change to another one (cd)") from None
 
 
 def _expanded(argument: str) -> str:
@@ -101,6 +114,8 @@ def _message_for_user(error: Exception) -> str | None:
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
     if isinstance(error, OSError) and (error.filename or error.errno in _NO_BUG):
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "the disk of an output file is full: free some space, and run the command again"
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of pathlib, Python < 3.13
         return " ".join(str(error).split())

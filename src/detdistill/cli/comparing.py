@@ -224,7 +224,10 @@ def rank_teachers(
 
     from detdistill.cli.printing import print_ranking, say, write_json
     from detdistill.commands.rank_teachers import rank_teachers as rank
+    from detdistill.output import output_json
 
+    if json_file is not None:
+        output_json(json_file, "--json", dict)
     names = [*(teachers or []), *(word for word in words or [] if "=" not in word)]
     ranking = rank(
         settings, names, student=student, images=images, limit=limit, rounds=rounds, device=device, say=say
@@ -257,7 +260,10 @@ def benchmark(
 
     from detdistill.cli.printing import print_efficiency, write_json
     from detdistill.commands.benchmark import benchmark as measure
+    from detdistill.output import output_json
 
+    if json_file is not None:
+        output_json(json_file, "--json", dict)
     costs = measure(models, size=size, runs=runs, warmup=warmup, batch_size=batch_size, device=device)
     if json_file is not None:
         write_json(json_file, {name: asdict(cost) for name, cost in costs.items()})

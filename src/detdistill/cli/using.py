@@ -49,16 +49,20 @@ def evaluate(
 ) -> None:
     """Evaluate a model on a dataset."""
     from detdistill.cli.printing import print_evaluation, progress_bar, write_json
+    from detdistill.errors import UserError
     from detdistill.evaluation.coco import coco_results
     from detdistill.evaluation.detector import DetectionEvaluation
     from detdistill.evaluation.evaluate import as_detector, as_model
     from detdistill.evaluation.evaluate import evaluate as evaluate_model
-    from detdistill.output import output_file
+    from detdistill.output import output_json
 
     asked = [name for name, given in (("--metric voc", metric is Metric.voc), ("--results", results)) if given]
-    for file, option in ((json_file, "--json"), (results, "--results")):
-        if file is not None:
-            output_file(file, option)
+    if json_file is not None:
+        output_json(json_file, "--json", dict)
+    if results is not None:
+        if json_file is not None and json_file.resolve() == results.resolve():
+            raise UserError(f"{results}: is both --json and --results: give two files")
+        output_json(results, "--results", list)
     model = as_detector(weights, asked[0]) if asked else as_model(weights)
     data = data or _data_of(weights)
     with progress_bar("evaluating") as progress:

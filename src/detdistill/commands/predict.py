@@ -17,7 +17,7 @@ from torch import Tensor
 
 from detdistill.data.images import find_images, read_image
 from detdistill.data.masks import encode_masks
-from detdistill.errors import UserError
+from detdistill.errors import UserError, require_count
 from detdistill.evaluation.coco import result_rows
 from detdistill.evaluation.evaluate import as_model, choose_device
 from detdistill.models.base import Detections, Model
@@ -120,6 +120,9 @@ def iter_predictions(
     Raises:
         UserError: no such model, image or device, or the pictures would overwrite the images.
     """
+    require_count("batch_size", batch_size, 1)
+    if not 0 <= threshold <= 1:
+        raise UserError(f"threshold is {threshold!r}: give a score from 0 to 1")
     out = output_path(out) if out is not None else None
     root, paths = _find_images(Path(images), out)
     files = _name_files(paths, root)

@@ -190,7 +190,7 @@ def _agree(train: Split, val: Split, chosen: bool) -> Split:
     for name, count in zip(val.classes, counts, strict=True):
         if name not in known and count and not chosen:
             message = f"class {name!r} has {count} objects in {val.name} and is unknown to {train.name}"
-            fix = f"{nearest(name, train.classes)} add it to {train.source} or set data.classes"
+            fix = f"{nearest(name, train.classes)}; add it to {train.source} or set data.classes"
             findings.append(Finding("error", "unknown class", val.source, message, fix))
     ids = _category_ids(train, val)
     return replace(relabel(val, train.classes, lambda name: ids[name]), findings=findings)

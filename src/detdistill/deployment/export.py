@@ -164,7 +164,10 @@ def export(
     try:
         write = _write_onnx if path.suffix == ONNX else _write_program
         exported = write(_traced(graph, size, dynamic_batch), facts, dynamic_batch, temporary)
-        agreement = compare(model, exported, _check_images(check, size))
+        images = _check_images(check, size)
+        agreement = compare(model, exported, images)
+        if check is not None:
+            _warn_of_scales(model.preprocessor, size, images)
         if not agreement.good:
             raise UserError(
                 f"{path}: not written: only {agreement.equal:.1%} of what it finds is PyTorch's; "
@@ -204,6 +207,25 @@ def _input_size(preprocess: Preprocess, size: tuple[int, int] | None) -> tuple[i
             f"size {size[0]} {size[1]}: height and width must be multiples of {divisor}, at most {LONGEST_SIDE}"
         )
     return size
+
+
+def _warn_of_scales(preprocess: Preprocess, size: tuple[int, int], images: Sequence[Tensor]) -> None:
+    """Warn where the fixed input shows images at another scale than PyTorch does without the file."""
+    if preprocess.size is None or not preprocess.keep_ratio:
+        return
+    canvas, factors = letterbox_of(preprocess, size), []
+    for image in images:
+        height, width = image.shape[-2:]
+        factors.append(canvas.scale(height, width) / preprocess.scale(height, width))
+    other = [factor for factor in factors if not 0.95 < factor < 1.05]
+    if other:
+        worst = min(other, key=lambda factor: min(factor, 1 / factor))
+        warnings.warn(
+            f"{len(other)} of {len(images)} images are seen at another scale than in PyTorch, by a factor of "
+            f"up to {worst:.2f}, as a landscape input shrinks upright images: compare `detdistill evaluate` of "
+            f"both files, and try --size {max(size)} {max(size)}",
+            stacklevel=2,
+        )
 
 
 def _facts(graph: DetectionGraph | SegmentationGraph, size: tuple[int, int]) -> DetectorFacts | SegmenterFacts:

@@ -135,11 +135,17 @@ def _write(file: Path, path: Path, model: ExportedDetector | ExportedSegmenter, 
         prepared = Path(folder) / file.name
         # With symbolic shape inference it would need sympy; the shapes are in the file already.
         shapes.quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
-        quantization.quantize_static(
-            str(prepared), str(path), _Calibration(_inputs(model, images)), per_channel=True,
-            quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(OPERATORS),
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
+        try:
+            quantization.quantize_static(
+                str(prepared), str(path), _Calibration(_inputs(model, images)), per_channel=True,
+                quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(OPERATORS),
+                activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+            )  # fmt: skip
+        except AssertionError as error:  # onnxruntime's, of a scale that is not finite
+            raise UserError(
+                f"{file}: cannot be quantized ({error}): its weights are not finite; export a "
+                "model that `detdistill evaluate` finds good"
+            ) from None
     written = onnx.load(path)
     notes = {entry.key: entry.value for entry in written.metadata_props}
     onnx.helper.set_model_props(written, {METADATA_KEY: notes[METADATA_KEY]})

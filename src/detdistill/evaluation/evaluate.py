@@ -11,7 +11,7 @@ import torch
 
 from detdistill.data.loading import usable_splits
 from detdistill.data.records import Split
-from detdistill.errors import UserError
+from detdistill.errors import UserError, require_count
 from detdistill.evaluation.measure import Evaluation
 from detdistill.evaluation.model import evaluate_model
 from detdistill.models.base import Detector, Model
@@ -52,6 +52,8 @@ def evaluate(
     Raises:
         UserError: no such model, data, split or device; the annotations have errors; no class in common.
     """
+    require_count("batch_size", batch_size, 1)
+    require_count("workers", workers, 0)
     loaded = as_model(model)
     return evaluate_model(
         loaded,

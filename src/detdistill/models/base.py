@@ -258,7 +258,37 @@ class Model(nn.Module, ABC):
                 f"{type(self).__name__} is for {self.task}: give each target `{missing[0]}` "
                 + ("(H, W) of class indices" if self.task == "segmentation" else "(K, 4) and `labels` (K,)")
             )
+        if targets is not None and self.training:
+            self._require_targets(len(images), targets)
         return self.preprocessor(images, targets, scale_factor, with_masks=with_masks)
+
+    def _require_targets(self, images: int, targets: Sequence[Target]) -> None:
+        """Refuse targets that would train something else in silence; values, where looking costs no wait.
+
+        Raises:
+            ValueError: not one for each image, or boxes or labels that are none.
+        """
+        if len(targets) != images:
+            raise ValueError(f"{images} images have {len(targets)} targets: give one for each image")
+        if self.task == "segmentation":
+            return
+        for i, target in enumerate(targets):
+            boxes_K4, labels_K = target["boxes"], target["labels"]
+            if boxes_K4.shape != (len(labels_K), 4):
+                raise ValueError(
+                    f"target {i} has boxes of shape {tuple(boxes_K4.shape)} and {len(labels_K)} labels: give "
+                    "boxes (K, 4) and labels (K,)"
+                )
+            if boxes_K4.device.type != "cpu" or not len(labels_K):
+                continue
+            if not bool(boxes_K4.isfinite().all()) or bool((boxes_K4[:, 2:] < boxes_K4[:, :2]).any()):
+                raise ValueError(f"target {i} has a box that is not (x1, y1, x2, y2) with x1 ≤ x2 and y1 ≤ y2")
+            least, most = int(labels_K.min()), int(labels_K.max())
+            if not 0 <= least <= most < len(self.classes):
+                raise ValueError(
+                    f"target {i} has the label {most if least >= 0 else least}: labels are 0 to "
+                    f"{len(self.classes) - 1}, without a background"
+                )
 
     @abstractmethod
     def forward_features(self, batch: Batch) -> Pyramid:

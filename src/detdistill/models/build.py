@@ -115,8 +115,26 @@ def build_model(
         >>> build_model("fcos", ["cat", "dog"], backbone="mobilenetv3_small_050", channels=64)
     """
     section = {"family": model} if isinstance(model, str) else model
-    names = tuple(map(str, range(classes))) if isinstance(classes, int) else names_of(classes, "classes")
-    return _build(model_config(section, **options), names, require=("backbone",))
+    return _build(model_config(section, **options), _class_names(classes), require=("backbone",))
+
+
+def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
+    """Raises:
+    UserError: what a weights file could not keep: no class, one without a name, or two of one name.
+    """
+    if isinstance(classes, int) and not isinstance(classes, bool) and classes > 0:
+        return tuple(map(str, range(classes)))
+    if isinstance(classes, int) or classes is None:
+        raise UserError(f"classes is {classes!r}: give a list of names, or a number of at least 1")
+    names = names_of(classes, "classes")
+    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if wrong or not names:
+        what = f"has {wrong[0]!r}, which is no name" if wrong else "is empty"
+        raise UserError(f"classes {what}: give a list of names, as ['cat', 'dog']")
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise UserError(f"classes has {twice!r} twice: give each class a name of its own")
+    return names
 
 
 def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Model:

@@ -24,6 +24,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+MOST_FLOAT = 8.0  # more is no overshoot of an augmentation, nor a normalized image, but 0…255
+
+
 @dataclass(slots=True)
 class Batch:
     """What the network sees.
@@ -93,14 +96,14 @@ class Preprocess:
         Args:
             images: (3, H, W) each, uint8 or float in [0, 1], on one device; sizes may differ.
             targets: one for each image, in pixels of that image.
-            zoom: factor on the input size (multi-scale training gives teacher and student the same one).
+            scale_factor: factor on the input size (multi-scale training gives teacher and student the same
+                one).
             with_masks: resize the targets' masks with the images (nearest pixel, as torchvision); else they are
                 left out of the batch.
         """
         resized, scaled_targets = [], []
         for i, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3:
-                raise ValueError(f"image {i} has shape {tuple(image.shape)}; give RGB images as (3, H, W)")
+            _require_image(i, image)
             image = image.float().div(255) if image.dtype == torch.uint8 else image
             mean_311, std_311 = (
                 _constant(values, image.dtype, image.device) for values in (self.mean, self.std)
@@ -188,6 +191,19 @@ def _resize_masks(masks_KHW: Tensor, size: torch.Size) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+def _require_image(i: int, image: Tensor) -> None:
+    """Raises:
+    ValueError: it is no RGB image of uint8, or of floats in [0, 1]. Values are looked at where that costs no
+        wait.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"image {i} has shape {tuple(image.shape)}; give RGB images as (3, H, W)")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"image {i} is {image.dtype}; give uint8, or floats in [0, 1]")
+    if image.is_floating_point() and image.device.type == "cpu" and (most := float(image.max())) > MOST_FLOAT:
+        raise ValueError(f"image {i} has values up to {most:g}; give uint8, or floats in [0, 1]")
+
+
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """(3, 1, 1) on the device, copied there once: a copy at each step would hold up the host."""
     with torch.inference_mode(False):  # or a first evaluation would leave a tensor that training cannot use

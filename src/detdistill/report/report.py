@@ -18,7 +18,7 @@ from detdistill.comparison.result import Arm, Comparison
 from detdistill.data.text import read_text
 from detdistill.errors import UserError
 from detdistill.evaluation.paired import Paired
-from detdistill.output import output_path
+from detdistill.output import output_file
 from detdistill.report.charts import Chart, interval_chart, signed
 from detdistill.report.models import model_sections
 from detdistill.report.page import Cell, Code, Page, Section, Table, write_page
@@ -48,8 +48,8 @@ def write_report(
     Args:
         folder: a comparison's (``compare``, ``sweep``, ``ablate``, ``demo``), or a run's.
         baseline: the run of the student without distillation, beside a single run.
-        teacher: the teacher's run; the one that the recipes name unless given.
-        out: the file; ``FOLDER/report.html`` unless given.
+        teacher: the teacher's run; default: the one that the recipes name.
+        out: the file, which ends in .html; default: ``FOLDER/report.html``.
         models: run the models where their detections are not kept yet, and measure what they cost. Without, the
             report has neither kinds of error nor pictures of detections.
         threshold: least score of the detections that are drawn and compared.
@@ -60,9 +60,12 @@ def write_report(
         The file.
 
     Raises:
-        UserError: the folder is neither, or a run that was named is none.
+        UserError: the folder is neither, a run that was named is none, or the file is not .html.
     """
     folder = Path(folder)
+    file = folder / "report.html" if out is None else output_file(out)
+    if file.suffix.lower() not in (".html", ".htm") and not (file.exists() and not file.is_file()):
+        raise UserError(f"{file}: give the report a name that ends in .html")
     subject = read_subject(
         folder, None if baseline is None else Path(baseline), None if teacher is None else Path(teacher)
     )
@@ -83,7 +86,6 @@ def write_report(
         sections=[section for section in sections if section is not None],
         foot=f"Written by detdistill {__version__}. docs/report.md says how to read it.",
     )
-    file = folder / "report.html" if out is None else output_path(out)
     write_page(page, file)
     return file
 

@@ -333,10 +333,12 @@ class _Trainer:
             if bad:
                 ids = [str(self.train_split.records[int(i)].image_id) for i in outcome.indices]
                 saved = self.folder.checkpoint_file if self.folder.has_checkpoint else "none yet"
+                fix = "lower training.optimizer.lr or training.clip_norm, or train in fp32"
+                if outcome.step == 0:  # before any update
+                    fix = "evaluate student and teacher, whose weights may be damaged, or train in fp32"
                 raise UserError(
                     f"loss term {', '.join(bad)} is not finite at step {outcome.step} (images "
-                    f"{', '.join(ids)}); lower training.optimizer.lr or training.clip_norm, or train in fp32; "
-                    f"last checkpoint: {saved}"
+                    f"{', '.join(ids)}); {fix}; last checkpoint: {saved}"
                 )
 
     def _log(self, row: Row) -> None:

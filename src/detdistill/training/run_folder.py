@@ -298,8 +298,18 @@ class RunFolder:
         return found
 
     def ended(self, recipe: Recipe) -> dict[str, Any] | None:
-        """The result, unless the run ended for want of time and the recipe now gives it more."""
+        """The result, unless the run ended at its time limit and the recipe now gives it more.
+
+        Raises:
+            UserError: the weights of a finished run are missing.
+        """
         done = self.result()
+        if done is not None and not self.student_file.is_file():
+            raise UserError(
+                f"{self.student_file}: missing, and {self.result_file.name} says that the run is finished: "
+                f"restore it, or delete {self.result_file} and the same command writes it again from the last "
+                "checkpoint"
+            )
         if done is None or done["status"] != "out of time":
             return done
         limit = recipe.training.max_time

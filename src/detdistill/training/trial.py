@@ -81,5 +81,8 @@ def try_step(recipe: Recipe, distiller: Distiller, train: Split) -> Trial:
     losses = {name: float(term.detach()) for name, term in terms.items()}
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(f"loss term {', '.join(bad)} is not finite at the first step: train in fp32")
+        raise UserError(
+            f"loss term {', '.join(bad)} is not finite at the first step: "
+            "evaluate student and teacher, whose weights may be damaged; in bf16 or fp16, train in fp32"
+        )
     return Trial(images, str(device), time.perf_counter() - started, losses)

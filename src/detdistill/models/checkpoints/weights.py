@@ -376,6 +376,8 @@ def read_content(path: Path, instead: str | None = None) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if found := re.search(r"GLOBAL (\S+)", str(error)):  # torch's advice beside it is to unpickle all
             reason, instead = f"it holds a {found[1]}, and objects are not unpickled", instead or _anew(path)
+        elif path.suffix != ".safetensors":  # torch's own words are about its internals
+            reason = "it is no file of tensors, or is damaged"
         raise UserError(f"{path}: cannot be read as weights ({reason}); {instead or TENSORS_ONLY}") from error
 
 
