@@ -70,6 +70,24 @@ def test_predictions_are_no_triangles(tmp_path, write_yolo, rows, boxes):
     assert len(split.records.labels_M) == (boxes or 0)
 
 
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        # two key points; three with visibility; box and polygon, and a box
+        (["0 .5 .5 .2 .2 .45 .45 .55 .55", "1 .3 .4 .1 .1 .3 .4 .33 .42"], True),
+        (["0 .5 .5 .2 .2 .45 .45 2 .55 .55 1 0 0 0", "0 .5 .5 .2 .2 0 0 0 .5 .5 2 .5 .5 1"], True),
+        (["0 .5 .5 .2 .2 .4 .4 .6 .4 .6 .6", "0 .3 .4 .1 .1"], True),
+        # oriented boxes are polygons; of two rows one is a polygon
+        (["0 .4 .4 .6 .4 .6 .6 .4 .6", "0 .1 .1 .2 .1 .2 .3 .1 .3"], False),
+        (["0 .5 .5 .2 .2 .45 .45 .55 .55", "0 .1 .1 .2 .1 .2 .3 .1 .3"], False),
+    ],
+)
+def test_boxes_with_points_are_no_polygons(tmp_path, write_yolo, rows, found):
+    write_yolo(tmp_path, {"train": {"a": rows[0], "b": f"\n{rows[1]}\n"}})
+    split = read_yolo(tmp_path / "images" / "train", "train", ["cat", "dog"])
+    assert ("box and points" in [finding.kind for finding in split.errors]) == found
+
+
 def test_labels_without_images_unreadable_images_and_equal_names(tmp_path, write_yolo, write_image):
     write_yolo(tmp_path, {"train": {"a": "0 .5 .5 .1 .1", "b": "0 .5 .5 .1 .1", "c": ""}})
     (tmp_path / "images" / "train" / "a.jpg").unlink()

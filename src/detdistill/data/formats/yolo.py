@@ -34,6 +34,8 @@ from detdistill.errors import UserError
 from detdistill.recipe import DataConfig, names_of
 
 _FARTHEST = 1.5  # a coordinate beyond it is in pixels, not a fraction drawn a little too far
+_HELD = 0.8  # of the key points of a row that are in its box, at least
+_SHORTEST_WITH_POINTS = 9  # words: class, box, two points
 _INACCURATE = 0.01  # by which a predicted box may leave its image
 _NO_IMAGE = "restore the file or drop it from the list"
 
@@ -78,6 +80,10 @@ def read_yolo(
         message = "each row has 6 or 7 numbers, as predictions with a score and a track id; none is used"
         fix = "leave score and track id out (class cx cy w h), or give the annotations"
         findings.append(Finding("error", "predictions", sources[0], message, fix))
+    if not keypoints and _are_boxes_with_points(text for _, text in contents if isinstance(text, str)):
+        message = "rows are a box followed by points in it, as key points or a polygon have them"
+        fix = "name the key points with kpt_shape in the .yaml, or keep either the box or the polygon"
+        findings.append(Finding("error", "box and points", sources[0], message, fix))
     records: list[Record] = []
     for image_id, path, source, (size, rows) in zip(ids, paths, labels, contents, strict=True):
         if isinstance(size, UserError):
@@ -180,6 +186,35 @@ def _are_predictions(texts: Iterable[str]) -> bool:
     rows = (row for text in texts for row in text.splitlines() if row.strip())
     first = next(rows, None)
     return first is not None and _is_prediction(first) and all(map(_is_prediction, rows))
+
+
+def _are_boxes_with_points(texts: Iterable[str]) -> bool:
+    """Whether all rows of more than four numbers begin with a box that holds nearly all points after it.
+
+    A polygon's first corners, taken for a box, do not hold the others in row after row.
+    """
+    rows = (row for text in texts for row in text.splitlines() if len(row.split()) >= _SHORTEST_WITH_POINTS)
+    first = next(rows, None)
+    return first is not None and _is_box_with_points(first) and all(map(_is_box_with_points, rows))
+
+
+def _is_box_with_points(row: str) -> bool:
+    try:
+        _, cx, cy, w, h, *others = map(float, row.split())
+    except ValueError:
+        return False
+    if not (0 < w <= 2 * min(cx, 1 - cx) + _INACCURATE and 0 < h <= 2 * min(cy, 1 - cy) + _INACCURATE):
+        return False
+
+    def held(step: int) -> bool:
+        if len(others) % step or (step == 3 and not {0.0, 1.0, 2.0}.issuperset(others[2::3])):
+            return False
+        # a key point at 0 0 is not labeled
+        points = [(x, y) for x, y in zip(others[::step], others[1::step], strict=True) if x or y]
+        inside = [abs(x - cx) <= w / 2 + _INACCURATE and abs(y - cy) <= h / 2 + _INACCURATE for x, y in points]
+        return sum(inside) >= _HELD * max(1, len(points))
+
+    return held(2) or held(3)
 
 
 def _is_prediction(row: str) -> bool:
