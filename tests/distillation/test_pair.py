@@ -94,7 +94,7 @@ def test_box_instances_follow_the_padded_size():
     pair = Pair(detector(), detector(channels=24, seed=1), [{"ima": {"instance": "box"}}]).train()
     images, targets = batch()
     images[1] = images[1][:, :40]
-    targets[1]["boxes"] = torch.zeros(0, 4)
+    targets[1] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     assert torch.isfinite(pair(images, targets)["ima"])
 
 

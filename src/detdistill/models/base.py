@@ -281,9 +281,10 @@ class Model(nn.Module, ABC):
                 )
             if boxes_K4.device.type != "cpu" or not len(labels_K):
                 continue
-            if not bool(boxes_K4.isfinite().all()) or bool((boxes_K4[:, 2:] < boxes_K4[:, :2]).any()):
+            corners_K4, numbers_K = boxes_K4.detach().numpy(), labels_K.numpy()
+            if not (corners_K4[:, 2:] >= corners_K4[:, :2]).all():  # NaN is not either
                 raise ValueError(f"target {i} has a box that is not (x1, y1, x2, y2) with x1 ≤ x2 and y1 ≤ y2")
-            least, most = int(labels_K.min()), int(labels_K.max())
+            least, most = int(numbers_K.min()), int(numbers_K.max())
             if not 0 <= least <= most < len(self.classes):
                 raise ValueError(
                     f"target {i} has the label {most if least >= 0 else least}: labels are 0 to "

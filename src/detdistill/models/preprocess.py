@@ -200,7 +200,8 @@ def _require_image(i: int, image: Tensor) -> None:
         raise ValueError(f"image {i} has shape {tuple(image.shape)}; give RGB images as (3, H, W)")
     if image.dtype != torch.uint8 and not image.is_floating_point():
         raise ValueError(f"image {i} is {image.dtype}; give uint8, or floats in [0, 1]")
-    if image.is_floating_point() and image.device.type == "cpu" and (most := float(image.max())) > MOST_FLOAT:
+    on_cpu = image.device.type == "cpu" and image.dtype in (torch.float32, torch.float64)
+    if on_cpu and (most := float(image.detach().numpy().max())) > MOST_FLOAT:
         raise ValueError(f"image {i} has values up to {most:g}; give uint8, or floats in [0, 1]")
 
 
