@@ -394,3 +394,13 @@ def test_mistakes_in_words(recipe, tmp_path) -> None:
         plan_methods(recipe, ["none"], (), range(1), tmp_path)
     with pytest.raises(UserError, match="several values"):
         plan_sweep(recipe, "distill.weight", [], (), range(1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "seeds", ["10000000000000000000000", "true", "0", "-3", "[]", "[-1]", "[1.5]", "[true]", "x"]
+)
+def test_impossible_seeds_are_refused(tmp_path, seeds):
+    file = tmp_path / "study.yaml"
+    file.write_text(f"recipe: r.yaml\nseeds: {seeds}\narms: {{baseline: null, ima: ima}}\n")
+    with pytest.raises(UserError, match="seeds are a list"):
+        read_study(file)

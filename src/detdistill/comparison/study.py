@@ -16,6 +16,7 @@ from detdistill.recipe.reading import read_yaml
 from detdistill.text import require_folder_name
 
 BASELINE = "baseline"
+MOST_SEEDS = 1000
 STUDY_FILE = "study.yaml"
 """In a comparison's folder: what was compared, as a study that can be read again."""
 
@@ -156,9 +157,13 @@ def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = Non
     if not isinstance(tree["arms"], dict) or not tree["arms"]:
         raise UserError(f"{path}: arms are written NAME: METHOD, one to a line")
     seeds = tree.get("seeds", 3)
-    seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{path}: seeds are a list as [0, 1, 2], or how many")
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and 0 < seeds <= MOST_SEEDS:
+        seeds = list(range(seeds))
+    is_list = isinstance(seeds, list) and 0 < len(seeds) <= MOST_SEEDS
+    if not is_list or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
+        raise UserError(
+            f"{path}: seeds are a list as [0, 1, 2], or how many, at most {MOST_SEEDS}; got {str(seeds)[:60]}"
+        )
     teacher = [f"teacher={tree['teacher']}"] if tree.get("teacher") else []
     arms = {
         str(name): (*overrides, *(teacher if arm is not None else []), *_arm_overrides(arm))
