@@ -78,7 +78,7 @@ class Pair(Trainable):
             images: (3, H, W) each, uint8 or float in [0, 1].
             targets: for each image ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,), or, of a segmenter,
                 ``semantic`` (H, W).
-            zoom: factor on the input sizes of both models.
+            scale_factor: factor on the input sizes of both models.
             unlabeled: more images, as above, for the methods that need no labels. Each term is then the
                 mean over all images that it has seen.
 

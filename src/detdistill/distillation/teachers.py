@@ -34,10 +34,11 @@ class Samples:
         images: (3, H, W) each, uint8 or float in [0, 1].
         targets: for each image ``boxes`` (K, 4) xyxy in pixels and ``labels`` (K,), or, of a segmenter,
             ``semantic`` (H, W); None of images without labels.
-        zoom: factor on the input sizes of all models.
+        scale_factor: factor on the input sizes of all models.
         keys: the name of each image in its data set, where it is known.
         views: the seed of each image's augmentation, where it is known; None: the image is as in its file.
-            Key and view together say which pixels these are.
+            Within one run and one split, key and view identify the pixels; a cache that outlives the run
+            needs the data set and the augmentation settings as well.
     """
 
     images: Sequence[Tensor]

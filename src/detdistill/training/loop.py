@@ -353,7 +353,7 @@ class _Trainer:
         self._flush()
         exported = self._exported()
         if self.accelerator.num_processes > 1:
-            # BatchNorm statistics have moved apart since the last forward began with those of the first.
+            # Each process has BatchNorm statistics of its own images: those of the first are exported.
             for buffer in exported.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         evaluation = self._evaluation(exported)
