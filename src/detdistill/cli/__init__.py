@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import typer
 
-from detdistill.cli import training  # isort: skip - the verbs are listed in this order
+from detdistill.cli import training  # isort: skip - the commands are listed in this order
 from detdistill.cli import comparing, using  # isort: skip
 from detdistill.cli.app import BUG, INTERRUPTED, USER_ERROR, app
 from detdistill.text import printable

@@ -1,4 +1,4 @@
-"""The application, and the arguments that several verbs take."""
+"""The application, and the arguments that several commands take."""
 
 from __future__ import annotations
 

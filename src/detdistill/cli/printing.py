@@ -1,4 +1,4 @@
-"""What the verbs print: tables and a bar on a terminal, the same as plain text elsewhere."""
+"""What the commands print: tables and a bar on a terminal, the same as plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def print_evaluation(
 
 
 def print_check(result: Check) -> None:
-    """The doctor's findings: data, models, levels, and the verdict."""
+    """What `check` found: data, models, levels, and the verdict."""
     for line in result.inspection.lines(SHOWN_OF_A_KIND) if result.inspection is not None else ():
         say(line, style=STYLES.get(line.partition(":")[0]))
     for note in result.notes:

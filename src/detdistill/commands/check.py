@@ -1,4 +1,4 @@
-"""The doctor: read a recipe, look at its data, build its models, and say what would go wrong."""
+"""``check``: validate a recipe, its data and its models, and suggest a fix for each problem."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ModelSummary:
 
 @dataclass
 class Check:
-    """What the doctor found.
+    """What ``check`` found.
 
     Attributes:
         recipe: as it was read, defaults filled in.

@@ -136,7 +136,7 @@ def analyze(
         baseline: the run of the student without distillation: what changed from it is listed image by image.
         teacher: the teacher's run.
         out: where ``analysis.json``, ``errors.png``, ``errors_by_class.png`` and ``difference.png`` go;
-            ``RUN/analysis`` unless given.
+            ``RUN/analysis`` by default.
         threshold: least score of the detections that are compared image by image.
         batch_size, workers, device: of the detection, for runs whose detections are not kept yet.
         progress: called after each batch with (images done, images in all), for each such run.

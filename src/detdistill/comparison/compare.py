@@ -1,6 +1,6 @@
 """``compare``, ``sweep``, ``ablate``: arms of one recipe over seeds, under one budget, seed by seed.
 
-Every arm is the recipe with a few settings laid over it; every seed gives all arms the same initialization,
+Every arm is the recipe with a few settings changed; every seed gives all arms the same initialization,
 order of data and augmentation. Each run is a process of its own (``detdistill train``) in ``OUT/ARM/SEED``: an
 interrupted comparison goes on where it stopped, and runs may be spread over devices.
 """
@@ -50,11 +50,11 @@ def compare(
 
     Args:
         recipe: the file of a recipe with a teacher, or of a study, which names its own arms, seeds and teacher.
-        methods: an arm each; ``none`` is the baseline; that and ``ima`` unless given.
+        methods: an arm each; ``none`` is the baseline; default: that and ``ima``.
         seeds: how many.
         overrides: of the recipe, as ``training.epochs=12``, for all arms.
         teacher: instead of the recipe's: a run, a weights file, or a recipe to train first, once.
-        out: folder of the runs, ``runs/compare/RECIPE`` unless given; what is there goes on.
+        out: folder of the runs, default: ``runs/compare/RECIPE``; unfinished runs there are resumed.
         jobs, devices, metric, allow_unequal, train, say: as :func:`run_study` has them.
 
     Raises:
@@ -94,7 +94,7 @@ def run_study(
         jobs: runs at a time; with devices, as many as there are devices.
         devices: as ``cuda:0``, or ``cuda:0,1`` for runs on two GPUs each; each takes one run at a time.
             None: the recipe's own.
-        metric: of the runs' results, by which the arms are compared; the runs' main one unless given.
+        metric: of the runs' results, by which the arms are compared; default: the runs' main one.
         allow_unequal: let the arms' budgets differ; the table then says so.
         train: False compares what is there.
         say: takes a line for each run that ends.

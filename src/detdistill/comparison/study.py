@@ -139,10 +139,10 @@ def plan_ablation(recipe: Path, overrides: Sequence[str], seeds: Sequence[int], 
 
 
 def read_study(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Study:
-    """A study file: ``recipe``, ``arms``, ``seeds`` (a list, or how many); ``teacher`` is laid over the recipe.
+    """A study file: ``recipe``, ``arms``, ``seeds`` (a list, or how many); ``teacher`` overrides the recipe's.
 
     An arm is an entry of ``methods``, null for the baseline, or a list of overrides. Paths are relative to
-    the working folder. Its runs are in ``runs/studies/STEM`` unless given; a ``study.yaml`` that a comparison
+    the working folder. Its runs are in ``runs/studies/STEM`` by default; a ``study.yaml`` that a comparison
     has written goes on in its own folder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The doctor's look at a dataset: all annotations read, a sample of images and label maps decoded."""
+"""How `check` looks at a data set: all annotations are read, a sample of images and label maps decoded."""
 
 from __future__ import annotations
 

@@ -239,11 +239,6 @@ class DetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.split.records)
 
-    @property
-    def augmented(self) -> bool:
-        """Whether a target says in ``view`` from which seed its image's augmentation was drawn."""
-        return self._augment is not None
-
     def key(self, index: int) -> str:
         """The name of an image in its data set."""
         return str(self.split.records[index].image_id)

@@ -289,7 +289,7 @@ class Records(Sequence[Record]):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing wrong with the data: one line, with the file and the way to mend it.
+    """One thing wrong with the data: one line, with the file and how to fix it.
 
     ``error`` stops a run before it starts; ``warning`` means that the annotation was dropped or clipped.
     """

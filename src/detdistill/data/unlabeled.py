@@ -73,8 +73,6 @@ class UnlabeledImages(Dataset[Sample]):
         self.files, self.seed, self.label_maps = files, seed, label_maps
         self._augment = build_augment(augment, label_maps=label_maps)
 
-    augmented = True
-
     def __len__(self) -> int:
         return len(self.files)
 

@@ -38,7 +38,7 @@ class _Covariances(torch.autograd.Function):
         ctx.count = math.prod(student.shape[dim] for dim in dims)
         parts = []
         for s, t, s_work, t_work in channel_parts(student, teacher, work=2):
-            # Centered before anything is squared: E[x²] - E[x]² would lose a small variance beside a large
+            # Centered before anything is squared: E[x²] - E[x]² would lose a small variance next to a large
             # mean.
             means = [x.mean(dims, keepdim=True) for x in (s, t)]
             s, t = torch.sub(s, means[0], out=s_work), torch.sub(t, means[1], out=t_work)

@@ -24,7 +24,6 @@ from detdistill.distillation.teachers import (
     Teacher,
     TeacherView,
     head_outputs,
-    teachers_by_name,
 )
 from detdistill.distillation.weighting import AUTO_EVERY, AutoWeight, Weight, build_weight, gradient_norm
 from detdistill.errors import UserError
@@ -73,7 +72,6 @@ class Term(nn.Module):
 class _Seen:
     """Some images, and what the student has made of them."""
 
-    samples: Samples
     batch: Batch
     pyramid: Pyramid
     outputs: HeadOutputs | None
@@ -285,9 +283,9 @@ class Trainable(nn.Module):
         batch = samples.batch(self.student)
         pyramid = self.student.forward_features(batch)
         if not labeled and not requires:
-            return _Seen(samples, batch, pyramid, None)
+            return _Seen(batch, pyramid, None)
         signals = HEAD & requires
-        return _Seen(samples, batch, pyramid, head_outputs(self.student, pyramid, batch, signals))
+        return _Seen(batch, pyramid, head_outputs(self.student, pyramid, batch, signals))
 
     def _compare(
         self, names: list[str], seen: _Seen, views: Views, generator: torch.Generator
@@ -351,10 +349,17 @@ class Distiller:
     Args:
         teachers: each with a name of its own.
         trainables: the students with their terms.
+
+    Raises:
+        ValueError: two teachers have one name.
     """
 
     def __init__(self, teachers: Sequence[Teacher], trainables: Sequence[Trainable]) -> None:
-        self.teachers = teachers_by_name(teachers)
+        self.teachers = {teacher.name: teacher for teacher in teachers}
+        if len(self.teachers) < len(teachers):
+            raise ValueError(
+                "two teachers have the same name: give each one of its own, as LiveTeacher(model, name)"
+            )
         self.trainables = tuple(trainables)
 
     def to_channels_last(self) -> None:
@@ -367,6 +372,8 @@ class Distiller:
         asked: dict[str, frozenset[Signal]] = {}
         for trainable in self.trainables:
             required = trainable.requires(labeled=samples.targets is not None)
+            if not required:
+                continue
             asked |= {name: asked.get(name, frozenset()) | signals for name, signals in required.items()}
             samples.batch(trainable.student)  # with its targets, for teachers of equal preprocessing
         return {name: self.teachers[name].observe(samples, signals) for name, signals in asked.items()}

@@ -6,7 +6,7 @@ method that requires what a teacher does not provide is refused when it is built
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -46,7 +46,7 @@ class Samples:
     scale_factor: float = 1.0
     keys: tuple[str, ...] | None = None
     views: tuple[int | None, ...] | None = None
-    _batches: list[tuple[Preprocess, Batch]] = field(default_factory=list, repr=False)
+    _batches: list[tuple[Preprocess, Batch]] = field(default_factory=list, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,9 +127,8 @@ class LiveTeacher:
     @property
     def provides(self) -> frozenset[Signal]:
         if self.model.incomparable:
-            return frozenset({"features"})
-        towers: frozenset[Signal] = frozenset({"tower_features"} if isinstance(self.model, OneStage) else ())
-        return towers | {"features", "outputs"}
+            return FEATURES
+        return FEATURES | (HEAD if isinstance(self.model, OneStage) else HEAD - {"tower_features"})
 
     @torch.no_grad()
     def observe(self, samples: Samples, requires: frozenset[Signal]) -> TeacherView:
@@ -151,15 +150,3 @@ def head_outputs(model: Model, features: Pyramid, batch: Batch, requires: frozen
         return model.forward_head(features, batch)
     assert isinstance(model, OneStage), "a method that needs tower maps checks this when it is built"
     return model.forward_head(features, batch, tower_features=True)
-
-
-def teachers_by_name(teachers: Sequence[Teacher]) -> Mapping[str, Teacher]:
-    """Raises:
-    ValueError: two teachers have one name.
-    """
-    found = {teacher.name: teacher for teacher in teachers}
-    if len(found) < len(teachers):
-        raise ValueError(
-            "two teachers have the same name: give each one of its own, as LiveTeacher(model, name)"
-        )
-    return found

@@ -78,7 +78,7 @@ class TideErrors:
 
     Attributes:
         AP50: as it is, by TIDE's own count (a mean over the classes with objects).
-        dAP: gain by ``TIDE_KINDS``, each kind mended alone; they do not add up to 1 - AP50.
+        dAP: gain by ``TIDE_KINDS``, as if only errors of that kind were fixed; they do not add up to 1 - AP50.
         counts: errors of each kind.
     """
 

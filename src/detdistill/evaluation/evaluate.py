@@ -66,15 +66,15 @@ def evaluate(
     )
 
 
-def as_detector(model: Model | str | Path, verb: str) -> Detector:
+def as_detector(model: Model | str | Path, command: str) -> Detector:
     """As :func:`as_model`, for what makes sense of detections alone.
 
     Raises:
-        UserError: it is a segmenter; the message says what the verb is for.
+        UserError: it is a segmenter; the message says what the command is for.
     """
     loaded = as_model(model)
     if not isinstance(loaded, Detector):
-        raise UserError(f"{verb} is for detectors, and this is for {loaded.task}: take a detector")
+        raise UserError(f"{command} is for detectors, and this is for {loaded.task}: take a detector")
     return loaded
 
 

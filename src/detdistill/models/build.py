@@ -14,7 +14,7 @@ from detdistill.data.records import Split
 from detdistill.errors import UserError
 from detdistill.models.base import SOURCES, Batch, Model, eval_mode
 from detdistill.models.checkpoints import torchvision as torchvision_weights
-from detdistill.models.checkpoints.spec import Spec
+from detdistill.models.checkpoints.spec import Spec, require_class_names
 from detdistill.models.checkpoints.weights import (
     PARTS,
     LoadReport,
@@ -126,15 +126,7 @@ def _class_names(classes: int | Sequence[str]) -> tuple[str, ...]:
         return tuple(map(str, range(classes)))
     if isinstance(classes, int) or classes is None:
         raise UserError(f"classes is {classes!r}: give a list of names, or a number of at least 1")
-    names = names_of(classes, "classes")
-    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
-    if wrong or not names:
-        what = f"has {wrong[0]!r}, which is no name" if wrong else "is empty"
-        raise UserError(f"classes {what}: give a list of names, as ['cat', 'dog']")
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise UserError(f"classes has {twice!r} twice: give each class a name of its own")
-    return names
+    return require_class_names(names_of(classes, "classes"))
 
 
 def load_teacher(config: ModelConfig, classes: Sequence[str]) -> Model:

@@ -379,7 +379,7 @@ _IMA_0_1: Mapping[str, tuple[str, str]] = {
     "detach_importance": ("importance", "detach"),
     "scale_target": ("importance", "target"),
 }
-"""Version 0.1 had these in one flat list, and ``loss_weight``, a second factor beside ``alpha``."""
+"""Version 0.1 had these in one flat list, and ``loss_weight``, a second factor next to ``alpha``."""
 
 
 @register("ima", f"{_ROOM}.ima:IMA")

@@ -32,7 +32,7 @@ MOST_VALUES = 100_000
 
 
 def read_recipe_file(path: Path, overrides: Iterable[str] = ()) -> tuple[Tree, Lines]:
-    """The tree of a recipe file over its ``base`` files, with overrides ``key.sub=value`` laid over it.
+    """The tree of a recipe file over its ``base`` files, with overrides ``key.sub=value``.
 
     Raises:
         UserError: a file cannot be read or is no mapping, or an override cannot be applied.

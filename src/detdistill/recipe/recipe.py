@@ -78,7 +78,7 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file.
 
-    ``base: other.yaml`` (relative to the file) is read first and this file laid over it; ``${NAME:-default}``
+    ``base: other.yaml`` (relative to the file) is read first and this file overrides it; ``${NAME:-default}``
     takes an environment variable; ``overrides`` are ``key.sub=value`` with the value in YAML.
 
     Raises:

@@ -99,7 +99,7 @@ def line_chart(
         label: what a screen reader says instead of the drawing.
         x_title: below the axis.
         log: a logarithmic axis, if all values are positive.
-        limits: lowest and highest x and y; of the lines, y from 0 on, unless given.
+        limits: lowest and highest x and y; of the lines, y from 0 on, by default.
 
     Raises:
         ValueError: no line has a point.

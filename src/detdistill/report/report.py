@@ -47,7 +47,7 @@ def write_report(
 
     Args:
         folder: a comparison's (``compare``, ``sweep``, ``ablate``, ``demo``), or a run's.
-        baseline: the run of the student without distillation, beside a single run.
+        baseline: the run of the student without distillation, to compare a single run with.
         teacher: the teacher's run; default: the one that the recipes name.
         out: the file, which ends in .html; default: ``FOLDER/report.html``.
         models: run the models where their detections are not kept yet, and measure what they cost. Without, the

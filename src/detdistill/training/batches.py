@@ -1,4 +1,4 @@
-"""What a run sees, step by step: labeled images, and perhaps some without labels beside them."""
+"""What a run sees, step by step: labeled images, and perhaps some without labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from detdistill.seeding import mix_seed
 from detdistill.training.sampler import StepSampler
 from detdistill.training.step import MicroBatch
 
-UNLABELED_SEED = 1  # beside the run's own: else images without labels came in the order of the others
+UNLABELED_SEED = 1  # mixed with the run's own: else images without labels came in the order of the others
 
 
 def open_datasets(
@@ -87,7 +87,7 @@ def _samples(
     dataset: DetectionDataset | UnlabeledImages, images: list[Tensor], targets: list[Target]
 ) -> Samples:
     keys = tuple(dataset.key(int(target["index"])) for target in targets)
-    views = (
-        tuple(int(target.pop("view")) for target in targets) if dataset.augmented else (None,) * len(targets)
+    views = [target.pop("view", None) for target in targets]
+    return Samples(
+        images, targets, keys=keys, views=tuple(None if view is None else int(view) for view in views)
     )
-    return Samples(images, targets, keys=keys, views=views)

@@ -152,7 +152,7 @@ class _Trainer:
                 "times as slowly: give training.precision=auto"
             )
         for kind, count in (self.train_split.warning_counts() + self.val_split.warning_counts()).items():
-            self.display.note(f"dropped or mended: {count} × {kind} (see `detdistill check`)")
+            self.display.note(f"dropped or fixed: {count} × {kind} (see `detdistill check`)")
 
         set_seed(self.config.seed)
         student, teacher = models_of(recipe, self.train_split.classes, student, teacher)

@@ -75,12 +75,13 @@ def read_yolo(
     labels = _label_files(paths, files)
     with ThreadPoolExecutor(READERS) as pool:
         contents = list(pool.map(_read_pair, paths, labels))
-    predicted = not keypoints and _are_predictions(text for _, text in contents if isinstance(text, str))
+    texts = [text for _, text in contents if isinstance(text, str)]
+    predicted = not keypoints and _are_predictions(texts)
     if predicted:
         message = "each row has 6 or 7 numbers, as predictions with a score and a track id; none is used"
         fix = "leave score and track id out (class cx cy w h), or give the annotations"
         findings.append(Finding("error", "predictions", sources[0], message, fix))
-    if not keypoints and _are_boxes_with_points(text for _, text in contents if isinstance(text, str)):
+    if not keypoints and _are_boxes_with_points(texts):
         message = "rows are a box followed by points in it, as key points or a polygon have them"
         fix = "name the key points with kpt_shape in the .yaml, or keep either the box or the polygon"
         findings.append(Finding("error", "box and points", sources[0], message, fix))
@@ -203,7 +204,7 @@ def _is_box_with_points(row: str) -> bool:
         _, cx, cy, w, h, *others = map(float, row.split())
     except ValueError:
         return False
-    if not (0 < w <= 2 * min(cx, 1 - cx) + _INACCURATE and 0 < h <= 2 * min(cy, 1 - cy) + _INACCURATE):
+    if not _is_inside(cx, cy, w, h):
         return False
 
     def held(step: int) -> bool:
@@ -224,8 +225,12 @@ def _is_prediction(row: str) -> bool:
         return False
     if not 1 <= len(others) <= 2 or not (0 <= others[0] <= 1 or others[0].is_integer()):
         return False
-    inside = 0 < w <= 2 * min(cx, 1 - cx) + _INACCURATE and 0 < h <= 2 * min(cy, 1 - cy) + _INACCURATE
-    return inside and (len(others) == 1 or (others[0] <= 1 and others[1].is_integer()))
+    return _is_inside(cx, cy, w, h) and (len(others) == 1 or (others[0] <= 1 and others[1].is_integer()))
+
+
+def _is_inside(cx: float, cy: float, w: float, h: float) -> bool:
+    """Whether it is a box within its image, all in fractions of the image."""
+    return 0 < w <= 2 * min(cx, 1 - cx) + _INACCURATE and 0 < h <= 2 * min(cy, 1 - cy) + _INACCURATE
 
 
 def _objects(

@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -39,6 +40,21 @@ def _unique_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 ClassNames = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_unique_names)]
 """At least one class, each named once."""
+
+_CLASS_NAMES: TypeAdapter[tuple[str, ...]] = TypeAdapter(ClassNames)
+
+
+def require_class_names(classes: Sequence[str]) -> tuple[str, ...]:
+    """The names, as a saved file could have them.
+
+    Raises:
+        UserError: there is none, one is no text or empty, or two are equal.
+    """
+    try:
+        return _CLASS_NAMES.validate_python(tuple(classes), strict=True)
+    except ValidationError as error:
+        raise UserError(f"classes: {first_fault(error)}; give a list of names, as ['cat', 'dog']") from None
+
 
 CategoryIds = tuple[StrictInt, ...]
 """Of the data's classes, by label."""

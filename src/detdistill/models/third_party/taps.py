@@ -160,14 +160,14 @@ class Taps:
         except Exception as error:  # whatever the model's own code raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {"float32"}
-            mend = (
+            fix = (
                 f"its weights are {' and '.join(sorted(kinds))}: give model.float()"
                 if kinds
                 else "give call=lambda model, images, batch: …"
             )
             raise UserError(
                 f"wrap: the model cannot be called with images of shape {tuple(batch.images_N3HW.shape)} "
-                f"({reason}): {mend}"
+                f"({reason}): {fix}"
             ) from error
         for stride, x_1CHW in pyramid.items():
             cells = tuple(x_1CHW.shape[-2:])
